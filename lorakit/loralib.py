@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean
 from .ops.delta import delta, delta_rows
-from .ops.exact import Undo, add_, subtract_
+from .ops.exact import Undo, add_, adding, subtract_
 from .ops.linear import add_low_rank, add_packed
 from .ops.packed import expand_packed
 
@@ -97,13 +97,13 @@ class _MergingLayer(LoRALayer, nn.Module):
         if self.merged or self._weight.is_meta:
             return
         if self._adapted:
-            self._undo = add_(self._weight, self._delta_rows())
+            self._undo = add_(self._weight, adding(self._delta_rows()))
         self.merged = True
 
     @torch.no_grad()
     def _unmerge(self) -> None:
         if self._undo is not None:
-            subtract_(self._weight, self._delta_rows(), self._undo, f"a {type(self).__name__} by train()")
+            subtract_(self._weight, adding(self._delta_rows()), self._undo, f"a {type(self).__name__} by train()")
             self._undo = None
         self.merged = False
 

@@ -7,9 +7,11 @@ The weight is a parameter of its own, whose name is the module name in an adapte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import EXPERTS, MAX_RANK, scale_of
@@ -98,11 +100,27 @@ class ExpertFactors(Update):
         """Return the SVD of each expert's ΔW."""
         return [product_svd(B * self.scale, A) for A, B in zip(wide(self.A), wide(self.B), strict=True)]
 
+    def matrices(self) -> tuple[Factors, ...]:
+        """Return each expert's update, of a weight [out, in]."""
+        return tuple(self.of_expert(e) for e in range(self.experts))
+
+    def of_matrices(self, updates: Sequence[Update]) -> ExpertFactors:
+        """Stack the experts' factors; the ranks are padded to the largest."""
+        found = [u.factors for u in updates]
+        factors = [f for f in found if f is not None and f.A.dim() == 2]
+        if len(factors) != self.experts or len({f.sizes for f in factors}) > 1:
+            raise AdapterError(f"{len(updates)} updates make no stack of {self.experts} experts of one size")
+        rank, scale = max(f.rank for f in factors), factors[0].scale
+        if any(f.scale != scale for f in factors):
+            factors = [replace(f, B=(f.B * f.scale).to(f.B.dtype), alpha=float(f.rank), rslora=False) for f in factors]
+            scale = 1.0
+        A = torch.stack([F.pad(f.A, (0, 0, 0, rank - f.rank)) for f in factors])
+        B = torch.stack([F.pad(f.B, (0, rank - f.rank)) for f in factors])
+        return ExpertFactors(A, B, scale * rank, False, self.transposed)
+
     def factor_shapes(self, module: str) -> FactorShapes:
-        raise AdapterError(
-            f"'{module}' has factors of {self.experts} experts, which this operation cannot change yet\n"
-            f"  leave it out: lorakit edit IN OUT --drop {module}"
-        )
+        """Raise AdapterError: each of its `matrices` has shapes of its own."""
+        raise AdapterError(f"'{module}' has factors for each of {self.experts} experts, and no factors as a whole")
 
     # ΔW on a stored weight
 
@@ -126,4 +144,4 @@ class ExpertFactors(Update):
 
     def output_tensors(self) -> None:
         """None: its tensors have the experts first."""
-        return None
+        return

@@ -152,7 +152,7 @@ def alike(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> boo
     return bool(((a - b).abs() <= allowed).all())  # False for NaN
 
 
-def not_quantized(kind: str) -> str:
+def needs_quantized(kind: str) -> str:
     """Begin the error for a base that is not quantized as an adapter needs it (`ONLY_ON`)."""
     return (
         f"the adapter started from what quantization ({kind}) lost of the base's weights (LoftQ), so it is right on "

@@ -225,6 +225,9 @@ class Factors(Update):
     def as_factors(self) -> Factors:
         return self
 
+    def as_lora(self) -> Factors:
+        return self
+
 
 def factors_of(updates: Mapping[str, Update]) -> dict[str, Factors]:
     """Return the low-rank factors (`Update.factors`) of each update that has any, by module.

@@ -4,6 +4,7 @@
     DoRA    ΔW = m (W + D) / ‖W + D‖ - W                    dora.py; D = s · B A: the update that it is built on
     LoHa    ΔW = s · (W1a W1b) ∘ (W2a W2b)                  loha.py
     LoKr    ΔW = s · W1 ⊗ W2                                lokr.py
+    VeRA    ΔW = diag(b) B diag(d) A                        vera.py; A and B are random and shared
     dense   ΔW itself                                       dense.py
     experts ΔW[e] = s · B[e] A[e] of each expert            experts.py
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,6 +52,11 @@ class Update(ABC):
     @abstractmethod
     def variant(self) -> str:
         """The kind's name: "lora", "dora", "loha", "lokr", "dense", ..."""
+
+    @property
+    def live_variants(self) -> tuple[str, ...]:
+        """The kinds that must exist on a live model to attach it: its own, and that of the update it is built on."""
+        return (self.variant,)
 
     @property
     @abstractmethod
@@ -193,6 +199,17 @@ class Update(ABC):
         low = self.low_rank()
         return [product_svd(low.left, low.right) if low is not None else matrix_svd(self.matrix(), rank, keep)]
 
+    def matrices(self) -> tuple[Update, ...] | None:
+        """Return the updates of the matrices that the weight is a stack of (experts); None if it is no stack."""
+        return None
+
+    def of_matrices(self, updates: Sequence[Update]) -> Update:
+        """Return the update of the stack of which these are the matrices' updates, as `matrices` returns them.
+
+        Raises AdapterError if they do not make one.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def factor_shapes(self, module: str) -> FactorShapes:
         """Return the shapes that low-rank factors of this module have. Raises AdapterError if no factors have the same
@@ -211,6 +228,10 @@ class Update(ABC):
         if (file_transposed or conv1d) and shape == own[::-1]:
             return True
         return False if (own[0], math.prod(own[1:])) == (shape[0], math.prod(shape[1:])) else None
+
+    def on_weight(self, shape: tuple[int, ...], transposed: bool) -> Update:
+        """Return the update for a weight of this shape that it fits, where a file does not tell all sizes (VeRA)."""
+        return self
 
     @abstractmethod
     def rows(
@@ -241,6 +262,12 @@ class Update(ABC):
 
     def as_factors(self) -> Factors | None:
         """Return low-rank factors with exactly this ΔW, which can be cut at any output; None if the kind has none."""
+        return None
+
+    def as_lora(self) -> Factors | None:
+        """Return the LoRA of the same rank with exactly this ΔW, for kinds that are one in other tensors (VeRA), and
+        for a LoRA itself; None for other kinds.
+        """
         return None
 
     def halves_swapped(self) -> Update | None:

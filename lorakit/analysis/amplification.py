@@ -32,11 +32,10 @@ def relative_norms(
     for module, update in adapter.updates.items():
         if on_module:
             on_module(module)
-        weights.transposed(module, update)  # raises if the base is a different one
-        size = weights.norm(module)
+        size = weights.norm(module)  # raises if the base is a different one
         if size == 0:
             continue
-        ratios[module] = (norm_on(weights.read(module, update), update) if update.needs_base else norm(update)) / size
+        ratios[module] = (norm_on(weights.read(module), update) if update.needs_base else norm(update)) / size
     return ratios
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.algebra.compatible import base_differences
-from ..adapter.algebra.product import inner, matrix, size_of
+from ..adapter.algebra.product import inner, matrix, separate, size_of
 from ..adapter.algebra.spectrum import Spectrum, decompose
 from ..adapter.update import LowRank, Update
 from ..checkpoint.weights import open_weights
@@ -136,7 +136,7 @@ def compare(
     AdapterError if the adapters have different bases and no module in common, or a module with different shapes.
     TargetError if a name in `modules` matches no shared module.
     """
-    first, second = a.updates, b.updates
+    first, second = separate(a.updates), separate(b.updates)
     shared = [module for module in first if module in second]
     bases = base_differences(a, b)
     if bases and not shared:
@@ -152,7 +152,9 @@ def compare(
     similarities = [
         _similarity(pair.name, first[pair.name], second[pair.name], of) for pair in chosen if all(pair.ranks)
     ]
-    against = ([], []) if base is None else _against(base, [pair.name for pair in chosen], first, second)
+    # An expert's matrix has no name in every checkpoint: weights of experts are compared with each other only.
+    alone = [pair.name for pair in chosen if pair.name in a.updates and pair.name in b.updates]
+    against = ([], []) if base is None else _against(base, alone, first, second)
     return Comparison(names, pairs, only, sums.cosine, sums.changes, similarities, against, bases)
 
 
@@ -303,9 +305,9 @@ def directions(update: Update, of: Of) -> Tensor:
 def _against(
     folder: Path, chosen: Sequence[str], a: Mapping[str, Update], b: Mapping[str, Update]
 ) -> tuple[list[Amplification], list[Amplification]]:
-    weights = open_weights(folder, chosen)
+    weights = [open_weights(folder, {m: updates[m] for m in chosen}) for updates in (a, b)]
     rows: tuple[list[Amplification], list[Amplification]] = [], []
     for module in chosen:
-        for side, updates in zip(rows, (a, b), strict=True):
-            side.append(amplification(module, updates[module], weights.read(module, updates[module])))
+        for side, updates, stored in zip(rows, (a, b), weights, strict=True):
+            side.append(amplification(module, updates[module], stored.read(module)))
     return rows

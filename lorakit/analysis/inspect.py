@@ -222,7 +222,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
         from ..checkpoint.weights import open_weights
         from .amplification import relative_norms
 
-        relative = relative_norms(adapter, open_weights(base, list(adapter.updates)))
+        relative = relative_norms(adapter, open_weights(base, adapter.updates))
         differences = compare_with_base(base, adapter)
     modules = [_module(name, update, relative.get(name)) for name, update in adapter.updates.items()]
     tensors = [t for update in adapter.updates.values() for t in update.tensors().values()]
@@ -257,8 +257,7 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     return ModuleFacts(
         name,
         update.variant if update.variant == "tokens" else getattr(own, "kind", own.variant),
-        found.V.shape[0],
-        found.U.shape[0],
+        *found.sizes,
         update.rank,
         getattr(own, "alpha", float(update.rank)),
         update.scale,

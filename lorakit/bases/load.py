@@ -80,12 +80,6 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def is_four_bit(config: Any) -> bool:
-    """Whether a base's transformers config says that bitsandbytes has quantized its linear weights to 4 bits."""
-    how = getattr(config, "quantization_config", None)
-    return bool(how.get("load_in_4bit") if isinstance(how, dict) else getattr(how, "load_in_4bit", False))
-
-
 def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
     """Return the ids that end the model's generation: its generation config's or, without one, its config's."""
     path = Path(model_path(name))
@@ -192,7 +186,7 @@ def load_model(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             "  expected a complete language model"
         )
-    return _ready(model, device)
+    return _ready(model, device, "quantization_config" in options)
 
 
 def load_classifier(
@@ -254,7 +248,7 @@ def load_classifier(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
         )
-    return _ready(model, device)
+    return _ready(model, device, "quantization_config" in options)
 
 
 def _storage_options(
@@ -275,11 +269,15 @@ def _storage_options(
     return options
 
 
-def _ready(model: Any, device: torch.device) -> Any:
+def _ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
     from .int8_forward import evaluate_as_trained
+    from .release import release_files
 
     evaluate_as_trained(model)
-    return model.to(device).eval()
+    model.to(device).eval()
+    if quantized_now:
+        release_files(model)
+    return model
 
 
 def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:

@@ -5,7 +5,7 @@ Bytes of a weight [out, in], n = out · in elements:
     nf4, fp4 (bitsandbytes)     n/2 + 4·n/64: a scale for each block of 64; 4.5 bits a weight
       with double quantization  n/2 + n/64 + 4·n/(64·256): 4.127 bits (Dettmers et al. 2023, section 3), and its tables
     int8 (bitsandbytes)         n + 4·out: one scale a row
-    int8 (torchao)              n + out · (bytes of a scale in the base's dtype, and 1 for a zero point)
+    int8 (torchao)              n + 5·out: a scale in float32 and a zero of 8 bits a row
     GPTQ                        b·n/8 + (2·out + b·out/8)·groups + 4·in: fp16 scales, packed zeros, a group per input
     AWQ                         b·n/8 + (2·out + b·out/8)·groups
     HQQ, quanto, compressed     b·n/8 + scales (and zeros) by group or row in 16 bits
@@ -23,6 +23,7 @@ from typing import Any
 from ..config import Quantization
 
 BLOCK, BLOCKS = 64, 256  # weights that share a scale in nf4 and fp4; scales that share one in double quantization
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _CODES = 16 * 4  # bytes of the table of 16 values that every quantized weight has of its own
 _SCALE_CODES = 256 * 4 + 4  # the table of 256 for quantized scales, and their mean
 
@@ -34,18 +35,21 @@ class Storage:
     """How the weights of a base's linears are stored.
 
     method: as a config names it; title: in words; size: the bytes of one weight, None where this is not known;
-    quantizer: the value of `quantize` that gives this storage; kept: names of modules that stay unquantized, None for
-    the rule of `quantize.linears_of`; keeps_input: whether the forward keeps its input for a backward that does not
-    need it (bitsandbytes' int8 on a CPU); in_blocks: whether only decoder layers are quantized.
+    quantizer: the value of `quantize` that gives this storage; new: whether it is quantized only while loading; kept:
+    names of modules that stay unquantized, None for the rule of `quantize.linears_of`; keeps_input: whether the forward
+    keeps its input for a backward that does not need it (bitsandbytes' int8 on a CPU); in_blocks: whether only decoder
+    layers are quantized; compute: the name of the dtype that weights are multiplied in, None for the base's.
     """
 
     method: str
     title: str
     size: Size | None
     quantizer: str | None = None
+    new: bool = False
     kept: tuple[str, ...] | None = None
     keeps_input: bool = False
     in_blocks: bool = False
+    compute: str | None = None
 
 
 def storage(how: Quantization) -> Storage | None:
@@ -53,10 +57,17 @@ def storage(how: Quantization) -> Storage | None:
     if how.quantize is None:
         return None
     if how.quantize == "int8":
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, keeps_input=True)
+        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, True, keeps_input=True)
     if how.quantize == "torchao-int8":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize)
-    return Storage("bitsandbytes", _four_bit_title(how.quantize, how.double), _four_bits(how.double), how.quantize)
+        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize, True)
+    return Storage(
+        "bitsandbytes",
+        _four_bit_title(how.quantize, how.double),
+        _four_bits(how.double),
+        how.quantize,
+        True,
+        compute=_DTYPES.get(how.compute_dtype),
+    )
 
 
 def storage_of(config: Any) -> Storage | None:
@@ -93,7 +104,7 @@ def _int8(rows: int, columns: int, element: int) -> int:
 
 
 def _torchao(rows: int, columns: int, element: int) -> int:
-    return rows * columns + rows * (element + 1)
+    return rows * columns + 5 * rows
 
 
 def _grouped(bits: int, group: int | None, by_input: int = 0, zeros: float | None = None) -> Size:
@@ -114,9 +125,10 @@ def _grouped(bits: int, group: int | None, by_input: int = 0, zeros: float | Non
 def _bitsandbytes(how: Mapping[str, Any]) -> Storage:
     kept = None if how.get("llm_int8_skip_modules") is None else tuple(how["llm_int8_skip_modules"])
     if how.get("load_in_8bit") or how.get("_load_in_8bit"):
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, "int8", kept, keeps_input=True)
+        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, "int8", kept=kept, keeps_input=True)
     kind, double = how.get("bnb_4bit_quant_type", "fp4"), bool(how.get("bnb_4bit_use_double_quant"))
-    return Storage("bitsandbytes", _four_bit_title(kind, double), _four_bits(double), kind, kept)
+    compute = str(how.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+    return Storage("bitsandbytes", _four_bit_title(kind, double), _four_bits(double), kind, kept=kept, compute=compute)
 
 
 def _gptq(how: Mapping[str, Any]) -> Storage:
@@ -166,7 +178,7 @@ def _torchao_config(how: Mapping[str, Any]) -> Storage:
     kind = (how.get("quant_type") or {}).get("default") or {}
     name, kept = str(kind.get("_type", "")), tuple(how.get("modules_to_not_convert") or ())
     if name == "Int8WeightOnlyConfig":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept)
+        return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept=kept)
     return Storage("torchao", f"torchao {name.removesuffix('Config')}".strip(), None, kept=kept)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..ops.delta import delta_rows
-from ..ops.exact import add_, subtract_
+from ..ops.exact import add_, adding, subtract_
 
 SIZE, RANK = 2048, 16
 
@@ -30,10 +30,10 @@ def main() -> None:
                 return delta_rows(A, B, scale, rows)
 
             merged = W.clone()
-            undo = add_(merged, change)
+            undo = add_(merged, adding(change))
             delta = change(slice(None))
             subtracted = ((W.float() + delta).to(dtype).float() - delta).to(dtype)
-            subtract_(merged, change, undo, "the weight")
+            subtract_(merged, adding(change), undo, "the weight")
             assert torch.equal(merged, W)
             changed = 100 * float((subtracted != W).float().mean())
             print(f"{str(dtype)[6:]:<10} {share:>8g}   {undo.nbytes() / W.numel():>14.3f}   {changed:>32.1f} %")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import torch
 
 from ..errors import LorakitError, did_you_mean, listing
 from ..io.json_object import read_json
-from ..io.stream import MERGEABLE, Slot, read_header
+from ..io.stream import MERGEABLE, NAMES, Slot, read_header
+from .quantized.found import Quantization, quantization_of, with_weights
+from .quantized.weight import PackedSlot
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -33,6 +35,7 @@ class Base:
     `folder`: its path, also of a single file. `shards`: file name -> the metadata in its header. `index`, `index_name`:
     the index file of a sharded checkpoint. `single_file`: the diffusion model that a single file holds ("sd1", "flux":
     `lorakit.formats.names.MODELS`), else "". `component`: the component's name within a diffusers pipeline, else "".
+    `quantization`: how it is quantized; its quantized weights are then among `tensors` as the weights they stand for.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class Base:
     index_name: str = INDEX
     single_file: str = ""
     component: str = ""
+    quantization: Quantization | None = None
 
     @property
     def architecture(self) -> str | None:
@@ -61,17 +65,33 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype of most of its bytes; float32 if it has none."""
+        """The floating-point dtype of most of its bytes, without quantized weights; float32 if it has none."""
         total: dict[torch.dtype, int] = {}
         for slot in self.tensors.values():
-            if slot.dtype in MERGEABLE and slot.torch_dtype is not None:
+            if slot.dtype in MERGEABLE and slot.torch_dtype is not None and not isinstance(slot, PackedSlot):
                 total[slot.torch_dtype] = total.get(slot.torch_dtype, 0) + slot.nbytes
         return max(total, key=lambda d: total[d], default=torch.float32)
 
+    @property
+    def dequantized_dtype(self) -> torch.dtype:
+        """The dtype that quantized weights are written in: the model's own if that has 16 bits, else bfloat16."""
+        stated = getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype")), None)
+        own = stated if isinstance(stated, torch.dtype) else self.dtype
+        return own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
 
-def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. Raises LorakitError if it is not a checkpoint, is quantized, or stored as
-    pickles.
+    def dtype_in_out(self, slot: Slot, dtype: torch.dtype | None = None) -> str:
+        """Return a file's name for the dtype that a tensor is written in. `dtype`: the one asked for all weights."""
+        if dtype is not None and slot.dtype in MERGEABLE:
+            return NAMES[dtype]
+        return NAMES[self.dequantized_dtype] if isinstance(slot, PackedSlot) else slot.dtype
+
+
+def open_base(folder: Path, quantized: bool = False) -> Base:
+    """Read a folder's config and headers. `quantized`: whether quantized weights may be read, as the weights they stand
+    for.
+
+    Raises LorakitError if it is not a checkpoint, is stored as pickles, or is quantized in a format that cannot be
+    read, or where that is not allowed.
     """
     if not folder.exists():
         here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -89,15 +109,25 @@ def open_base(folder: Path) -> Base:
         )
         raise LorakitError(f"{folder} is not a checkpoint folder: {CONFIG} is missing{hint}")
     config = read_json(folder / CONFIG)
-    _refuse_quantized(folder, config)
+    quantization = quantization_of(folder, config)
+    if quantization is not None and not quantized:
+        raise LorakitError(
+            f"{folder} is quantized ({quantization.kind}): its weights are rounded, and this needs those before\n"
+            "  give the unquantized checkpoint"
+        )
     # the latter: diffusers' own config
     single, index = _weights_of(folder, _STEMS[::-1] if "_class_name" in config else _STEMS)
     if single is not None:
         slots, metadata = read_header(folder / single)
-        return Base(folder, config, slots, {single: metadata}, None)
-    if index is not None:
-        return _open_sharded(folder, config, index)
-    raise _no_safetensors(folder)
+        base = Base(folder, config, slots, {single: metadata}, None)
+    elif index is not None:
+        base = _open_sharded(folder, config, index)
+    else:
+        raise _no_safetensors(folder)
+    if quantization is None:
+        return base
+    tensors = with_weights(folder, base.tensors, quantization, base.model_type)
+    return replace(base, tensors=tensors, quantization=quantization)
 
 
 def open_single_file(path: Path) -> Base:
@@ -181,17 +211,6 @@ def _open_sharded(folder: Path, config: Mapping[str, Any], name: str) -> Base:
             f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(missing, 3)}"
         )
     return Base(folder, config, tensors, shards, index, name)
-
-
-def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and part.get("quantization_config"):
-            how = part["quantization_config"]
-            method = how.get("quant_method", "quantized") if isinstance(how, dict) else how
-            raise LorakitError(
-                f"{folder} is quantized ({method}): a low-rank update added to rounded weights is mostly lost\n"
-                "  merge into the unquantized base, and quantize the result"
-            )
 
 
 def _no_safetensors(folder: Path) -> LorakitError:

@@ -12,11 +12,8 @@ from ..adapter.dense import Dense, with_halves_swapped
 from ..adapter.update import Rows, Update
 from ..errors import AdapterError, LorakitError
 from ..io.stream import MERGEABLE, Slot
+from .conv1d import is_conv1d
 from .single_file import WeightRows
-
-# transformers' models with Conv1D, a linear stored as [in, out], and what those layers are called.
-CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
-CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
 @dataclass(frozen=True)
@@ -48,15 +45,15 @@ def update_for(
     """Build the change of a module's stored weight. `rows`: how its layout in the file differs from the module's
     (transposed, or its halves swapped: shift and scale of some norms).
 
-    Raises AdapterError if the shapes do not fit, for a DoRA with a weight other than 1, and for updates that cannot be
-    merged; LorakitError if the weight is quantized.
+    Raises AdapterError if the shapes do not fit, and for updates that cannot be merged; LorakitError if the weight is
+    quantized.
     """
     _check_stored(module, slot)
     swapped, file_transposed = (rows.swapped, rows.transposed) if rows is not None else (False, False)
     why = update.unmergeable()
     if why is not None:
         raise AdapterError(f"'{module}' {why}")
-    transposed = update.layout(slot.shape, file_transposed, _is_conv1d(module, model_type))
+    transposed = update.layout(slot.shape, file_transposed, is_conv1d(module, model_type))
     if transposed is None:
         own = update.weight_shape()
         held = ", ".join(f"{name} {list(t.shape)}" for name, t in update.tensors().items())
@@ -65,10 +62,7 @@ def update_for(
             f"{list(own[::-1] if file_transposed else own)}\n"
             "  is it an adapter for another model, or one of another size?"
         )
-    if update.needs_base and weight != 1:
-        raise AdapterError(
-            f"'{module}' is a DoRA, which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"
-        )
+    update = update.on_weight(slot.shape, transposed)
     return Change(module, update, weight, transposed, swapped)
 
 
@@ -91,7 +85,3 @@ def _check_stored(module: str, slot: Slot) -> None:
             f"'{module}' is stored as {slot.dtype} (quantized?), which cannot take a low-rank update\n"
             "  merge into the unquantized base"
         )
-
-
-def _is_conv1d(module: str, model_type: str) -> bool:
-    return model_type in CONV1D_MODELS and module.rsplit(".", 1)[-1] in CONV1D_LAYERS

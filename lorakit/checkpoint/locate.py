@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from ..adapter.update import Update
 from ..errors import TargetError, did_you_mean, listing
 from ..formats import names
 from ..io.stream import Slot
@@ -33,13 +34,31 @@ class Locations:
 _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
-def locate(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Locations:
-    """Find all these modules. Raises TargetError if the base lacks one. `saved`: names of saved weights, used to find
-    the renaming if there are no modules.
+_PACKED = ".in_proj_weight"  # of an nn.MultiheadAttention, which is a module without a `weight`
+
+
+def _weight_name(module: str, update: Update | None, attentions: Collection[str]) -> str:
+    """Return the name of a module's weight; with another prefix in the files, its last name tells an attention.
+
+    `attentions`: the names of such weights in the files.
+    """
+    last = f".{module.rpartition('.')[2]}{_PACKED}"
+    packed = f"{module}{_PACKED}" in attentions or any(name.endswith(last) for name in attentions)
+    if packed:
+        return f"{module}{_PACKED}"
+    return f"{module}.weight" if update is None else update.weight_name(module)
+
+
+def locate(base: Base, modules: Mapping[str, Update | None], saved: Collection[str] = ()) -> Locations:
+    """Find all these modules. Raises TargetError if the base lacks one. `modules`: by name, with their updates, which
+    know their weight's name (None: "weight"); `saved`: names of saved weights, used to find the renaming if there are
+    no modules.
     """
     if base.single_file:
         return _in_single_file(base, modules)
-    targets = [f"{module}.weight" for module in modules]
+    attentions = {name for name in base.tensors if name.endswith(_PACKED)}
+    weights = {module: _weight_name(module, update, attentions) for module, update in modules.items()}
+    targets = list(weights.values())
     lookups = targets or [n for n in saved if numbered(n)]
     # Only weights outside the numbered layers can be tied; transformers, a slow import, knows which are.
     pairs = {} if all(map(numbered, (*targets, *saved))) else declared(base)
@@ -47,8 +66,7 @@ def locate(base: Base, modules: Collection[str], saved: Collection[str] = ()) ->
     rename = find_renaming(stored, base.tensors, base.folder, _LEVELS if base.component else None)
     ties = find_ties(base, pairs, rename)
     found = {}
-    for module in modules:
-        own = f"{module}.weight"
+    for module, own in weights.items():
         at = next(n for n in (rename(own), own) if n in base.tensors or n in ties)
         slot = base.tensors.get(at) or base.tensors[ties[at]]
         found[module] = WeightRows(at, 0, slot.shape[0] if slot.shape else 1)

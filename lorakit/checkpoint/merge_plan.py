@@ -1,30 +1,34 @@
 """Plan OUT before a byte is written: each tensor, where it comes from and how it is made.
 
-copied      the base's bytes
+copied      the base's bytes; a quantized weight that stays so, all its tensors
 updated     W + Σ wᵢ ΔWᵢ; only some rows of a tensor that several modules share
 replaced    an adapter's saved weight instead of the base's; added, if the base has none
 untied      a separate tensor for a weight that was stored once and used twice
+requantized a weight quantized again, into several tensors (`requantize.Packing`)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.tokens import Tokens
-from ..errors import TargetError, listing
-from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
+from ..errors import AdapterError, TargetError, listing
+from ..io.stream import DTYPES, NAMES, Slot
 from ..ops.delta import as_matrices
 from .base import Base
 from .change import Change
 from .changes import Changes
+from .experts import as_stored
 from .locate import locate
+from .quantized.weight import PackedSlot
 from .renaming import Renaming
+from .requantize import Packing, Requantize
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class RowUpdates:
 @dataclass(frozen=True)
 class Entry:
     """One tensor of OUT. `source`: the base's tensor that it starts from. `updates`: by rows, in order. `value`: what
-    replaces it instead.
+    replaces it instead. `packing`: how it is quantized again, into the tensors of `layout`; `dtype` is F32 then.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Entry:
     source: Slot | None = None
     updates: tuple[RowUpdates, ...] = ()
     value: Tensor | None = None
+    packing: Packing | None = None
 
     @property
     def slot(self) -> Slot:
@@ -67,14 +72,29 @@ class Entry:
         return self.source
 
     @property
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Its tensors in OUT: name -> (dtype, shape)."""
+        return self.packing.layout if self.packing is not None else {self.name: (self.dtype, self.shape)}
+
+    @property
     def nbytes(self) -> int:
-        """The tensor's size in OUT, in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.dtype in DTYPES else self.slot.nbytes
+        """Its size in OUT, in bytes."""
+        return sum(self.bytes_of(name) for name in self.layout)
+
+    def bytes_of(self, name: str) -> int:
+        """Return the size of one of its tensors in OUT, in bytes."""
+        dtype, shape = self.layout[name]
+        return math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else self.slot.nbytes
 
     @property
     def copied(self) -> bool:
         """Whether the base's values stay (possibly in another dtype)."""
         return not self.updates and self.value is None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it holds the base's tensor, perhaps in another dtype; not one that was or becomes quantized."""
+        return self.copied and self.packing is None and not isinstance(self.source, PackedSlot)
 
     def pieces(self) -> Iterator[tuple[Slot, RowUpdates | None]]:
         """Yield the source in blocks of rows, each with its updates or None."""
@@ -90,7 +110,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of OUT. `renames`: one for each adapter, from its names to the files'."""
+    """All of OUT. `renames`: one for each adapter, from its names to the files'; `requantize`: how the base's quantized
+    weights are quantized again, None if it has none or they become ordinary ones.
+    """
 
     base: Base
     files: Mapping[str, list[Entry]]
@@ -98,6 +120,17 @@ class Plan:
     replaced: list[str]
     added: list[str]
     untied: list[str]
+    requantize: Requantize | None = None
+
+    @property
+    def split(self) -> set[str]:
+        """The tied weights that get a tensor of their own."""
+        return {name for name in self.untied if name not in self.base.tensors}
+
+    @property
+    def dequantized(self) -> list[str]:
+        """The base's quantized weights that are ordinary ones in OUT."""
+        return [e.name for e in self.entries if isinstance(e.source, PackedSlot) and e.packing is None]
 
     @property
     def grown(self) -> tuple[int, int] | None:
@@ -113,14 +146,23 @@ class Plan:
         return [entry for entries in self.files.values() for entry in entries]
 
 
-def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torch.dtype | None, untie: bool) -> Plan:
-    """Plan the merge of adapters with their weights. `untie`: separate tied weights that change.
+def make_plan(
+    base: Base,
+    adapters: Sequence[tuple[float, Adapter]],
+    dtype: torch.dtype | None,
+    untie: bool,
+    requantize: Requantize | None = None,
+) -> Plan:
+    """Plan the merge of adapters with their weights. `untie`: separate tied weights that change; `requantize`: how the
+    base's quantized weights are quantized again; without it they become ordinary weights.
 
     Raises TargetError or AdapterError for every part of an adapter that does not fit the base.
     """
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
-    for weight, adapter in adapters:
+    for weight, given in adapters:
+        stored = as_stored(base, given.updates)
+        adapter = replace(given, updates={m: u for own in stored.values() for m, u in own.items()})
         locations = locate(base, adapter.updates, adapter.saved)
         changes.add(weight, adapter, locations)
         renames.append(locations.rename)
@@ -134,12 +176,16 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
     sources = {**base.tensors, **{user: base.tensors[ties[user]] for user in own}}
     files: dict[str, list[Entry]] = {file: [] for file in base.shards}
     for name, slot in sources.items():
-        stored = NAMES[dtype] if dtype is not None and slot.dtype in MERGEABLE else slot.dtype
         row_updates = tuple(
             RowUpdates(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items())
         )
         value = changes.values.get(name)
         shape = slot.shape if value is None else tuple(value.shape)  # more rows, where tokens were added
+        if requantize is not None and isinstance(slot, PackedSlot):
+            for entry in _requantized(name, slot, row_updates, value, requantize):
+                files[entry.file].append(entry)
+            continue
+        stored = base.dtype_in_out(slot, dtype)
         files[slot.path.name].append(Entry(name, slot.path.name, stored, shape, slot, row_updates, value))
     last = list(files)[-1]
     for name in changes.added:
@@ -147,7 +193,28 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
         stored = NAMES[dtype or base.dtype] if value.is_floating_point() else NAMES[value.dtype]
         files[last].append(Entry(name, last, stored, tuple(value.shape), value=value))
     replaced = [n for n in changes.values if n not in changes.added]
-    return Plan(base, files, renames, replaced, changes.added, sorted(tied) if untying else [])
+    return Plan(base, files, renames, replaced, changes.added, sorted(tied) if untying else [], requantize)
+
+
+def _requantized(
+    name: str, slot: PackedSlot, updates: tuple[RowUpdates, ...], value: Tensor | None, requantize: Requantize
+) -> list[Entry]:
+    """Plan a weight that stays quantized: copied, or quantized again if it changes or gets another format.
+
+    Raises AdapterError for a weight that an adapter replaces.
+    """
+    if value is not None:
+        raise AdapterError(
+            f"the adapter has a full weight for '{name}', which the base holds quantized\n"
+            "  merge without requantize (--requantize), which writes ordinary weights"
+        )
+    if not updates and requantize.is_same(slot.packed):
+        module = name.removesuffix(".weight")
+        return [
+            Entry(f"{module}.{own}", raw.path.name, raw.dtype, raw.shape, raw) for own, raw in slot.packed.slots.items()
+        ]
+    packing, source = requantize.packing(name, slot)
+    return [Entry(name, slot.path.name, "F32", source.shape, source, updates, packing=packing)]
 
 
 def _same_change(changes: Changes, group: list[str]) -> bool:

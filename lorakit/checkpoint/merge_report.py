@@ -35,11 +35,40 @@ class TargetReport:
 
 
 @dataclass(frozen=True)
+class Requantized:
+    """What quantizing one merged weight did: ‖Q' - (W + ΔW)‖ over ‖W + ΔW‖ and over ‖ΔW‖, and the share of ΔW kept, all
+    explained in `requantize`. Those that depend on ΔW are None if nothing changed the weight.
+    """
+
+    module: str
+    error: float
+    error_of_change: float | None
+    kept: float | None
+
+    def within(self, component: str) -> Requantized:
+        """Return a copy with a pipeline's component in front of the name."""
+        return replace(self, module=f"{component}.{self.module}") if component else self
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What quantization had changed of one weight: ‖Q - W‖ / ‖W‖, and ‖Q - W‖ / ‖ΔW‖ if the adapter changes it."""
+
+    module: str
+    relative: float
+    of_change: float | None
+
+    def within(self, component: str) -> Difference:
+        """Return a copy with a pipeline's component in front of the name."""
+        return replace(self, module=f"{component}.{self.module}") if component else self
+
+
+@dataclass(frozen=True)
 class MergeReport:
     base: str
     adapter: str
     out: str
-    dtype: str  # of most of the written weights
+    dtype: str  # of most of the written weights; the kind of quantization, if weights were quantized again
     converted: bool  # whether that differs from the base
     targets: tuple[TargetReport, ...]
     replaced: tuple[str, ...]  # by the adapter's saved weights
@@ -51,6 +80,9 @@ class MergeReport:
     left_out: tuple[str, ...]  # files of the base that were not copied: other weights, adapters
     warnings: tuple[str, ...]
     seconds: float
+    dequantized: int = 0  # quantized weights of the base that are ordinary ones in OUT
+    requantized: tuple[Requantized, ...] = ()
+    differences: tuple[Difference, ...] = ()  # between the quantized base and the one that the adapter is merged onto
 
     @property
     def largest(self) -> float:
@@ -63,12 +95,16 @@ class MergeReport:
 
     def outcome(self) -> str:
         """Return the result in one sentence."""
-        parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
+        # What rounding to a few values wrote says little about ΔW.
+        largest = max((t.asked for t in self.targets), default=0.0) if self.requantized else self.largest
+        parts = [f"{len(self.targets)} targets merged, largest |ΔW| {largest:.3g}"]
         parts += [
             f"{len(names)} weights {what}"
             for names, what in ((self.replaced, "replaced"), (self.added, "added"))
             if names
         ]
+        parts += [f"{self.dequantized} quantized weights written as {self.dtype}"] if self.dequantized else []
+        parts += [f"{len(self.requantized)} weights quantized again as {self.dtype}"] if self.requantized else []
         same = f"{self.untouched} other tensors {f'rounded to {self.dtype}' if self.converted else 'byte-identical'}"
         return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB"])
 

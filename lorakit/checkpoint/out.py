@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import LorakitError, listing
 from .base import CONFIG
 from .parts import PIPELINE, Part
+from .quantized.found import SETTINGS_FILES
 
 NOTE = "lorakit_merge.json"
 WEIGHTS = {
@@ -102,6 +103,13 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
         else:
             copies[str(name)] = path
     return copies, left_out
+
+
+def without_settings(copies: Mapping[str, Path], quantization_changes: bool) -> tuple[dict[str, Path], list[str]]:
+    """Return the files to copy without those that say how the base is quantized, if OUT is not, and a warning."""
+    stale = [name for name in copies if quantization_changes and Path(name).name in SETTINGS_FILES]
+    kept = {name: path for name, path in copies.items() if name not in stale}
+    return kept, [f"not copied, as it says how the base is quantized: {name}" for name in stale]
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

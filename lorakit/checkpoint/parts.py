@@ -47,15 +47,16 @@ class Part:
         return f"{self.name}.{name}" if self.name else name
 
 
-def open_parts(path: Path, names: Collection[str], everything: bool = False) -> list[Part]:
+def open_parts(path: Path, names: Collection[str], everything: bool = False, quantized: bool = False) -> list[Part]:
     """Open the parts that have these modules or weights; with `everything` all that have weights.
 
-    Raises LorakitError if the path is not a checkpoint, TargetError for a name outside all components.
+    quantized: whether quantized weights may be read. Raises LorakitError if the path is not a checkpoint, or is
+    quantized where that is not allowed; TargetError for a name outside all components.
     """
     if path.is_file():
         return [Part("", open_single_file(path))]
     if not (path / PIPELINE).is_file():
-        return [Part("", open_base(path))]
+        return [Part("", open_base(path, quantized))]
     components = [
         name
         for name, value in read_json(path / PIPELINE).items()
@@ -72,7 +73,7 @@ def open_parts(path: Path, names: Collection[str], everything: bool = False) -> 
         )
     touched = {n.partition(".")[0] for n in names}
     chosen = [c for c in components if c in touched or (everything and any((path / c).glob("*.safetensors")))]
-    return [Part(name, replace(open_base(path / name), component=name)) for name in chosen]
+    return [Part(name, replace(open_base(path / name, quantized), component=name)) for name in chosen]
 
 
 def _within(component: str, named: Mapping[str, Any]) -> dict[str, Any]:

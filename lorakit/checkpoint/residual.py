@@ -1,12 +1,14 @@
 """Adapters that PEFT initialized from the base's weights, converted to a plain LoRA of that base.
 
     PiSSA (Meng et al. 2024)          s · B₀ A₀ = the r largest singular values of W
+    MiLoRA (Wang et al. 2024)         s · B₀ A₀ = the r smallest ones
     OLoRA (Büyükakyüz 2024)           B₀ A₀ = the first r columns of Q and rows of R, W = Q R
 
 Training started from W - s · B₀ A₀, so the adapter adds s · B A - s · B₀ A₀ to W, of rank 2r. B₀ A₀ are recomputed from
-W, which must be the same base; for PiSSA up to the accuracy with which an SVD in float32 separates the r-th singular
-vector from the next. Initializations that used data, random projections or quantized weights (CorDA, LoRA-GA,
-`pissa_niter_*`, LoftQ) cannot be recomputed.
+W, which must be the same base; for PiSSA and MiLoRA up to the accuracy with which an SVD in float32 separates the r-th
+singular vector from the next. Initializations that used data, random projections or several quantizations (CorDA,
+LoRA-GA, `pissa_niter_*`, LoftQ of several iterations) cannot be recomputed. lorakit's own adapters need none of this:
+their start is subtracted already (`layers.init`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ..errors import AdapterError
 from ..formats import TAKES_ALPHA, TELLS_MODEL, find, format_of, load, peft
 from .weights import open_weights
 
-EXACT = ("pissa", "olora")
+EXACT = ("pissa", "milora", "olora")
 
 
 def load_on(
@@ -58,7 +60,7 @@ def started_as(source: str | Path) -> str | None:
 
 
 def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
-    """Convert a PiSSA or OLoRA folder of PEFT to a plain LoRA of `base`.
+    """Convert a PiSSA, MiLoRA or OLoRA folder of PEFT to a plain LoRA of `base`.
 
     The folder does not identify its base. But a trained adapter is still close to its initialization, so if subtracting
     the initialization computed from `base` makes every module larger, it was another base: AdapterError, unless
@@ -86,10 +88,10 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         raise AdapterError(
             f"{path}: '{unsupported[0]}' is not a plain linear, the only module that {start!r} is defined for"
         )
-    weights = open_weights(base, adapter.factors)
+    weights = open_weights(base, adapter.factors, quantized=False)  # the start was computed from unrounded weights
     made, grown = {}, 0
     for module, f in adapter.factors.items():
-        W = weights.read(module, f)
+        W = weights.read(module)
         first = _start(start, W, f)
         made[module] = exact_sum(module, [(1.0, f), (-1.0, first)])
         grown += norm(made[module]) > norm(f)
@@ -109,17 +111,19 @@ def _start(start: str, W: Tensor, f: Factors) -> Factors:
     if start == "olora":
         Q, R = torch.linalg.qr(W)
         return Factors(R[:r].contiguous(), Q[:, :r].contiguous(), f.alpha, f.kind, f.rslora, f.transposed)
-    U = _largest(W.double(), r) if W.shape[0] <= W.shape[1] else None
-    if U is not None:
-        B, A = U, U.T @ W.double()
+    W = W.double()
+    if W.shape[0] <= W.shape[1]:
+        U = _left(W, r, start)
+        B, A = U, U.T @ W
     else:
-        V = _largest(W.double().T, r)
-        B, A = W.double() @ V, V.T
+        V = _left(W.T, r, start)
+        B, A = W @ V, V.T
     return Factors((A / f.scale).float().contiguous(), B.float().contiguous(), f.alpha, f.kind, f.rslora, f.transposed)
 
 
-def _largest(W: Tensor, r: int) -> Tensor:
-    """Return the first r left singular vectors of W [m, n], m <= n, from the eigenvectors of W Wᵀ [m, m] in float64,
-    which is several times as fast as an SVD.
+def _left(W: Tensor, r: int, start: str) -> Tensor:
+    """Return r left singular vectors of W [m, n], m <= n: the last for MiLoRA, else the first. From the eigenvectors of
+    W Wᵀ [m, m] in float64, which is several times as fast as an SVD.
     """
-    return torch.linalg.eigh(W @ W.T)[1][:, -r:]
+    vectors = torch.linalg.eigh(W @ W.T)[1]  # of ascending eigenvalues
+    return vectors[:, :r] if start == "milora" else vectors[:, -r:]

@@ -9,13 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import differences, fingerprint, sample_positions
+from ..adapter.fingerprint import Quantized, Weight, differences, fingerprint, sample_positions
 from ..adapter.tokens import Tokens
+from ..io.stream import Slot
 from .base import Base
+from .experts import as_stored
 from .locate import locate
 from .parts import open_parts
+from .quantized.weight import PackedSlot
 
 
 def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str]) -> list[str]:
@@ -27,17 +33,26 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
         return []
     if not isinstance(expected, Mapping) or not isinstance(expected.get("samples"), Mapping):
         return ["the adapter's fingerprint of its base is damaged"]
-    expected_samples, stored = {}, {}
+    expected_samples: dict[str, Any] = {}
+    stored: dict[str, Weight] = {}
     tokens = {f"{m}.weight" for m, update in adapter.updates.items() if isinstance(update, Tokens)}
     for name, samples in expected["samples"].items():
         slot = base.tensors.get(rename(name))
         replaced = name in adapter.saved or name in tokens  # a new head, or rows for new tokens, are not the base's
         if slot is not None and slot.nbytes and slot.torch_dtype is not None and not replaced:
             expected_samples[name] = samples
-            # Read only the elements that a fingerprint samples. It samples every element of a tensor this small.
-            stored[name] = slot.elements(sample_positions(math.prod(slot.shape)))
+            stored[name] = _samples(slot)
     rounding = {"rounding": expected["rounding"]} if "rounding" in expected else {}
     return differences({**fingerprint(stored, ""), "samples": expected_samples, **rounding}, stored, "")
+
+
+def _samples(slot: Slot) -> Weight:
+    """Read only the elements that a fingerprint samples. It samples every element of a tensor this small."""
+    at = sample_positions(math.prod(slot.shape))
+    if not isinstance(slot, PackedSlot):
+        return slot.elements(at)
+    values, errors = slot.sampled(torch.tensor(at))
+    return Quantized((len(at),), lambda chosen: (values[chosen], errors[chosen]))
 
 
 def compare_with_base(path: Path, adapter: Adapter) -> list[str]:
@@ -46,8 +61,9 @@ def compare_with_base(path: Path, adapter: Adapter) -> list[str]:
     Raises LorakitError if it lacks one of the adapter's modules.
     """
     lines = []
-    for part in open_parts(path, list(adapter.updates)):
+    for part in open_parts(path, list(adapter.updates), quantized=True):
         own = part.own(adapter)
         if own is not None:
-            lines += compare_with_files(part.base, own, locate(part.base, own.updates).rename)
+            stored = {m: u for each in as_stored(part.base, own.updates).values() for m, u in each.items()}
+            lines += compare_with_files(part.base, own, locate(part.base, stored).rename)
     return lines

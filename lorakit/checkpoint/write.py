@@ -20,25 +20,42 @@ from torch import Tensor
 from ..errors import LorakitError
 from ..io.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
 from .merge_plan import Entry, RowUpdates
-from .merge_report import TargetReport
+from .merge_report import Requantized, TargetReport
+from .requantize import Measure, Packing
 
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """An updated tensor as written. `largest`: the largest |ΔW| of each of its updates; `crc`: CRC-32 of its bytes."""
+    """An updated tensor as written. `largest`: the largest |ΔW| of each of its updates; `crc`: CRC-32 of its bytes, or
+    of those of all its tensors, one after the other.
+    """
 
     largest: list[float]
     crc: int
 
 
+@dataclass(frozen=True)
+class Reports:
+    """What each update of a file changed, and what quantizing did to each weight that was quantized again."""
+
+    targets: list[TargetReport]
+    requantized: list[Requantized]
+
+
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
     """Sort tensors as a file holds them: wide dtypes first, so that each starts at a multiple of its element size."""
+    return sorted(entries, key=lambda e: (-_width(e.dtype), e.source.start if e.source else math.inf))
 
-    def width(entry: Entry) -> int:
-        dtype = DTYPES.get(entry.dtype)
-        return dtype.itemsize if dtype is not None else 1
 
-    return sorted(entries, key=lambda e: (-width(e), e.source.start if e.source else math.inf))
+def _layout(entries: Sequence[Entry]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Return the file's tensors in its order: name -> (dtype, shape, bytes)."""
+    tensors = [(n, dtype, shape, e.bytes_of(n)) for e in entries for n, (dtype, shape) in e.layout.items()]
+    return {n: (dtype, shape, nbytes) for n, dtype, shape, nbytes in sorted(tensors, key=lambda t: -_width(t[1]))}
+
+
+def _width(dtype: str) -> int:
+    found = DTYPES.get(dtype)
+    return found.itemsize if found is not None else 1
 
 
 def write_file(
@@ -49,9 +66,12 @@ def write_file(
     Raises LorakitError if a value is too large for the dtype.
     """
     written: dict[str, WrittenTensor] = {}
-    with StreamWriter(path, {e.name: (e.dtype, e.shape, e.nbytes) for e in entries}, metadata) as out:
+    with StreamWriter(path, _layout(entries), metadata) as out:
         for entry in entries:
-            if entry.value is not None:
+            out.at(next(iter(entry.layout)))
+            if entry.packing is not None:
+                written[entry.name] = _write_quantized(out, entry, entry.packing)
+            elif entry.value is not None:
                 value = entry.value.to(DTYPES[entry.dtype])
                 _check_finite(entry, value, entry.value)
                 out.write(value)
@@ -75,6 +95,22 @@ def write_file(
     return written
 
 
+def _write_quantized(out: StreamWriter, entry: Entry, packing: Packing) -> WrittenTensor:
+    largest, crc = [0.0] * bool(entry.updates), 0
+
+    def blocks() -> Iterator[Tensor]:
+        for _, block, change in all_changes(entry):
+            if change is not None:
+                largest[0] = max(largest[0], _largest(change))
+            yield _sum(block.float(), change)
+
+    made = packing.quantized(blocks())
+    for name in packing.layout:
+        out.at(name)
+        crc = out.write(made[name], crc)
+    return WrittenTensor(largest, crc)
+
+
 def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
     """Yield the merged tensor in blocks of rows [n, -1], not rounded: W + ΔW in float32 (float64 stays); unchanged
     tensors and replaced ones in their own dtype.
@@ -83,10 +119,16 @@ def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
         value = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
         yield slice(0, value.shape[0]), value
         return
+    for rows, block, change in all_changes(entry):
+        yield rows, _sum(block, change)
+
+
+def all_changes(entry: Entry) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield blocks of rows of all pieces: (rows of the entry, W[rows], ΔW[rows] or None)."""
     start = 0
     for slot, row_updates in entry.pieces() if entry.updates else iter([(entry.slot, None)]):
         for rows, block, change in _changes(slot, row_updates):
-            yield slice(start + rows.start, start + rows.stop), _sum(block, change)
+            yield slice(start + rows.start, start + rows.stop), block, change
         start += slot.shape[0] if slot.shape else 1
 
 
@@ -112,19 +154,26 @@ def _rounded(entry: Entry, new: Tensor, old: Tensor) -> Tensor:
 
 def read_back(
     path: Path, entries: Sequence[Entry], written: Mapping[str, WrittenTensor], done: Callable[[str], None]
-) -> list[TargetReport]:
+) -> Reports:
     """Compare a written file with the base. Returns what each update changed.
 
     Raises LorakitError if anything else differs, or an updated tensor's checksum does.
     """
     slots, _ = read_header(path)
-    if list(slots) != [e.name for e in entries]:
+    if list(slots) != list(_layout(entries)):
         raise _unlike(path, "its list of tensors")
-    reports = []
+    reports: list[TargetReport] = []
+    requantized: list[Requantized] = []
     for entry in entries:
-        slot = slots[entry.name]
-        if (slot.dtype, slot.shape) != (entry.dtype, entry.shape):
+        if any((slots[n].dtype, slots[n].shape) != each for n, each in entry.layout.items()):
             raise _unlike(path, f"'{entry.name}'")
+        if entry.packing is not None:
+            target, measured = _measure_quantized(path, entry, entry.packing, slots, written[entry.name])
+            reports += target
+            requantized.append(measured)
+            done(entry.name)
+            continue
+        slot = slots[entry.name]
         if entry.updates:
             reports += _measure(path, entry, slot, written[entry.name])
         elif entry.value is not None:
@@ -139,7 +188,33 @@ def read_back(
             if not all(same_bytes(a, b.to(a.dtype)) for (_, a), (_, b) in pairs):
                 raise _unlike(path, f"'{entry.name}'")
         done(entry.name)
-    return reports
+    return Reports(reports, requantized)
+
+
+def _measure_quantized(
+    path: Path, entry: Entry, packing: Packing, slots: Mapping[str, Slot], updated: WrittenTensor
+) -> tuple[list[TargetReport], Requantized]:
+    """Measure a weight that was quantized again: what quantizing did, and what its update changed of Q(W)."""
+    crc = 0
+    for name in packing.layout:
+        for block in slots[name].copied():
+            crc = zlib.crc32(bytes_of(block), crc)
+    if crc != updated.crc:
+        raise _unlike(path, f"'{entry.name}'")
+    base_is_quantized = packing.like is not None and entry.slot is packing.base
+    before = entry.slot if base_is_quantized else packing.slot(packing.quantized(b for _, b in entry.slot.rows()))
+    measure, applied, changed = Measure(packing.module), 0.0, 0
+    blocks = zip(all_changes(entry), packing.slot(slots).rows(), before.rows(), strict=True)
+    for (_, block, change), (_, new), (_, old) in blocks:
+        measure.add(block if change is None else block + change, new, old, change)
+        applied = max(applied, _largest(new - old))
+        changed += int((new != old).sum())
+    share = changed / math.prod(entry.shape)
+    targets = [
+        TargetReport(u.module, entry.name, entry.shape, u.rank, largest, applied, share)
+        for u, largest in zip(entry.updates, updated.largest, strict=True)
+    ]
+    return targets, measure.result()
 
 
 def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> list[TargetReport]:
@@ -171,7 +246,7 @@ def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> li
 
 
 def _as_is(entry: Entry) -> bool:
-    return entry.copied and entry.source is not None and entry.source.dtype == entry.dtype
+    return entry.copied and entry.packing is None and entry.source is not None and entry.source.dtype == entry.dtype
 
 
 def _largest(block: Tensor) -> float:

@@ -15,6 +15,7 @@ from ..version import VERSION
 if TYPE_CHECKING:
     from ..doctor.fused import FusedPart
     from ..doctor.machine import Machine
+    from ..doctor.quantizers import Quantizer
     from ..doctor.versions import Extra, Library
 
 
@@ -40,15 +41,16 @@ def doctor(
     libraries = [*([python] if python.fix else []), *versions.required()]
     extras = versions.extras()
     works = not any(lib.fix for lib in libraries)
-    machine = fused = None
+    machine = fused = quantized = None
     if all(lib.state not in versions.BAD for lib in libraries if lib.name in ("torch", "numpy")):
         from ..doctor.machine import look
 
         machine = look()
     if works:
         from ..doctor.fused import fused_report
+        from ..doctor.quantizers import quantizers
 
-        fused = fused_report()
+        quantized, fused = quantizers(), fused_report()
     if json_output:
         print(
             json.dumps(
@@ -60,17 +62,22 @@ def doctor(
                     "libraries": [{**asdict(lib), "fix": lib.fix} for lib in libraries],
                     "extras": [{**asdict(extra), "lacking": extra.lacking, "fix": extra.fix} for extra in extras],
                     "machine": asdict(machine) if machine else None,
+                    "quantizers": [asdict(each) for each in quantized or ()],
                     "fused": [asdict(part) for part in fused or ()],
                 }
             )
         )
     else:
-        _print(libraries, extras, machine, fused)
+        _print(libraries, extras, machine, quantized, fused)
     raise typer.Exit(0 if works else 1)
 
 
 def _print(
-    libraries: list[Library], extras: list[Extra], machine: Machine | None, fused: list[FusedPart] | None
+    libraries: list[Library],
+    extras: list[Extra],
+    machine: Machine | None,
+    quantized: list[Quantizer] | None,
+    fused: list[FusedPart] | None,
 ) -> None:
     from rich.console import Console
 
@@ -80,6 +87,8 @@ def _print(
     sections = [show.libraries(libraries), show.extras(extras)]
     if machine is not None:
         sections += [show.devices(machine.devices), show.precisions(machine.precisions), show.machine(machine)]
+    if quantized:
+        sections.append(show.quantizers(quantized))
     if fused:
         sections.append(show.fused(fused))
     for section in sections:

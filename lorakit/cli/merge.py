@@ -39,6 +39,18 @@ def merge(
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="list every merged module")] = False,
     model_type: ModelType = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(help="the unquantized folder of a quantized BASE: merge into that, and report what differs"),
+    ] = None,
+    requantize: Annotated[
+        Literal["same", "nf4", "fp4", "int8", "gptq", "awq"] | None,
+        typer.Option(help="quantize a quantized BASE's weights again; without it they are written as ordinary ones"),
+    ] = None,
+    keep_at_least: Annotated[
+        float,
+        typer.Option(help="share of its ΔW that each requantized weight must keep; below that nothing is written"),
+    ] = 0.5,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Merge adapters into a checkpoint's files, one tensor in memory at a time, and verify the result."""
@@ -67,6 +79,9 @@ def merge(
             dtype=dtype_of(dtype),
             untie=untie,
             force_base=force_base,
+            onto=base_folder(onto),
+            requantize=requantize,
+            keep_at_least=keep_at_least,
             on_tensor=lambda name, done, total: status.update(f"{done}/{total} {name}"),
         )
     if json_output:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ..config import LoraSettings, part
+from ..config import LoraSettings, Quantization, part
 from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import task_of
@@ -21,6 +22,7 @@ from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
 if TYPE_CHECKING:
+    from ..plan.packed import Packing
     from ..plan.planner import Planner
 
 # The settings that affect memory. A --config file may have the others too.
@@ -50,6 +52,9 @@ _SETTINGS = (
     "micro_batch",
     "packing",
     "precision",
+    "quantize",
+    "double",
+    "compute_dtype",
     "gradient_checkpointing",
     "memory",
     "optimizer",
@@ -85,13 +90,13 @@ def _plan(
         from transformers.utils import logging
 
         from ..bases.device import choose_device
-        from ..plan.estimate import FOUR_BIT
+        from ..bases.stored_weights import storage_of
         from ..plan.machine import multiply_rate
         from ..plan.planner import MOST_ROWS
         from ..plan.show import bars, grid, numbers
         from ..plan.units import show_bytes
         from ..train import defaults
-        from ..train.memory import allowed, planner_for
+        from ..train.memory import SMALLEST, allowed, packing_of, planner_for
 
     # What transformers notes on building a model (a slower kernel, an odd RoPE factor) concerns runs, not a plan.
     logging.set_verbosity_error()
@@ -108,14 +113,23 @@ def _plan(
     if not task_of(settings.task).traced:
         _show_static(settings, target, limit, json_output)
         return
+    given = part(settings, Quantization)
+    dense = settings.replace(find_lr=False, **Quantization().model_dump())
+    how = given if given.quantize else Quantization(quantize=SMALLEST)  # to compare with, where none is given
     planners: dict[str, Planner] = {}
     for name in sorted(METHODS):
-        method, own_settings = method_of(name), settings.replace(method=name, find_lr=False)
+        method, own_settings = method_of(name), dense.replace(method=name)
         dtype = method.precision(own_settings, target).value
-        planners[name] = planner_for(own_settings, dtype, target, validation=validation)
-        if method.keeps_base:
-            planners[FOUR_BIT + name] = planners[name].four_bit()
-    own, dtype = planners[settings.method], planners[settings.method].settings.dtype
+        if not method.keeps_base and storage_of(task_of(settings.task).blueprint(settings)) is not None:
+            continue  # it cannot train quantized weights
+        planner = planner_for(own_settings, dtype, target, validation=validation)
+        planners[planner.name] = planner
+        if method.keeps_base and planner.settings.packing is None:
+            quantized = planner.stored(cast("Packing", packing_of(own_settings, planner.base, how)))
+            if quantized.shell.packed:
+                planners[quantized.name] = quantized
+    own = _own(planners, settings)
+    dtype = own.settings.dtype
     if not json_output:
         print("simulating a step on shapes, which takes a few seconds ...", file=sys.stderr, flush=True)
     max_length = part(settings, Lengths).max_length
@@ -132,7 +146,7 @@ def _plan(
     fit_lengths = {name: p.longest(rows.value, memory) for name, p in planners.items()} if memory else {}
     lengths = sorted({n for n in _LENGTHS if n <= (own.positions or n)} | {estimates[0].length})
     fitting = {n: own.most_rows(n, memory) for n in lengths} if memory else {}
-    chosen = next(e for e in estimates if e.method == settings.method)
+    chosen = next(e for e in estimates if e.method == own.name)
     flops = chosen.flops * settings.batch_size / chosen.rows
     seconds = flops / multiply_rate(dtype, local) if here else None
 
@@ -168,14 +182,37 @@ def _plan(
     console.print(bars(estimates, memory, console.width), end="", no_wrap=True, crop=False)
     if limit is not None:
         console.print(
-            f"\nlargest batches within {show_bytes(limit.total)} ({limit.source}), {settings.method}:",
+            f"\nlargest batches within {show_bytes(limit.total)} ({limit.source}), {own.name}:",
             markup=False,
             highlight=False,
         )
         console.print(grid(fitting, MOST_ROWS))
     say(f"\n{_time(flops, seconds)}")
-    say("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
-    print(_next(settings, config, flags, chosen.total <= memory if memory else True))
+    if own.settings.packing is not None:
+        say(f"{own.shell.packed} linears are stored as {own.settings.packing.storage.title}")
+    smaller = next((e for e in estimates if e.method == f"{how.quantize} {settings.method}"), None)
+    fits = memory is None or chosen.total <= memory
+    suggested = not fits and smaller is not None and smaller is not chosen and smaller.total <= cast(int, memory)
+    print(_next(settings, config, flags, fits, how.quantize if suggested else None))
+
+
+def _own(planners: Mapping[str, Planner], settings: TrainConfig) -> Planner:
+    """Return the planner of the run that was asked for. Raises ConfigError if its base cannot be quantized."""
+    if settings.quantize is None:
+        return next(p for p in planners.values() if p.settings.method == settings.method)
+    named = f"{settings.quantize} {settings.method}"
+    if named in planners:
+        return planners[named]
+    stored = next((p.settings.packing for p in planners.values() if p.settings.packing is not None), None)
+    if stored is not None:
+        raise ConfigError(
+            f"{settings.model} is quantized already: {stored.storage.title}\n"
+            f"  omit quantize: {settings.quantize}, or give the unquantized base"
+        )
+    raise ConfigError(
+        f"{settings.model} has no linear that can be quantized to {settings.quantize}\n"
+        f"  omit quantize: {settings.quantize}, or choose another"
+    )
 
 
 def _show_static(settings: TrainConfig, device: Any, limit: Any, json_output: bool) -> None:
@@ -211,8 +248,13 @@ def _show_static(settings: TrainConfig, device: Any, limit: Any, json_output: bo
         print(f"next: lorakit image train FOLDER --model {quote(settings.model)}")
 
 
-def _next(settings: TrainConfig, config: Path | None, flags: dict[str, Any], fits: bool) -> str:
-    """Return the next command, or what to change if the run does not fit."""
+def _next(
+    settings: TrainConfig, config: Path | None, flags: dict[str, Any], fits: bool, quantize: str | None = None
+) -> str:
+    """Return the next command, or what to change if the run does not fit. `quantize`: with what it would fit."""
+    if quantize is not None:
+        flags = flags | {"quantize": quantize}
+        fits = True
     if not fits:
         return (
             "next: the run does not fit; try lorakit plan with --micro-batch 1, a smaller --max-length, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -68,4 +68,20 @@ class KindSettings(Strict):
             if changed and not has_effect(setting, own):
                 wanted = " or ".join(f"{name}='{value}'" for name, value in needs)
                 raise ValueError(f"{setting} has an effect with {wanted} only; remove it, or give that")
+        if self.adalora_warmup + self.adalora_final >= 1:
+            raise ValueError(
+                f"adalora_warmup ({self.adalora_warmup:g}) and adalora_final ({self.adalora_final:g}) leave no steps "
+                "to reduce ranks in; together they must be below 1"
+            )
+        if self.adalora_rank is not None and self.adalora_rank > own.get("rank", self.adalora_rank):
+            raise ValueError(
+                f"adalora_rank ({self.adalora_rank}) is the average rank at the end, and cannot be higher than rank "
+                f"({own['rank']}), the one at the start"
+            )
         return self
+
+    def of_variant(self, variant: str) -> Self:
+        """Return the settings of updates of another kind, without those that only the kind so far has."""
+        own = {name for name, needs in _NEEDS.items() if ("variant", dict(self)["variant"]) in needs}
+        kept = {name: value for name, value in self if name in self.model_fields_set - own}
+        return type(self)(**kept | {"variant": variant})

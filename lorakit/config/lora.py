@@ -150,15 +150,17 @@ class LoraSettings(KindSettings):
         """Return the alpha for a module's full name."""
         return self._alphas_by_name.value(module, self.alpha)
 
-    def of_values(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Self:
+    def of_values(self, ranks: Mapping[str, int], alphas: Mapping[str, float], variant: str | None = None) -> Self:
         """Return the settings of an adapter with values, of these ranks and alphas by module's full name.
 
         How it started is no setting of it any more, unless at random; a start that was subtracted has twice the rank.
+        variant: the kind that its values are of, if that is another than the one that was trained.
         """
-        if self.init in _RANDOM:
+        if variant is None and self.init in _RANDOM:
             return self
-        changes: dict[str, Any] = {name: type(self).model_fields[name].default for name in ("init", *_OF_STARTS)}
-        if any(self.rank_of(m) != r for m, r in ranks.items()) or any(self.alpha_of(m) != a for m, a in alphas.items()):
+        own = self if variant is None else self.of_variant(variant)
+        changes: dict[str, Any] = {name: type(own).model_fields[name].default for name in ("init", *_OF_STARTS)}
+        if any(own.rank_of(m) != r for m, r in ranks.items()) or any(own.alpha_of(m) != a for m, a in alphas.items()):
             rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
             changes |= {
                 "rank": rank,
@@ -166,7 +168,7 @@ class LoraSettings(KindSettings):
                 "rank_pattern": {f"^{m}": r for m, r in ranks.items() if r != rank},
                 "alpha_pattern": {f"^{m}": a for m, a in alphas.items() if a != alpha},
             }
-        return self.replace(**changes)
+        return own.replace(**changes)
 
     @cached_property
     def _ranks_by_name(self) -> Patterns:

@@ -14,6 +14,7 @@ from .versions import BAD, Extra, Library
 if TYPE_CHECKING:  # machine.py imports torch, and this file has to work without it
     from .fused import FusedPart
     from .machine import Device, Machine, Precision
+    from .quantizers import Quantizer
 
 _STATES = {
     "tested": ("as tested", "green"),
@@ -83,6 +84,15 @@ def machine(facts: Machine) -> Table:
     for disk in facts.disks:
         space = Text(f"{show_bytes(disk.free)} free of {show_bytes(disk.total)} ({disk.path})")
         table.add_row(disk.what, space + Text("" if disk.writable else "; not writable", style="yellow"))
+    return table
+
+
+def quantizers(items: Sequence[Quantizer]) -> Table:
+    """Table of the ways of storing a base's weights."""
+    table = _table("quantized", "", "")
+    for each in items:
+        state = Text("works", style="green") if each.usable else Text("not here", style="yellow")
+        table.add_row(f"--quantize {each.name}" if each.loads else each.name, state, Text(each.why))
     return table
 
 

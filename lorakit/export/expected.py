@@ -42,6 +42,9 @@ def effect_of(update: Update) -> Effect:
 
 
 def _matrix(update: Update) -> np.ndarray:
+    matrices = update.matrices()
+    if matrices is not None:  # of experts, below each other
+        return np.concatenate([_matrix(u) if u.factors is None else _low_rank(u.factors) for u in matrices])
     delta = update.map(lambda _, t: t.detach().cpu().double()).delta().numpy()
     return delta.reshape(delta.shape[0], -1)
 

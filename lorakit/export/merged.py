@@ -74,7 +74,7 @@ def export_merged(
     """Merge `adapter` into `base` and write a GGUF model to `out`; for Ollama, also a Modelfile (see `model_path`).
 
     adapter: None writes the base alone, to load a GGUF adapter onto.
-    base: a transformers folder with its tokenizer.
+    base: a transformers folder with its tokenizer; quantized weights (bitsandbytes, GPTQ, AWQ) are dequantized.
     dtype: type of the matrices, one of `KINDS`.
     verify: before moving the file into place, read it with the `gguf` package and compare each tensor with the merged
         weights, and logits if transformers can load the file.
@@ -98,7 +98,7 @@ def export_merged(
         raise ConfigError(f"{path} is a folder; expected a file name for the GGUF model")
     model_file = check_modelfile(path, modelfile(path, adapter=adapter), force) if receiver == "ollama" else None
     gguf = package()
-    opened = open_base(Path(base).expanduser())
+    opened = open_base(Path(base).expanduser(), quantized=True)
     check_supported(opened.model_type)
     plan = make_plan(opened, [] if adapter is None else [(1.0, adapter.check())], None, untie=True)
     if plan.grown is not None:

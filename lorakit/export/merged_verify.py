@@ -67,7 +67,8 @@ def verified(
     largest, name = tensors_differ(path, tensors, extra)
     if config.model_type not in LOADABLE:
         return Verified(largest, name, None, f"transformers does not read a {config.model_type} from a GGUF")
-    why = why_not(adapter, base) if adapter is not None else None
+    quantized = f"{base} is quantized" if getattr(config, "quantization_config", None) else None
+    why = why_not(adapter, base) if adapter is not None else quantized
     if why is not None:
         return Verified(largest, name, None, why)
     ignored = unread(config)

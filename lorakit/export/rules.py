@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..adapter.adapter import Adapter
+from ..adapter.algebra.edit import as_lora
+from ..config import EXPERTS
 from ..errors import listing
 from ..formats.peft_experts import misread
 from .canonical import canonical, is_canonical
@@ -79,18 +81,30 @@ class Finding:
 Rule = Callable[[Adapter], Iterator[Finding]]
 
 
+_BY_NAME = {"tokens": "trained tokens of", EXPERTS: "factors of each expert for"}
+
+
 def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
-    """No LoHa, LoKr or dense updates."""
-    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.variant != "tokens"}
+    """No LoHa, LoKr or dense updates; a VeRA becomes the LoRA that it is."""
+    same = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.as_lora() is not None}
+    if same:
+        yield Finding(
+            f"{len(same)} modules are LoRAs in other tensors ({', '.join(sorted(set(same.values())))})",
+            "write them as LoRA",
+            as_lora,
+        )
+        return
+    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.variant not in _BY_NAME}
     if others:
         yield Finding(
             f"{len(others)} modules have updates of other kinds ({', '.join(sorted(set(others.values())))})",
             "lorakit resize approximates them by low-rank factors",
             into_base=tuple(others),
         )
-    tokens = tuple(m for m, u in adapter.updates.items() if u.variant == "tokens")
-    if tokens:
-        yield Finding(f"trained tokens of {listing(tokens, 2)}", MERGE, into_base=tokens)
+    for kind, what in _BY_NAME.items():
+        own = tuple(m for m, u in adapter.updates.items() if u.variant == kind)
+        if own:
+            yield Finding(f"{what} {listing(own, 2)}", MERGE, into_base=own)
 
 
 def low_rank_only(adapter: Adapter) -> Iterator[Finding]:

@@ -44,7 +44,7 @@ def peft(folder: Path) -> Content:
     config = _json(folder / "adapter_config.json")
     prefix = "base_model.model."
     tensors = {key.removeprefix(prefix): t for key, t in arrays(folder / "adapter_model.safetensors").items()}
-    effects: dict[str, Effect] = {}
+    effects = _experts(tensors, config)
     for name, A, B in [
         *_pairs(tensors, ".lora_A.weight", ".lora_B.weight"),
         *_pairs(tensors, ".lora_embedding_A", ".lora_embedding_B"),
@@ -57,6 +57,29 @@ def peft(folder: Path) -> Content:
     if unpaired := [key for key in tensors if ".lora_" in key]:
         raise ValueError(f"'{unpaired[0]}' has no counterpart")
     return Content(effects, {key.replace(".base_layer.", "."): t for key, t in tensors.items()})
+
+
+def _experts(tensors: Arrays, config: Mapping[str, Any]) -> dict[str, Effect]:
+    """Take the factors of `target_parameters` out of the tensors: of each expert, ΔW below the one before."""
+    effects: dict[str, Effect] = {}
+    names = [n for n in config.get("target_parameters") or [] if not n.endswith(".weight")]
+    holders = {key.split(".lora_")[0].split(".base_layer")[0] for key in tensors if ".lora_A" in key}
+    for holder in holders:
+        # Wrappers lie within each other in the order in which the experts register their parameters.
+        own = [n.rpartition(".")[2] for n in names if f".{holder}.{n.rpartition('.')[2]}".endswith(f".{n}")]
+        for inside, parameter in enumerate(sorted(own, key=lambda p: p != "down_proj")):
+            front = holder + inside * ".base_layer"
+            A, B = tensors.pop(f"{front}.lora_A.weight"), tensors.pop(f"{front}.lora_B.weight")
+            module = f"{holder}.{parameter}"
+            rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+            experts = len(A) // rank
+            scale = _scale(module, A[:rank], config)
+            effects[module] = Effect(
+                lambda A=A, B=B, r=rank, E=experts, s=scale: np.concatenate(
+                    [low_rank(B[:, e::E], A[e * r : (e + 1) * r], s) for e in range(E)]
+                )
+            )
+    return effects
 
 
 def _token_rows(module: str, rows: np.ndarray, config: Mapping[str, Any]) -> Effect:

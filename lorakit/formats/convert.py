@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..adapter.adapter import Adapter
+from ..adapter.algebra.edit import as_lora
 from ..errors import AdapterError
 
 
@@ -45,11 +46,15 @@ def convert(
 ) -> Converted:
     """Write `adapter` to `out` in the format `to`. `base`, `dtype`, `keep_alpha`: as in `save`.
 
-    AdapterError lists what the format cannot hold; with `allow_loss` that is left out and listed in the result.
+    A VeRA becomes the LoRA that it is where the format has no VeRA. AdapterError lists what the format cannot hold;
+    with `allow_loss` that is left out and listed in the result.
     """
     from . import losses, save
 
     lost = losses(adapter, to)
+    plain = as_lora(adapter) if lost else adapter
+    if plain is not adapter:
+        adapter, lost = plain, losses(plain, to)
     of_path = [line for line in losses(adapter, to, Path(out)) if line not in lost]
     if of_path:  # because of the file's ending: leaving something out would not help
         raise AdapterError(f"{out} cannot hold this adapter:\n  " + "\n  ".join(of_path))

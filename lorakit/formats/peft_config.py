@@ -25,15 +25,15 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
 }
 
-# Initializations that subtract something from the base's weights, which a reader would have to repeat.
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# Initializations that subtract something from the base's weights, which a reader would have to repeat. (eva,
+# orthogonal, gaussian and mica leave the base as it is. "milora" is in forks of PEFT, done like pissa.)
+_SUBTRACTED = ("pissa", "milora", "corda", "olora", "lora_ga")
 
 # PEFT's other kinds of adapter, and what their users can do.
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
 _PROMPT = "it adds inputs and changes no weight, so no LoRA has the same effect: use it with PEFT"
 _OTHERS = {
     "IA3": ("IA3 rescales activations", _MERGE),
-    "VERA": ("VeRA shares random matrices that lie in its base's file", _MERGE),
     "OFT": ("OFT rotates weights", _MERGE),
     "BOFT": ("BOFT rotates weights", _MERGE),
     "HRA": ("HRA reflects weights", _MERGE),
@@ -47,6 +47,30 @@ _OTHERS = {
 }
 
 
+def changed_base(values: Mapping[str, Any]) -> str | None:
+    """Return the initialization of a config if the base's weights are others for it ("pissa", "olora"...), else None.
+
+    LoftQ puts Q(W) into the base. With one iteration that is the base quantized, which users have (`loftq_base`); with
+    more it is another model.
+    """
+    start = values.get("init_lora_weights")
+    start = start.lower() if isinstance(start, str) else ""
+    changed = start.startswith(_SUBTRACTED) or (start == "loftq" and loftq_base(values) is None)
+    return start if changed else None
+
+
+def loftq_base(values: Mapping[str, Any]) -> str | None:
+    """Return how the base must be quantized for an adapter that PEFT started with LoftQ (as `BaseWeight.quantization`
+    says it); None for other adapters, and where no quantization of the base is what it needs.
+    """
+    settings = values.get("loftq_config")
+    settings = settings if isinstance(settings, Mapping) else {}
+    if str(values.get("init_lora_weights")).lower() != "loftq" or settings.get("loftq_iter", 1) != 1:
+        return None
+    bits = settings.get("loftq_bits", 4)
+    return f"bitsandbytes, {bits} bits" if bits in (4, 8) else None
+
+
 def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = False) -> tuple[LoraConfig, bool]:
     """(our config, fan_in_fan_out). AdapterError for another kind of adapter, an unsupported setting or a wrong value.
 
@@ -56,8 +80,8 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA, LOKR and TRAINABLE_TOKENS"
-            + (f"\n  {what}: {advice}" if what else "")
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA, LOKR, VERA and "
+            "TRAINABLE_TOKENS" + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():
         if values.get(key):
@@ -65,13 +89,12 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
                 f"{where}: {key} is {values[key]!r}: {name} is not supported\n"
                 "  merge it into its base with the tool that made it"
             )
-    start = values.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) and not started:
+    if changed_base(values) is not None and not started:
         raise AdapterError(
-            f"{where}: init_lora_weights is {start!r}: it was initialized from the base's weights, which that changed, "
-            "so its factors alone are another update\n"
-            "  PiSSA and OLoRA can be converted to a plain LoRA with their base: lorakit convert ADAPTER OUT --to peft "
-            "--base FOLDER\n"
+            f"{where}: init_lora_weights is {values['init_lora_weights']!r}: it was initialized from the base's "
+            "weights, which that changed, so its factors alone are another update\n"
+            "  PiSSA, MiLoRA and OLoRA can be converted to a plain LoRA with their base: lorakit convert ADAPTER OUT "
+            "--to peft --base FOLDER\n"
             "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     values = peft_parameters.as_targets(values)

@@ -25,10 +25,16 @@ class PeftKind(Protocol):
         """Return (our config, fan_in_fan_out) from adapter_config.json. AdapterError as in `from_peft`."""
 
     def updates(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], config: LoraConfig, where: Path
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        config: LoraConfig,
+        where: Path,
+        ours: dict[str, Any],
     ) -> tuple[dict[str, Update], dict[str, Tensor]]:
-        """Return (module -> its update, saved weights). `tensors`: by key without PEFT's prefix. AdapterError for a
-        wrong key.
+        """Return (module -> its update, saved weights). AdapterError for a wrong key.
+
+        `tensors`: by key without PEFT's prefix; `ours`: lorakit.json, from which what `ours` wrote is removed.
         """
 
     def losses(self, adapter: Adapter) -> list[str]:
@@ -40,12 +46,15 @@ class PeftKind(Protocol):
     def fields(self, values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
         """Return the fields of adapter_config.json. `values`: those of a LoraConfig (`peft_config.to_peft`)."""
 
+    def ours(self, adapter: Adapter) -> dict[str, Any]:
+        """Return what lorakit.json holds of the updates because PEFT's files have no place for it."""
+        return {}
+
 
 # The fields that the configs of all kinds have.
 _COMMON = (
     "auto_mapping",
     "base_model_name_or_path",
-    "exclude_modules",
     "inference_mode",
     "layers_pattern",
     "layers_to_transform",

@@ -29,7 +29,12 @@ class _Loha(PeftKind):
         return peft_lycoris.config(values, where, self.variant)
 
     def updates(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], config: LoraConfig, where: Path
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        config: LoraConfig,
+        where: Path,
+        ours: dict[str, Any],
     ) -> tuple[dict[str, Update], dict[str, Tensor]]:
         found, saved = peft_lycoris.parts(self.peft_type, "hada", _FIELDS, tensors, config, where)
         made: dict[str, Update] = {}

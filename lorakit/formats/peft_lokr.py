@@ -43,7 +43,12 @@ class _Lokr(PeftKind):
         return ours.replace(lokr_factor=size, lokr_both=bool(values.get("decompose_both"))), transposed
 
     def updates(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], config: LoraConfig, where: Path
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        config: LoraConfig,
+        where: Path,
+        ours: dict[str, Any],
     ) -> tuple[dict[str, Update], dict[str, Tensor]]:
         found, saved = peft_lycoris.parts(self.peft_type, "lokr", FIELDS, tensors, config, where)
         return {module: _update(module, parts, config) for module, parts in found.items()}, saved

@@ -73,7 +73,7 @@ def tensors_of(adapter: Adapter, prefix: str, kind: str) -> dict[str, Tensor]:
 
 def fields(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The fields that LoHaConfig and LoKrConfig share, out of a LoraConfig's."""
-    return common(values, "rank_pattern", "alpha_pattern") | {
+    return common(values, "exclude_modules", "rank_pattern", "alpha_pattern") | {
         "alpha": values["lora_alpha"],
         "init_weights": True,
         "module_dropout": 0.0,

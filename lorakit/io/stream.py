@@ -141,7 +141,7 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
 
 
 class StreamWriter:
-    """Write a safetensors file: the layout first, then each tensor's blocks in the layout's order.
+    """Write a safetensors file: the layout first, then each tensor's blocks, in the layout's order or after `at`.
 
     with StreamWriter(path, {"weight": ("BF16", (4, 3), 24)}) as out:
         out.write(block)
@@ -156,14 +156,21 @@ class StreamWriter:
         """layout: name -> (dtype as in the file, shape, bytes)."""
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
+        self._starts: dict[str, int] = {}
         for name, (dtype, shape, nbytes) in layout.items():
+            self._starts[name] = offset
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
             offset += nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf8")
         text += b" " * (-len(text) % 8)
         self.path, self._left = path, offset
         self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._data = 8 + len(text)
         self._put(memoryview(struct.pack("<Q", len(text)) + text))
+
+    def at(self, name: str) -> None:
+        """Continue with this tensor."""
+        self._file.seek(self._data + self._starts[name])
 
     def write(self, block: Tensor, crc: int = 0) -> int:
         """Write the current tensor's next elements, in its dtype (or as bytes). Returns `crc` updated over them."""

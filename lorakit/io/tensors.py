@@ -45,6 +45,17 @@ def keys_of(path: Path) -> list[str]:
         raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a safetensors file's tensors, by name. Raises AdapterError; the data is not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def refuse_placeholder(path: Path) -> None:
     """Raise AdapterError if a git-lfs pointer or a web page is there instead of the file."""
     problem = not_the_file(path)

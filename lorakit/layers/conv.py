@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.autocast import is_casting
+from ..ops.gain import excess
 from ..ops.linear import needs_plain
 from ..ops.summed import summed_weight
 from .bases import base_of
@@ -34,6 +35,7 @@ class ConvLayer(LoraLayer):
     lora_kind = "conv"
     in_channels: int
     groups: int
+    kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
     padding_mode: str
@@ -56,13 +58,15 @@ class ConvLayer(LoraLayer):
     def _summed(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Return W + s · B A and the bias if that is cheaper than two convolutions more, None otherwise."""
         active = self.lora_in_use() if self.lora_route is None else []
-        pair = active[0][0].pair() if len(active) == 1 else None
+        pair = active[0][0].pair(self) if len(active) == 1 else None
         if pair is None or (pair.dropout and self.training) or needs_plain():
             return None
         plain = plain_weight(self)
         if plain is None or is_casting(x):
             return None
-        W = summed_weight(x, self.in_channels, plain[0], pair.A, pair.B, pair.scale * active[0][1])
+        share = active[0][1]
+        h = None if pair.gain is None else excess(pair.gain, share)
+        W = summed_weight(x, self.in_channels, plain[0], pair.A, pair.B, pair.scale * share, h)
         return None if W is None else (W, plain[1])
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
@@ -87,6 +91,9 @@ class ConvLayer(LoraLayer):
         if like is None or self.weight.is_contiguous() or not self.weight.is_contiguous(memory_format=like):
             return A
         return A.contiguous(memory_format=like)
+
+    def lora_by_output(self, vector: Tensor, y: Tensor) -> Tensor:
+        return vector.view(*vector.shape, *(1 for _ in self.kernel_size))
 
     def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
         return self._conv_forward(x.to(W.dtype), W, None)

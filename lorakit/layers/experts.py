@@ -80,7 +80,7 @@ class ExpertWeightLayer(LoraLayer):
         """Return y [S, out] plus the updates in use. x: [S, in], of the pairs `routed`; `tokens`: before routing."""
         if self.lora_route is None:
             for update, weight in self.lora_in_use():
-                y = y + self._branch(update.pair(), x, weight, routed)
+                y = y + self._branch(update.pair(self), x, weight, routed)
             return y
         routing = self.lora_route
         for child in routing.children:
@@ -89,7 +89,7 @@ class ExpertWeightLayer(LoraLayer):
                 continue
             weights = routing.weights_of_tokens(child, self, tokens, x)[routed.token]  # [S]
             chosen = weights.nonzero().flatten()
-            change = self._branch(update.pair(), x[chosen], 1.0, routed.of_pairs(chosen))
+            change = self._branch(update.pair(self), x[chosen], 1.0, routed.of_pairs(chosen))  # [n, out]
             y = y.index_add(0, chosen, change * weights[chosen].to(y.dtype).unsqueeze(-1))
         return y
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.gain import add_gain, excess
+
 if TYPE_CHECKING:
     from ..adapter.lora import Kind
     from .batched.routes import Routing
@@ -53,6 +55,9 @@ _RESERVED = frozenset(
         "probed",
         "laid_out",
         "route",
+        "by_output",
+        "gained",
+        "times_outputs",
         "live",
         "adopted",
         "released",
@@ -157,7 +162,7 @@ def rebuild(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
 
 class LoraLayer(Swapped):
     """The base of all mixins. `lora_active`: (child's name, weight) of the active updates; `lora_merged`: the undo data
-    of a merge, None if nothing is merged.
+    of a merge (`merge.Merge`), None if nothing is merged.
     """
 
     weight: Tensor
@@ -187,11 +192,13 @@ class LoraLayer(Swapped):
         """Return the base's output y0 with these updates added. x: the layer's input."""
         y, pairs = y0, []
         for update, weight in active:
-            pair = update.pair()
+            pair = update.pair(self)
             if pair is None:
                 y = y + update.change(self, x, y0) * weight
             else:
                 pairs.append((pair, pair.scale * weight))
+                if pair.gain is not None:
+                    y = self.lora_gained(y, y0, excess(pair.gain, weight))
         for pair, scale in pairs:  # last, since they may be added in place
             y = self.lora_add(y, x, pair, scale)
         return y
@@ -199,6 +206,19 @@ class LoraLayer(Swapped):
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
         """Return y + scale · B A x; may write into y."""
         return y + self.lora_branch(x, pair, y) * scale
+
+    def lora_gained(self, y: Tensor, y0: Tensor, h: Tensor) -> Tensor:
+        """Return y + h ∘ (y0 - b) (see `ops.gain`) as a new tensor. y0: the base's output; h: [out], or [rows, out]."""
+        bias = getattr(self, "bias", None)
+        return add_gain(y, y0, self.lora_by_output(h, y0), None if bias is None else self.lora_by_output(bias, y0))
+
+    def lora_by_output(self, vector: Tensor, y: Tensor) -> Tensor:
+        """Return a vector over the outputs, [out] or [rows, out], in a shape that broadcasts to the layer's output."""
+        return vector if vector.dim() == 1 else vector.view(len(vector), *(1,) * (y.dim() - 2), -1)
+
+    def lora_times_outputs(self, B: Tensor, g: Tensor) -> Tensor:
+        """Return B with its outputs multiplied by g [out]."""
+        return B * g.view(-1, *(1 for _ in B.shape[1:]))
 
     def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
         """Return B A x with the pair's dropout, in the shape and dtype of the base's output `like`."""

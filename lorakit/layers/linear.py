@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.gain import excess
 from ..ops.linear import add_low_rank, needs_plain, reference
 from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
@@ -93,17 +94,18 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
             grouped = group(module, x)
             if grouped is None:
                 return None
-            return Projection(weight, bias, grouped.A, grouped.B, grouped.scale), grouped.dropout
+            return Projection(weight, bias, grouped.A, grouped.B, grouped.scale, grouped.h), grouped.dropout
         active = module.lora_in_use()
     if len(active) > 1:
         return None
-    if not active:
+    if not active or not isinstance(module, LinearLayer):
         return Projection(weight, bias, None, None, 1.0), 0.0
     update, share = active[0]
-    pair = update.pair()
+    pair = update.pair(module)
     if pair is None:
         return None
-    return Projection(weight, bias, pair.A, pair.B, pair.scale * share), pair.dropout if module.training else 0.0
+    h = None if pair.gain is None else excess(pair.gain, share)
+    return Projection(weight, bias, pair.A, pair.B, pair.scale * share, h), pair.dropout if module.training else 0.0
 
 
 def makes_gradients(module: nn.Module) -> bool:

@@ -1,16 +1,36 @@
-"""Add a module's active ΔW to its weight, and remove it again bit for bit (see `ops.exact`)."""
+"""Add a module's active updates to its weight, and remove them again bit for bit (see `ops.exact`).
+
+    W' = (1 + Σ weight · (g - 1)) ∘ W + Σ weight · g ∘ D        g: a DoRA's gain, 1 for kinds that only add
+
+So a weight scales the change that the adapter alone would make, as it does in the forward.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import StateError
-from ..ops.exact import Undo, add_, subtract_
+from ..ops.exact import Added, Change, Scaled, Undo, add_, subtract_
 from .bases import base_of
 from .layer import LoraLayer
+
+
+class Merge(NamedTuple):
+    """What undoes a merge. `gains`: of each update in use (`LiveUpdate.weight_gain`), which the merged weight no longer
+    shows.
+    """
+
+    undo: Undo
+    gains: list[Tensor | None]
+
+    def nbytes(self) -> int:
+        return self.undo.nbytes() + sum(gain.nbytes for gain in self.gains if gain is not None)
+
+
+TIED = Merge(Undo(0), [])  # of a module whose weight another one has merged for it
 
 
 def merge_module(layer: LoraLayer, name: str) -> None:
@@ -28,7 +48,8 @@ def merge_module(layer: LoraLayer, name: str) -> None:
         for key, tensor in value.tensors().items():
             check_finite(tensor, f"{key} of '{name}'")
     with torch.no_grad():
-        layer.lora_merged = add_(weight, _rows(layer, weight), f"'{name}'")
+        gains = [update.weight_gain(layer) for update, _ in layer.lora_in_use()]
+        layer.lora_merged = Merge(add_(weight, _change(layer, weight, gains), f"'{name}'"), gains)
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
@@ -43,25 +64,41 @@ def check_finite(tensor: Tensor, where: str) -> None:
 
 def unmerge_module(layer: LoraLayer, name: str) -> None:
     """Restore the weight's original bits. Raises StateError, and changes nothing, if that is not possible."""
-    undo: Undo = layer.lora_merged
+    merge: Merge = layer.lora_merged
     layer.lora_merged = None  # so that lora_in_use returns the merged updates
     try:
         with torch.no_grad():
             weight = base_of(layer).writable(layer, name)
-            subtract_(weight, _rows(layer, weight), undo, f"'{name}'")
+            if merge.undo.blocks:
+                subtract_(weight, _change(layer, weight, merge.gains), merge.undo, f"'{name}'")
     except StateError:
-        layer.lora_merged = undo
+        layer.lora_merged = merge
         raise
 
 
-def _rows(layer: LoraLayer, weight: Tensor) -> Callable[[slice], Tensor]:
-    """Return a function of a slice of rows: Σ share · ΔW of the updates in use, for these rows of the weight."""
-    changes = [update.rows(layer, share) for update, share in layer.lora_in_use()]
+def _change(layer: LoraLayer, weight: Tensor, gains: list[Tensor | None]) -> Change:
+    """Return what the updates in use do to the weight's rows. `gains`: of each."""
+    changes = [
+        (update.rows(layer, share), gain, share)
+        for (update, share), gain in zip(layer.lora_in_use(), gains, strict=True)
+    ]
+    scaled = any(gain is not None for gain in gains)
+    # In 32 bits, the product and the sum would each be rounded, and take more codes to undo.
+    wide = torch.float64 if scaled and weight.dtype in (torch.float32, torch.float64) else torch.float32
 
-    def total(rows: slice) -> Tensor:
-        first, *others = (change(rows, weight[rows]) for change in changes)
-        for change in others:
-            first = first.add_(change)
-        return first
+    def of(rows: slice) -> Added | Scaled:
+        block = weight[rows]
+        total: Tensor | None = None
+        factor = torch.ones(1, 1, dtype=wide, device=weight.device)
+        for change, gain, share in changes:
+            part = change(rows, block)
+            if scaled:
+                part = part.to(wide)
+            if gain is not None:
+                own = (gain[rows] if len(gain) > 1 else gain).to(wide)
+                part, factor = part * own, factor + share * (own - 1)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return Scaled(factor, total) if scaled else Added(total)
 
-    return total
+    return of

@@ -43,6 +43,12 @@ class PackedLayer(LinearLayer):
         x = F.dropout(x, pair.dropout, self.training) if pair.dropout else x
         return add_packed(y, x, pair.A, pair.B, scale, self.lora_parts, into=self.lora_fresh_output)
 
+    def lora_times_outputs(self, B: Tensor, g: Tensor) -> Tensor:
+        if B.dim() == 2:
+            return super().lora_times_outputs(B, g)
+        adapted = [i for i, used in enumerate(self.lora_parts) if used]
+        return B * g.view(len(self.lora_parts), -1, 1)[adapted]
+
     def lora_full(self, pair: Pair) -> tuple[Tensor, Tensor]:
         B = pair.B.detach()
         return pair.A.detach(), expand_packed(B, self.lora_parts) if B.dim() == 3 else B

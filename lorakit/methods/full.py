@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .method import StartData
+
 FACTOR = 10  # its best learning rate is about a tenth of LoRA's ("LoRA Without Regret", Thinking Machines 2025)
 
 
@@ -55,7 +57,7 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
     return rate / FACTOR, f"a {FACTOR}th of LoRA's rate {why}"
 
 
-def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
+def attach(model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None) -> None:
     """Do nothing: the base's own weights are trained. Raises ConfigError if some of them are quantized."""
     from ..layers.bases import base_of, quantized
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..config import Choice, LoraConfig, LoraSettings, RunSettings, part
-from ..errors import AdapterError
-from .method import Start
+from ..errors import AdapterError, ConfigError
+from .method import Start, StartData
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,8 @@ _RESOLVED = {
     "rank_pattern",
     "alpha_pattern",
     "init",
+    "eva_rho",
+    "init_batches",
     "trainable_tokens",
 }
 
@@ -79,7 +81,8 @@ def start(config: RunSettings) -> Start | None:
     recipe = adapter.metadata.get("recipe")
     spellings = {}
     if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
-        for name in _RESOLVED:
+        # A start that was subtracted has twice the run's rank and alpha.
+        for name in _RESOLVED | ({"rank", "alpha"} if "init" in recipe else set()):
             default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
@@ -113,15 +116,17 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
     return rate, why
 
 
-def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
+def attach(model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None) -> None:
     from ..bases.pipeline import as_module
-    from ..model.attach import attach
+    from ..model.attach import attach, attach_from
     from ..model.known_base import base_fingerprint
+    from ..model.start import Sources
 
     own = part(config, LoraRunSettings)
     if own.adapter is None:
-        attach(model, adapter_config(config, task_type), name)
-        rate_factors(model, config, name)  # raises if lora_plus has no effect
+        sources = Sources(model) if first is None else Sources(model, first.batches, first.loss, None, first.ranks)
+        attach_from(model, adapter_config(config, task_type), sources, name)
+        _check(model, config, name)
         return
     earlier = _load(own.adapter)
     in_training = {setting: getattr(own, setting) for setting in _IN_TRAINING}
@@ -129,7 +134,21 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
+    _check(model, config, name)
+
+
+def _check(model: Any, config: RunSettings, name: str) -> None:
+    """Raise ConfigError for settings of the run that have no effect on the attached adapter, or do not go with it."""
+    from ..bases.pipeline import as_module
+    from ..model.training import cannot_average
+
     rate_factors(model, config, name)
+    kind = cannot_average(as_module(model), name)
+    if kind is not None and getattr(config, "ema", 0.0) > 0:
+        raise ConfigError(
+            f"ema: averages of {kind} over steps are not what was trained: it sets values to zero\n"
+            "  omit ema, or use another variant"
+        )
 
 
 def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
@@ -217,7 +236,7 @@ def save(
 
 def trained(config: RunSettings) -> str:
     own = part(config, LoraRunSettings)
-    start = f", starting from {own.adapter}" if own.adapter else ""
+    start = f", starting from {own.adapter}" if own.adapter else "" if own.init == "default" else f", init {own.init}"
     return f"rank {own.rank}, alpha {own.alpha:g}{start}"
 
 

@@ -5,7 +5,7 @@ Such a file imports torch inside its functions only, so that `lorakit --help` st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,19 @@ class Start:
     base: str | None
     revision: str | None
     about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StartData:
+    """What the start of a run's adapter may be made from (`LoraConfig.init`).
+
+    `batches`: yields the first training batches; `loss`: of the model and a batch, a scalar; `ranks`: of a resumed run
+    whose checkpoint holds the start, module -> rank.
+    """
+
+    batches: Callable[[], Iterable[Any]]
+    loss: Callable[[Any, Any], Tensor]
+    ranks: Mapping[str, int] | None = None
 
 
 class Method(Protocol):
@@ -73,10 +86,13 @@ class Method(Protocol):
         `name`: the adapter's, as for `attach`.
         """
 
-    def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:
+    def attach(
+        self, model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None
+    ) -> None:
         """Add the trained parameters to the model and set `requires_grad`.
 
-        `name`: the adapter's, as a sweep attaches several; `task_type`: PEFT's.
+        `name`: the adapter's, as a sweep attaches several; `task_type`: PEFT's; `first`: for starts that are made from
+        data. None on a model without values, for `lorakit plan`.
         """
 
     def activate(self, model: Any, name: str) -> None:

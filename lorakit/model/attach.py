@@ -271,6 +271,8 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
         for name, module in every.items():
             adopt(module, plan.parts_of(name))
         updates = {name: plan.update_of(module, name, trainable) for name, module in plan.modules.items()}
+        for kind in {type(update) for update in updates.values()}:
+            kind.join([update for update in updates.values() if type(update) is kind])
         updates |= {name: updates[other].twin() for name, other in plan.twins.items()}
         for full in plan.saved:
             module = model.get_submodule(full.rpartition(".")[0])

@@ -34,19 +34,21 @@ def capture(model: Any, name: str | None = None) -> Adapter:
         (f"{m}.{own}.{n}", p) for m in attached.modules for n, p in layer_at(model, m)._modules[own].named_parameters()
     )
     updates: dict[str, Update] = {}
+    captured_as: str | None = None
     for m in attached.modules:
         layer = layer_at(model, m)
         child: LiveUpdate = layer._modules[own]
         if child.tied:
             continue
         updates[m] = child.value(layer).map(lambda _, t: _copy(t))
+        captured_as = captured_as or child.captured_as
     own_saved = dict(saved_parameters(model, state, name))
     check_captured(own_saved.items())
     kept = {full: _copy(parameter) for full, parameter in own_saved.items()}
     embeddings = {token: _copy(vectors) for token, vectors in attached.embeddings.items()}
     factors = factors_of(updates)
     config = attached.config.of_values(
-        {m: f.rank for m, f in factors.items()}, {m: f.alpha for m, f in factors.items()}
+        {m: f.rank for m, f in factors.items()}, {m: f.alpha for m, f in factors.items()}, captured_as
     )
     adapter = Adapter(config, updates, kept, copy.deepcopy(dict(attached.metadata)), embeddings)
     return renamed(adapter, attached.names)

@@ -62,15 +62,21 @@ def _other_components(model: nn.Module, missing: list[str]) -> str:
 
 def is_live(adapter: Adapter) -> bool:
     """Whether all updates can be attached to a live model."""
-    return all(u.variant in live_kinds() for u in adapter.updates.values())
+    return not any(_not_live(u) for u in adapter.updates.values())
+
+
+def _not_live(update: Update) -> list[str]:
+    """Return the kinds that the update is made of and that a live model does not take."""
+    return [kind for kind in update.live_variants if kind not in live_kinds()]
 
 
 def _check_live(module: str, update: Update) -> None:
-    if update.variant in live_kinds():
+    kinds = _not_live(update)
+    if not kinds:
         return
-    if update.needs_base:
+    if update.variant not in kinds:
         raise AdapterError(
-            f"'{module}' has a DoRA update, which cannot be attached to a live model yet\n"
+            f"'{module}' has a DoRA over an update of kind '{kinds[0]}', which cannot be attached to a live model yet\n"
             "  merge it into the base's files (lorakit merge), or use it in the library that trained it"
         )
     raise AdapterError(

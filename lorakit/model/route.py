@@ -19,8 +19,10 @@ from torch import nn
 
 from ..bases.pipeline import as_module
 from ..errors import StateError
+from ..layers.batched.expert_rows import checked
 from ..layers.batched.routes import Choice, Chosen, Routes, Routing
 from ..layers.batched.saved_rows import routed
+from ..layers.expert_weight import ExpertWeight
 from ..layers.layer import child_name
 from .activate import check_saved, use_saved
 from .state import State, Weights, attached_of, check_not_routed, layer_at, names_of, state_of
@@ -81,8 +83,12 @@ def route(
     state.routing = routing
     for layer in routes.names:
         layer.__dict__["lora_route"] = routing
+    experts = [(name, layer) for layer, name in routes.names.items() if isinstance(layer, ExpertWeight)]
     try:
-        with _rows_of_saved(model, state, routing, choices, holders) if holders else nullcontext():
+        with (
+            _rows_of_saved(model, state, routing, choices, holders) if holders else nullcontext(),
+            checked(model, routing, experts) if experts else nullcontext(),
+        ):
             yield
     finally:
         for layer in routes.names:

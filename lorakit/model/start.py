@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -28,12 +28,13 @@ from .state import State
 
 @dataclass(frozen=True)
 class Sources:
-    """What `attach` was given for a start. `model`: as the user gave it. `ranks`: of a resumed run whose checkpoint
-    holds the start: module -> rank. Nothing is computed then, as the values are about to be restored.
+    """What `attach` was given for a start. `model`: as the user gave it. `batches`: the first are taken, or it returns
+    as many as there are to be. `ranks`: of a resumed run whose checkpoint holds the start: module -> rank. Nothing is
+    computed then, as the values are about to be restored.
     """
 
     model: Any = None
-    batches: Iterable[Any] | None = None
+    batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None
     loss: Loss | None = None
     originals: Originals | None = None
     ranks: Mapping[str, int] | None = None
@@ -41,9 +42,9 @@ class Sources:
 
 @dataclass(frozen=True)
 class Started:
-    """`factors`: module -> its A and B in the layer's layout; None: random ones, as nothing is computed yet. A module that
-    is not among them has a random start. `subtracted`: whether these are subtracted as a frozen pair. `only_on`: the way of quantization of the base that the
-    adapter is right on; None: any.
+    """`factors`: module -> its A and B in the layer's layout, None if they are not computed yet; other modules start at
+    random. `subtracted`: whether the start is kept and subtracted. `only_on`: how the base is quantized that the
+    adapter is right on; None: any base.
     """
 
     config: LoraConfig
@@ -94,7 +95,7 @@ def begin(
         return _restored(config, matrices, sources.ranks, start)
     if _without_values(matrices):
         return Started(config, dict.fromkeys(matrices), start.subtracted)
-    with _base_alone(model, state) if start.needs_batches else undisturbed(model), torch.no_grad():
+    with _base_alone(model, state) if start.needs_batches else nullcontext(), torch.no_grad():
         gathered = start.gather(matrices, config, _evidence(model, config, start, own, sources))
         config = gathered.config
         factors: dict[str, tuple[Tensor, Tensor] | None] = {}
@@ -119,10 +120,10 @@ def _factors(start: Start, name: str, matrix: Matrix, config: LoraConfig, found:
 def _check_kinds(matrices: Mapping[str, Matrix], start: Start, init: str) -> None:
     wrong = next((m for m, matrix in matrices.items() if matrix.kind not in start.kinds), None)
     if wrong is not None:
-        kind = type(matrices[wrong].module).__name__
+        kind, last = type(matrices[wrong].module).__name__, wrong.rpartition(".")[2]
         raise TargetError(
             f"'{wrong}' is a {kind}, for which init={init!r} is not defined; it is for layers of kind "
-            f"{' and '.join(sorted(start.kinds))}\n  remove it from the targets, or use another init"
+            f"{' and '.join(sorted(start.kinds))}\n  leave it out (exclude=['{last}']), or use another init"
         )
 
 
@@ -159,7 +160,9 @@ def _evidence(
                 "  attach(model, config, batches=loader), and loss=lambda model, batch: ... where the model returns no "
                 "loss itself"
             )
-        first = list(islice(sources.batches, config.init_batches))
+        given = sources.batches
+        # A run knows how many, as it may compute a batch in parts.
+        first = list(given()) if callable(given) else list(islice(given, config.init_batches))
         if not first:
             raise ConfigError(
                 f"attach(..., batches=...) has no batch, and init={config.init!r} is made from the first of them"

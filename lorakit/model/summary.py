@@ -11,6 +11,7 @@ from torch import nn
 from ..bases.pipeline import PipelineModel, as_module
 from ..formats.peft_experts import dropped, note
 from ..layers.bases import base_of, parameter_count
+from ..layers.expert_weight import ExpertWeight
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
@@ -21,13 +22,16 @@ from .state import Attached, Weights, architecture_of, layer_at, names_of, saved
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted module, or one saved parameter (rank None). `parameters`: number of elements."""
+    """One adapted module, or one saved parameter (rank None). `parameters`: number of elements; `experts`: how many
+    matrices the weight is a stack of, 0 for others.
+    """
 
     adapter: str
     name: str
     shape: str
     rank: int | None
     parameters: int
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,17 @@ class Summary:
     unreached: Unreached | None = None
     notes: list[str] = field(default_factory=list)  # what else to know before the adapter is used elsewhere
     components: list[str] = field(default_factory=list)  # of a pipeline
+
+    @property
+    def experts(self) -> str:
+        """Say which weights of experts are adapted, and count the parameters of these updates; "" if none."""
+        rows = [row for row in self.rows if row.experts]
+        if not rows:
+            return ""
+        counts = "/".join(map(str, sorted({row.experts for row in rows})))
+        endings = ", ".join(sorted({_ending(row.name) for row in rows}))
+        elements = sum(row.parameters for row in rows)
+        return f"{len(rows)} weights of {counts} experts ({endings}), {elements:,} parameters"
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
@@ -99,8 +114,9 @@ def summary(model: Any) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            shape = _shape(base_of(layer).shape(layer))
-            rows.append(Row(name, m, shape, child.rank, sum(p.numel() for p in child.parameters())))
+            sizes = base_of(layer).shape(layer)
+            experts = sizes[0] if isinstance(layer, ExpertWeight) else 0
+            rows.append(Row(name, m, _shape(sizes), child.rank, sum(p.numel() for p in child.parameters()), experts))
         for full, parameter in saved_parameters(model, state, name):
             rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -116,8 +132,8 @@ def _note(model: nn.Module, attached: Attached) -> str | None:
     """Say what PEFT would not load of an adapter."""
     if attached.config.variant != "lora":
         return None
-    names = dropped(architecture_of(model), attached.modules)
-    return note(names, len(attached.modules))
+    converted = [m for m in attached.modules if not isinstance(layer_at(model, m), ExpertWeight)]
+    return note(dropped(architecture_of(model), converted), len(attached.modules))
 
 
 def _by_ending(skipped: dict[str, str]) -> list[str]:

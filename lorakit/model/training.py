@@ -98,6 +98,11 @@ def after_step(model: Any, step: int, steps: int, name: str | None = None) -> No
         kind.after_step(updates, step, steps)
 
 
+def cannot_average(model: nn.Module, name: str) -> str | None:
+    """Return the first kind of an adapter of which moving averages are no update; None if there is none."""
+    return next((kind.__name__ for kind in _by_kind(model, name) if not kind.averages), None)
+
+
 def _by_kind(model: nn.Module, name: str | None) -> dict[type[LiveUpdate], list[LiveUpdate]]:
     kinds: dict[type[LiveUpdate], list[LiveUpdate]] = {}
     for _, _, update in _updates(model, name):

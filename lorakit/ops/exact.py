@@ -1,9 +1,10 @@
-"""Add ΔW to a weight so that every bit can be restored.
+"""Change a weight, W' = factor ∘ W + ΔW, so that every bit can be restored.
 
-Rounding makes (W + ΔW) − ΔW differ from W by a few units in the last place. `add_` stores only that difference: per
-block of rows, with two, four or eight bits per weight (whichever is smallest). Code 0 marks the rare weight whose
-difference does not fit; its value is stored in full. With |ΔW| below |W| this takes a quarter to half a byte per
-weight. It can exceed one byte only if ΔW is much larger than W, so that the sum no longer contains W.
+Most updates have no factor. Rounding makes (W + ΔW) − ΔW, or (W' − ΔW) / factor, differ from W by a few units in the
+last place. `add_` stores only that difference: per block of rows, with two, four or eight bits per weight (whichever is
+smallest). Code 0 marks the rare weight whose difference does not fit; its value is stored in full. With |ΔW| below |W|
+this takes a quarter to half a byte per weight. It can exceed one byte only if ΔW is much larger than W, so that the sum
+no longer contains W.
 
 Differences are taken between the floats' bit patterns, as integers: flipping the low bits of negative values makes the
 patterns of adjacent floats adjacent integers.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,42 @@ _BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+
+
+class Scaled(NamedTuple):
+    """W' = factor ∘ W + added, of some rows, both in float64 or float32. `factor`: broadcasts to [rows, -1]."""
+
+    factor: Tensor
+    added: Tensor
+
+    def there(self, W: Tensor) -> Tensor:
+        """Return W' in W's precision, rounded once. W: [rows, -1]."""
+        return torch.addcmul(self.added, W.to(self.added.dtype), self.factor).to(W.dtype)
+
+    def back(self, changed: Tensor) -> Tensor:
+        """Return W, but for rounding, from W' [rows, -1]. Where the factor is zero, nothing of W is left: zero."""
+        W = (changed.to(self.added.dtype) - self.added) / self.factor
+        return torch.where(self.factor == 0, 0, W).to(changed.dtype)
+
+
+class Added(NamedTuple):
+    """W' = W + added, of some rows [rows, -1]."""
+
+    added: Tensor
+
+    def there(self, W: Tensor) -> Tensor:
+        return (W.to(self.added.dtype) + self.added).to(W.dtype)
+
+    def back(self, changed: Tensor) -> Tensor:
+        return (changed.to(self.added.dtype) - self.added).to(changed.dtype)
+
+
+Change = Callable[[slice], Added | Scaled]  # of these rows of the weight
+
+
+def adding(delta_rows: Callable[[slice], Tensor]) -> Change:
+    """Return the change that adds ΔW. `delta_rows`: some rows of it, [rows, -1]."""
+    return lambda rows: Added(delta_rows(rows))
 
 
 @dataclass
@@ -51,8 +89,8 @@ class Undo:
         return sum(b.codes.nbytes + b.patterns.nbytes for b in self.blocks)
 
 
-def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor], where: str | None = None) -> Undo:
-    """weight += ΔW in place, rounded once; `delta_rows(rows)` gives ΔW's rows as [rows, -1]. Returns what undoes it.
+def add_(weight: Tensor, change: Change, where: str | None = None) -> Undo:
+    """Change the weight in place, rounded once. Returns what undoes it.
 
     `where`, the weight's name: raise StateError, with the weight as it was, where a finite one would become infinite or
     NaN.
@@ -60,25 +98,24 @@ def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor], where: str | Non
     weight = weight.detach()
     undo = Undo(0)
     for rows in row_blocks(weight.shape):
-        change = delta_rows(rows)
-        original = weight[rows].reshape(change.shape)
+        own = change(rows)
+        original = weight[rows].reshape(own.added.shape)
         undo.checksum += _checksum(original)
-        merged = (original.to(change.dtype) + change).to(weight.dtype)
+        merged = own.there(original)
         if where is not None and not torch.isfinite(merged).all() and torch.isfinite(original).all():
             undo.checksum -= _checksum(original)
-            subtract_(weight, delta_rows, undo, where)  # the blocks before
+            subtract_(weight, change, undo, where)  # the blocks before
             raise StateError(
-                f"merging would make {where} infinite or NaN: ΔW reaches {float(change.abs().max()):.3g}, and "
+                f"merging would make {where} infinite or NaN: ΔW reaches {float(own.added.abs().max()):.3g}, and "
                 f"{str(weight.dtype).removeprefix('torch.')} ends at {torch.finfo(weight.dtype).max:.3g}\n"
                 "  look at the adapter's norms (lorakit inspect), or merge into a base of another precision"
             )
-        back = (merged.to(change.dtype) - change).to(weight.dtype)
-        undo.blocks.append(_encode(rows, original, back))
+        undo.blocks.append(_encode(rows, original, own.back(merged)))
         weight[rows] = merged.view(weight[rows].shape)
     return undo
 
 
-def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo, where: str) -> None:
+def subtract_(weight: Tensor, change: Change, undo: Undo, where: str) -> None:
     """Undo `add_`: restore the weight's original bits. `where`: the module, for the error.
 
     Raises StateError, and leaves the weight unchanged, if the bits would differ.
@@ -86,9 +123,8 @@ def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo,
     weight = weight.detach()
     restored = []
     for block in undo.blocks:
-        change = delta_rows(block.rows)
-        back = (weight[block.rows].reshape(change.shape).to(change.dtype) - change).to(weight.dtype)
-        restored.append(_decode(block, back))
+        own = change(block.rows)
+        restored.append(_decode(block, own.back(weight[block.rows].reshape(own.added.shape))))
     if sum(_checksum(values) for values in restored) != undo.checksum:
         raise StateError(
             f"unmerge of {where} would not restore the base's bits: the weight or the adapter's factors have changed "

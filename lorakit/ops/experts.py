@@ -5,74 +5,65 @@
 S counts pairs of a token and an expert, sorted by expert, so that each expert's pairs are adjacent. A low-rank update
 is two such products, with A [E, r, in] and B [E, out, r]: no expert's W + ΔW is ever computed.
 
-`reference` is that line; `product` computes the same, one matrix product for each expert that has tokens, as one
-autograd node that keeps x only if W is trained, and W only by reference.
+`reference` is that line. `product` computes the same with torch's grouped product, which waits for no offsets on a GPU,
+or where that does not exist with one matrix product for each expert.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autocast import is_casting
 from .linear import needs_plain
 
-Bounds = tuple[tuple[int, int, int], ...]
+# Bytes that the strides of a grouped product's matrices must be a multiple of.
+ALIGNMENT = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Pairs of a token and an expert, sorted by expert: `token` and `expert` [S]; `order` [S]: the position of each
-    pair before sorting. `bounds`: (expert, start, stop) of each expert that has pairs; a pair behind the last one is
-    another process's (its expert is E) and gets zeros.
+    """Pairs of a token and an expert, sorted by expert. `token`, `expert`: [S]; `order` [S]: the position of each pair
+    before sorting; `experts`: E.
     """
 
     token: Tensor
     expert: Tensor
     order: Tensor
-    bounds: Bounds
+    experts: int
 
     @classmethod
     def of(cls, index: Tensor, experts: int) -> Routed:
         """Sort the choices of a router. `index`: [tokens, k], each token's experts; `experts`: E."""
-        flat = index.reshape(-1)
-        expert, order = torch.sort(flat, stable=True)
-        token = torch.div(order, index.shape[-1], rounding_mode="floor")
-        return cls(token, expert.clamp(max=experts - 1), order, _bounds(flat, experts))
+        expert, order = torch.sort(index.reshape(-1), stable=True)
+        return cls(torch.div(order, index.shape[-1], rounding_mode="floor"), expert, order, experts)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where each expert's pairs end: [E], int32."""
+        # histc instead of bincount, which a GPU has to wait for; on the CPU it takes floats only.
+        values = self.expert.float() if self.expert.device.type in ("cpu", "mps") else self.expert.int()
+        return torch.histc(values, bins=self.experts, min=0, max=self.experts - 1).cumsum(0, dtype=torch.int32)
 
     def of_pairs(self, chosen: Tensor) -> Routed:
         """Return only some of the pairs. `chosen`: their indices [n], ascending."""
-        expert, last = self.expert[chosen], self.bounds[-1][2] if self.bounds else 0
-        counted = expert[chosen < last]
-        return Routed(self.token[chosen], expert, chosen, _bounds(counted, int(expert.max()) + 1 if len(expert) else 0))
+        return Routed(self.token[chosen], self.expert[chosen], self.order[chosen], self.experts)
 
     def summed(self, y: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum of each token's experts: [tokens, out]. y: [S, out], sorted; `weights`: [tokens, k],
-        as the router gave them.
+        """Return the weighted sum over each token's experts: [tokens, out]. y: [S, out], sorted; `weights`: [tokens,
+        k], as the router gave them.
         """
-        tokens, k = weights.shape
         weighted = y * weights.reshape(-1)[self.order].unsqueeze(-1)
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(len(self.order), device=y.device)
         # A sum over adjacent rows, not index_add_, which adds in another order each time on a GPU.
-        return weighted[back].view(tokens, k, -1).sum(dim=1)
-
-
-def _bounds(expert: Tensor, experts: int) -> Bounds:
-    """Return (expert, start, stop) of those that occur. On the meta device, where no values are, all equally often."""
-    if expert.is_meta:
-        share = -(-expert.numel() // max(experts, 1))
-        counts = [max(0, min(share, expert.numel() - i * share)) for i in range(experts)]
-    else:
-        counts = torch.bincount(expert, minlength=experts)[:experts].tolist()
-    found, start = [], 0
-    for e, count in enumerate(counts):
-        if count:
-            found.append((e, start, start + count))
-            start += count
-    return tuple(found)
+        return weighted[back].view(*weights.shape, -1).sum(dim=1)
 
 
 def reference(x: Tensor, W: Tensor, expert: Tensor, transposed: bool = False) -> Tensor:
@@ -83,56 +74,42 @@ def reference(x: Tensor, W: Tensor, expert: Tensor, transposed: bool = False) ->
 
 def product(x: Tensor, W: Tensor, routed: Routed, transposed: bool = False) -> Tensor:
     """Return W[e(i)] x[i], [S, out], in x's dtype. `transposed`: W is [E, in, out]."""
-    if needs_plain():
-        return _plain(x, W, routed.bounds, transposed)
-    out: Tensor = _Product.apply(x, W, routed.bounds, transposed)
-    return out
+    own = W.to(x.dtype)
+    own = own if transposed else own.mT  # [E, in, out]
+    if _is_grouped(x, own):
+        return F.grouped_mm(x, own, offs=routed.ends)
+    return _each(x, own, routed)
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float, routed: Routed) -> Tensor:
     """Return s · B[e(i)] A[e(i)] x[i]: [S, out]. x: [S, in]   A: [E, r, in]   B: [E, out, r]."""
+    missing = -A.shape[1] % (ALIGNMENT // x.element_size())
+    if missing and _supports(x):
+        A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))  # small copies, so that the products are grouped
     down = product(x, A, routed)  # [S, r]
     return product(down if scale == 1 else down * scale, B, routed)
 
 
-def _plain(x: Tensor, W: Tensor, bounds: Bounds, transposed: bool) -> Tensor:
-    """The same of torch's own operations."""
-    own = W.to(x.dtype)
-    parts = [x[start:stop] @ (own[e] if transposed else own[e].T) for e, start, stop in bounds]
-    rest = len(x) - (bounds[-1][2] if bounds else 0)
-    size_out = W.shape[2 if transposed else 1]
-    return torch.cat([*parts, x.new_zeros(rest, size_out)]) if rest or not parts else torch.cat(parts)
+def _supports(x: Tensor) -> bool:
+    """Whether torch has grouped products of this dtype on this device, and nothing compiles or transforms them."""
+    if needs_plain() or x.dtype not in _DTYPES or not hasattr(F, "grouped_mm"):
+        return False
+    return x.device.type == "cpu" or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bounds: Bounds, transposed: bool) -> Tensor:
-        size_out = W.shape[2 if transposed else 1]
-        y = x.new_empty(len(x), size_out)
-        for e, start, stop in bounds:
-            own = W[e].to(x.dtype)
-            torch.mm(x[start:stop], own if transposed else own.T, out=y[start:stop])
-        y[bounds[-1][2] if bounds else 0 :] = 0
-        ctx.bounds, ctx.transposed = bounds, transposed
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
-        return y
+def _is_grouped(x: Tensor, W: Tensor) -> bool:
+    """W: [E, in, out], in any memory layout."""
+    least = ALIGNMENT // x.element_size()
+    return _supports(x) and not any(size % least for size in W.shape[1:])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        x, W = ctx.saved_tensors
-        needs_x, needs_W, *_ = ctx.needs_input_grad
-        transposed, last = ctx.transposed, ctx.bounds[-1][2] if ctx.bounds else 0
-        g = g.contiguous()
-        gx = g.new_empty(len(g), W.shape[1 if transposed else 2]) if needs_x else None
-        gW = torch.zeros_like(W) if needs_W else None  # experts without tokens have no gradient
-        for e, start, stop in ctx.bounds:
-            own, of_y = W[e].to(g.dtype), g[start:stop]
-            if gx is not None:
-                torch.mm(of_y, own.T if transposed else own, out=gx[start:stop])
-            if gW is not None:
-                of_x = x[start:stop]
-                gW[e] = of_x.T @ of_y if transposed else of_y.T @ of_x
-        if gx is not None:
-            gx[last:] = 0
-        return gx, gW, None, None
+
+@torch.compiler.disable  # the number of an expert's tokens is a value, which no graph has
+def _each(x: Tensor, W: Tensor, routed: Routed) -> Tensor:
+    """The same, expert by expert. W: [E, in, out]."""
+    parts, start = [], 0
+    with torch.autocast(x.device.type, enabled=False) if is_casting(x) else nullcontext():
+        for own, end in zip(W, routed.ends.tolist(), strict=True):
+            if end > start:
+                parts.append(x[start:end] @ own)
+            start = end
+        return torch.cat(parts) if parts else x.new_zeros(0, W.shape[2])

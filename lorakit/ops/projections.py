@@ -8,6 +8,8 @@ x and for their gradients, and all input gradients are summed in one buffer. Sav
 products, and the packed dropout mask. The float32 master factors are cast to x's dtype for the matmuls; activations are
 never upcast.
 
+A projection may have a gain h [out], which multiplies x W_iᵀ by 1 + h (see `gain`); `project` alone computes those.
+
 In a batch that trains G adapters at once (see `lorakit.route`), with equally many rows each, adapter by adapter, A is
 [G, r, in], B is [G, out, r], and every low-rank product is a batched one over `groups` of rows.
 """
@@ -24,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .dropout import Mask, kept_share, masked, masked_input
+from .gain import add_gain, gradient_of_gain, times_gain
 from .groups import add_product, gradient_of_B, groups, product
 from .summed import summed_weight
 
@@ -34,13 +37,16 @@ FEW = 1 << 17
 
 
 class Projection(NamedTuple):
-    """One frozen linear and its update. A and B are None without an update, and have three axes for groups of rows."""
+    """One frozen linear and its update. A and B are None without an update, and have three axes for groups of rows.
+    h: the gain, [out] or, for groups, [G, out].
+    """
 
     W: Tensor
     bias: Tensor | None
     A: Tensor | None
     B: Tensor | None
     scale: float
+    h: Tensor | None = None
 
 
 Tensors = tuple[Tensor | None, ...]  # W, bias, A, B of each projection in turn
@@ -52,25 +58,30 @@ def reference(
     """Compute the equation. `keep`: the dropout mask (1 kept, 0 dropped); `share`: the share of elements kept."""
     dropped = x if keep is None else x * keep / share
     return tuple(
-        F.linear(x, p.W, p.bias)
+        _reference_base(x, p)
         + (0 if p.A is None or p.B is None else F.linear(F.linear(dropped, p.A.to(x.dtype)), p.B.to(x.dtype)) * p.scale)
         for p in projections
     )
 
 
+def _reference_base(x: Tensor, p: Projection) -> Tensor:
+    return F.linear(x, p.W if p.h is None else p.W * (1 + p.h.to(x.dtype)).unsqueeze(-1), p.bias)
+
+
 def project(x: Tensor, projection: Projection, mask: Mask | None = None) -> Tensor:
     """Compute one projection of x [..., in]: [..., out]. `mask`: the update's dropout. W and bias get no gradient."""
-    W, bias, A, B, scale = projection
+    W, bias, A, B, scale, h = projection
     if mask is None and A is not None and B is not None and A.dim() == 2:
-        summed = summed_weight(x, x.shape[-1], W, A, B, scale)
+        summed = summed_weight(x, x.shape[-1], W, A, B, scale, h)
         if summed is not None:
             return F.linear(x, summed, bias)
         if x.numel() * (1 + W.shape[0] / W.shape[1]) <= FEW:
             rows = x.reshape(-1, x.shape[-1])
             down = rows @ A.to(x.dtype).T
-            out = torch.addmm(F.linear(rows, W, bias), down, B.to(x.dtype).T, alpha=scale)
+            out = F.linear(rows, W, bias)
+            out = torch.addmm(out if h is None else add_gain(out, out, h, bias), down, B.to(x.dtype).T, alpha=scale)
             return out.view(*x.shape[:-1], W.shape[0])
-    return _Project.apply(x, mask.p if mask else 0.0, mask.state if mask else None, scale, W, bias, A, B)
+    return _Project.apply(x, mask.p if mask else 0.0, mask.state if mask else None, scale, W, bias, A, B, h)
 
 
 def flat(projections: Sequence[Projection]) -> Tensors:
@@ -176,13 +187,27 @@ def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int =
     return [None if p.A is None else next(pieces) for p in projections]
 
 
+def _rows(t: Tensor, h: Tensor) -> Tensor:
+    """Return t [N, out] as [G, N / G, out] if h has groups, [G, out]."""
+    return t if h.dim() == 1 else t.view(h.shape[0], -1, t.shape[-1])
+
+
+def _per_row(h: Tensor) -> Tensor:
+    """Return h in a shape that broadcasts to `_rows`."""
+    return h if h.dim() == 1 else h.unsqueeze(1)
+
+
 class _Project(torch.autograd.Function):
     """One projection, without lists: it runs for every adapted linear, and lists would be a tenth of its overhead."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, p: float, state: Tensor | None, scale: float, W, bias, A, B) -> Tensor:
+    def forward(ctx, x: Tensor, p: float, state: Tensor | None, scale: float, W, bias, A, B, h) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         out = F.linear(x2, W, bias)  # [N, out]
+        linear = None
+        if h is not None:
+            linear = out if bias is None else out - bias
+            out = torch.addcmul(_rows(out, h), _rows(linear, h), _per_row(h).to(out.dtype)).view_as(out)
         scale = scale / kept_share(p) if p else scale
         down = None
         needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6], ctx.needs_input_grad[7]
@@ -193,7 +218,14 @@ class _Project(torch.autograd.Function):
         ctx.p, ctx.scale, ctx.shape = p, scale, x.shape
         needs_mask = state is not None and (needs_x or needs_A)
         ctx.save_for_backward(
-            x2 if needs_A else None, state if needs_mask else None, down if needs_B else None, W, A, B
+            x2 if needs_A else None,
+            state if needs_mask else None,
+            down if needs_B else None,
+            W,
+            A,
+            B,
+            h,
+            linear if ctx.needs_input_grad[8] else None,
         )
         # Not a view: callers may modify a linear's output in place, which autograd refuses for a node's views.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
@@ -202,12 +234,16 @@ class _Project(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, state, down, W, A, B = ctx.saved_tensors
+        x, state, down, W, A, B, h, linear = ctx.saved_tensors
         needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         g = g.reshape(-1, g.shape[-1])
         mask = None if state is None else Mask(ctx.p, state)
-        dx = g @ W if needs_x else None  # [N, in]; later terms are added to this buffer
-        dA = dB = None
+        dA = dB = dh = None
+        if linear is not None:
+            dh = gradient_of_gain(_rows(g, h), _rows(linear, h), _per_row(h)).view_as(h)
+        dx = None
+        if needs_x:  # [N, in]; later terms are added to this buffer
+            dx = (g if h is None else times_gain(_rows(g, h), _per_row(h)).view_as(g)) @ W
         if B is not None and (needs_x or needs_A):
             inner = groups(g, B) @ B.to(g.dtype)  # [N, r]
             if needs_A:
@@ -219,4 +255,4 @@ class _Project(torch.autograd.Function):
                     dx.add_(masked(product(inner, A.to(g.dtype), ctx.scale).view_as(dx), mask))
         if needs_B:
             dB = gradient_of_B(down, g, B.dtype)
-        return dx.view(ctx.shape) if dx is not None else None, None, None, None, None, None, dA, dB
+        return dx.view(ctx.shape) if dx is not None else None, None, None, None, None, None, dA, dB, dh

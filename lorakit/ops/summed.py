@@ -1,6 +1,7 @@
 """A small frozen weight together with its update, as one weight (Hu et al. 2021, section 4.1).
 
     W + s · B A        W: [out, in] or [out, in, *kernel]   A: [r, in, *kernel]   B: [out, r, 1...]   s = alpha / r
+    (1 + h) ∘ W + s · B A                                                         with a gain (see `gain`)
 
 A layer with this weight computes what the base and the update compute apart, in one large product instead of three of
 which two are thin. It has more to multiply: backward makes the gradient of the whole weight, from which A and B get
@@ -12,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gain import times_gain
+
 # In elements of W. Forward and backward of a linear, over the time with thin products (float32, one Zen 4 core):
 # 64 x 64 0.65 (rank 8, 64 rows) to 0.79 (rank 4, 1,024 rows); 96 x 96 0.71 (rank 8, 64 rows); 128 x 128 0.92 and 192 x
 # 192 1.04 (rank 16, 256 rows). 3x3 convolutions of 8x8 pixels, rank 8: 32 x 32 0.78, 64 x 64 0.93 to 0.96, 96 x 96
@@ -22,10 +25,13 @@ LARGEST = 96 * 96
 LARGEST_KEPT = 2
 
 
-def summed_weight(x: Tensor, features: int, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor | None:
+def summed_weight(
+    x: Tensor, features: int, W: Tensor, A: Tensor, B: Tensor, scale: float, h: Tensor | None = None
+) -> Tensor | None:
     """Return W + s · B A, differentiable in A and B; None where thin products take less time or memory.
 
-    x: the layer's input; `features`: how many of its elements are one row (a token, a pixel).
+    x: the layer's input; `features`: how many of its elements are one row (a token, a pixel); h [out]: W counts 1 + h
+    times.
     """
     if (
         W.numel() > LARGEST
@@ -37,7 +43,7 @@ def summed_weight(x: Tensor, features: int, W: Tensor, A: Tensor, B: Tensor, sca
         or A.shape[1:] != W.shape[1:]
     ):
         return None
-    return reference(W, A, B, scale)
+    return reference(W if h is None else times_gain(W, h.view(-1, *(1 for _ in W.shape[1:]))), A, B, scale)
 
 
 def reference(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -10,14 +10,14 @@ from typing import Any
 
 # In the order of the bars. docs/plan.md explains each.
 PARTS = ("weights", "adapter", "optimizer", "best", "gradients", "activations", "loss", "working", "holes", "overhead")
-FOUR_BIT = "4-bit "  # prefix of a method's name: the same method on a base in 4 bits
 
 
 @dataclass(frozen=True)
 class Estimate:
     """The estimate of one configuration. `rows` and `length` (tokens): of the micro-batch computed at once."""
 
-    method: str  # "lora", "full", "4-bit lora"
+    method: str  # "lora", "full", "nf4 lora"
+    storage: str | None  # how the base's linears are stored: "nf4"; None: not quantized
     rows: int
     length: int
     parameters: int  # elements of the base's parameters

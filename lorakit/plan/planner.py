@@ -9,7 +9,6 @@ Each includes the overhead and, on a CPU, the holes in the C library's heap.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from ..config import RunSettings
 from ..config.optimizers import state_bytes
 from ..tasks.task import Task
-from .estimate import FOUR_BIT, Estimate
+from .estimate import Estimate
 from .largest import largest
 from .live import SMALL
+from .packed import Packing
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
 from .weightless import MOST_TOKENS
@@ -32,9 +32,6 @@ from .weightless import MOST_TOKENS
 # size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).
 HEAP = 1.47
 HEAP_CHECKPOINTING = 2.3  # kept tensors are scattered between a layer's temporary ones; 2.4 was measured
-# NF4 with double quantization: 4 bits per weight, an 8-bit scale per 64 weights and a 32-bit one per 256 scales
-# (Dettmers et al. 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 MOST_ROWS = 256  # where the search for the largest batch ends
 COLUMNS = 8  # batches are padded to a multiple of this
 
@@ -50,7 +47,7 @@ class PlanSettings:
     attach: Callable[[Any], object]  # adds the method's trained parameters to the model
     config: RunSettings
     method: str = "lora"
-    four_bit: bool = False
+    packing: Packing | None = None  # how the base's linears are stored; None: not quantized
     checkpointing: bool = False
     plain_attention: int = 0  # rows up to this many tokens use plain attention
     validation: int = 0  # rows of an evaluation batch; 0: no evaluation
@@ -63,9 +60,11 @@ class Planner:
 
     def __init__(self, base: Any, settings: PlanSettings):
         """`base`: the base's transformers config. Raises PlanError if the model cannot be built from it."""
-        self.settings = settings
+        self.settings, self.base = settings, base
         build = partial(settings.task.skeleton, settings.config, base, settings.dtype)
-        self.shell = Shell(type(base).__name__, build, settings.attach, checkpointing=settings.checkpointing)
+        self.shell = Shell(
+            type(base).__name__, build, settings.attach, checkpointing=settings.checkpointing, packing=settings.packing
+        )
         self.optimizer_bytes = state_bytes(settings.config.optimizer, self.shell.trained())
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._evaluations: dict[int, Traced] = {}  # by length
@@ -77,11 +76,15 @@ class Planner:
         """The model's number of positions, None if unlimited."""
         return getattr(self.shell.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def four_bit(self) -> Planner:
-        """Return the same planner with the base's linear weights in 4 bits."""
-        other = copy.copy(self)  # shares the traces
-        other.settings = replace(self.settings, four_bit=True)
-        return other
+    @property
+    def name(self) -> str:
+        """The name of its estimates: the method's, after how the base's linears are stored."""
+        packing = self.settings.packing
+        return self.settings.method if packing is None else f"{packing.name} {self.settings.method}"
+
+    def stored(self, packing: Packing) -> Planner:
+        """Return a planner of the same run on a base whose linears are stored in another way. Raises PlanError."""
+        return Planner(self.base, replace(self.settings, packing=packing))
 
     def estimate(self, rows: int, length: int, accumulating: bool | None = None) -> Estimate:
         """Estimate a run that computes `rows` rows of `length` tokens at once.
@@ -118,8 +121,6 @@ class Planner:
         """Return the bytes that are allocated throughout the run, by part."""
         settings, shell = self.settings, self.shell
         size, weights = shell.trained_bytes, shell.weight_bytes
-        if settings.four_bit:
-            weights += sum(int(elements * NF4_BYTES) - size for elements, size in shell.linear_weights)
         return {
             "weights": weights,
             "adapter": shell.added_bytes,
@@ -131,9 +132,7 @@ class Planner:
     def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
         settings, shell = self.settings, self.shell
         shell.attention(plain=length <= settings.plain_attention)
-        size, working = shell.trained_bytes, 0
-        if settings.four_bit:  # one dequantized weight at a time
-            working = max((size for _, size in shell.linear_weights), default=0)
+        size = shell.trained_bytes
         on_cpu = settings.device.type == "cpu"
         resting = self._resting()
         key = (rows, length, accumulating)
@@ -151,15 +150,15 @@ class Planner:
             if on_cpu
             else 0
         )
-        moments = {"step": _moment(resting, step.stretches, working, heap)}
+        moments = {"step": _moment(resting, step.stretches, heap)}
         if held_out:
-            moments["evaluation"] = _moment(resting, held_out, working, heap)
+            moments["evaluation"] = _moment(resting, held_out, heap)
         if on_cpu:
             copies = self.optimizer_bytes
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
-        method = f"{FOUR_BIT}{settings.method}" if settings.four_bit else settings.method
         base, trained = shell.base_parameters(), shell.trained_parameters
-        return Estimate(method, rows, length, base, trained, size, moments, step.flops)
+        storage = None if settings.packing is None else settings.packing.name
+        return Estimate(self.name, storage, rows, length, base, trained, size, moments, step.flops)
 
     def _evaluation(self, length: int) -> dict[str, Parts]:
         """Trace an evaluation. Returns its peaks by stretch; empty without held-out rows."""
@@ -175,15 +174,14 @@ class Planner:
         return self.settings.task.losses(model, batch).sum()
 
 
-def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
+def _moment(resting: Parts, stretches: dict[str, Parts], heap: int) -> Parts:
     """Return the bytes by part of the largest stretch, including what is always allocated.
 
-    `working`: bytes to add to that part; `heap`: the size to which the C library's heap has grown.
+    `heap`: the size to which the C library's heap has grown.
     """
 
     def all_parts(parts: Parts) -> Parts:
         own = {part: size for part, size in parts.items() if part != SMALL}
-        own["working"] = own.get("working", 0) + working
         own["holes"] = max(0, heap - parts.get(SMALL, 0))
         return resting | own
 

@@ -6,18 +6,16 @@ If all decoder layers are alike, a step through two and through three of them de
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LorakitError
 from ..layers.fused import attention
-from ..layers.layer import LoraLayer
-from ..layers.targets import is_linear
+from .packed import PackedLinear, Packing, pack
 from .weightless import Shapes
 
 if TYPE_CHECKING:
@@ -49,16 +47,26 @@ class Shell:
     """A model without weights. `model`: on the meta device, in training mode, set up as `train` does."""
 
     def __init__(
-        self, name: str, build: Callable[[], Any], attach: Callable[[nn.Module], object], *, checkpointing: bool = False
+        self,
+        name: str,
+        build: Callable[[], Any],
+        attach: Callable[[nn.Module], object],
+        *,
+        checkpointing: bool = False,
+        packing: Packing | None = None,
     ):
-        """`name`: the base's, for errors; `build`: builds the model; `attach`: adds what is trained to it. Raises
-        PlanError if the model cannot be built.
+        """`name`: the base's, for errors; `build`: builds the model; `attach`: adds what is trained to it; `packing`:
+        how its linears are stored, None if they are not quantized. Raises PlanError if the model cannot be built, or
+        the size of such weights is not known.
         """
+        if packing is not None and packing.storage.size is None:
+            raise PlanError(f"the bytes of weights that are stored as {packing.storage.title} are not known")
         with plan_errors(name), torch.device("meta"):
             self.model = build()
+            self._base_parameters = sum(p.numel() for p in self.model.parameters())
+            self.packed = 0 if packing is None else pack(self.model, packing)  # how many linears are quantized
         self.name = type(self.model).__name__
         own = list(self.model.parameters())
-        self._base_parameters = sum(p.numel() for p in own)
         attach(self.model)
         # Trained parameters may be the base's own or added ones.
         added = {id(p) for p in self.trained()} - {id(p) for p in own}
@@ -97,25 +105,12 @@ class Shell:
 
     def frozen_bytes(self) -> int:
         """Return the bytes of frozen parameters and buffers."""
-        return _bytes(p for p in self.model.parameters() if not p.requires_grad) + _bytes(self.model.buffers())
+        dense = _bytes(p for p in self.model.parameters() if not p.requires_grad) + _bytes(self.model.buffers())
+        return dense - sum(m.saved_bytes for m in self.model.modules() if isinstance(m, PackedLinear))
 
     def base_parameters(self) -> int:
         """Return the number of elements in the base's parameters."""
         return self._base_parameters
-
-    @functools.cached_property
-    def linear_weights(self) -> list[tuple[int, int]]:
-        """List (elements, bytes) of each weight that a 4-bit base has in 4 bits: the frozen ones of linears, except the
-        output layer's.
-        """
-        head = self.model.get_output_embeddings()
-        embedded = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        modules = (m for m in self.model.modules() if m is not head and (isinstance(m, LoraLayer) or is_linear(m)))
-        weights = {
-            id(w): w for w in (getattr(m, "weight", None) for m in modules) if isinstance(w, Tensor) and w.dim() == 2
-        }
-        frozen = [w for key, w in weights.items() if key not in embedded and not w.requires_grad]
-        return [(w.numel(), w.numel() * w.element_size()) for w in frozen]
 
 
 def _bytes(tensors: Any) -> int:

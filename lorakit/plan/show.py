@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..methods import method_of
-from .estimate import FOUR_BIT, PARTS, Estimate
+from .estimate import PARTS, Estimate
 from .units import show_bytes
 
 # Each part's letter and colour in the bars.
@@ -99,10 +99,10 @@ def grid(fitting: Mapping[int, int], most: int) -> Table:
 
 
 def _title(estimate: Estimate) -> str:
-    """Return the method's title, with a star for 4 bits, which are an estimate only."""
-    name = estimate.method.removeprefix(FOUR_BIT)
-    title = method_of(name).title
-    return title if name == estimate.method else f"{FOUR_BIT}{title} *"
+    """Return the method's title, and how the base is stored."""
+    if estimate.storage is None:
+        return method_of(estimate.method).title
+    return f"{method_of(estimate.method.removeprefix(f'{estimate.storage} ')).title}, {estimate.storage}"
 
 
 def _most(fits: int, limit: int | None) -> str:

@@ -173,7 +173,10 @@ class Task(Protocol):
         """Choose how the model computes, such as its attention. `longest`: size of the largest item."""
 
     def prepare(self, base: Base, items: Sequence[Any]) -> None:
-        """Do before the first step what needs the model and the items. Raises TrainError for what would fail later."""
+        """Do before the first step what needs the model and the items. Raises TrainError for what would fail later.
+
+        Called before the adapter is attached too, if that starts from data (`LoraConfig.init`).
+        """
 
     def checkpoint(self, model: Any) -> None:
         """Let the model recompute activations in backward. Raises TrainError if it cannot."""

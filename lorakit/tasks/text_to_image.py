@@ -256,8 +256,10 @@ def prepare(base: Base, items: Sequence[Any]) -> None:
     from ..model.capture import capture
     from .image.result import format_for
 
-    adapter = capture(base.model, next(iter(adapters(base.model))))
-    format_for(_with_words(adapter, base.processor), part(base.config, TextToImageSettings).save_as)
+    attached = adapters(base.model)
+    if attached:  # not yet, if it is about to start from data
+        adapter = capture(base.model, attached[0])
+        format_for(_with_words(adapter, base.processor), part(base.config, TextToImageSettings).save_as)
     base.processor.prepare(base.model, items)
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 import heapq
 import math
 from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from ..bases.limits import Memory, memory_of, resident
-from ..bases.load import is_four_bit
-from ..config import Choice
+from ..bases.stored_weights import storage, storage_of
+from ..config import Choice, Quantization, part
 from ..data.dataset import sizes_of
 from ..errors import TrainError
 from ..methods import method_of
 from ..model.attach import DEFAULT
 from ..plan.estimate import Estimate
 from ..plan.machine import overhead
+from ..plan.packed import Packing
 from ..plan.planner import Planner, PlanSettings
 from ..plan.shell import PlanError
 from ..plan.static import static_estimate
@@ -32,6 +34,7 @@ from . import defaults
 from .config import TrainConfig
 
 UNCHECKED = "unchecked"
+SMALLEST: Literal["nf4"] = "nf4"  # the way to quantize that is suggested
 
 
 def planner_for(
@@ -62,6 +65,7 @@ def planner_for(
         partial(method_of(config.method).attach, config=config, name=DEFAULT, task_type=task.peft_type),
         config,
         config.method,
+        packing_of(config, base),
         checkpointing=config.gradient_checkpointing,
         plain_attention=plain_attention(device),
         validation=validation,
@@ -69,6 +73,15 @@ def planner_for(
         batch=config.batch_size,
     )
     return Planner(base, settings)
+
+
+def packing_of(config: TrainConfig, base: Any, how: Quantization | None = None) -> Packing | None:
+    """Return how a run's base stores its linears: quantized while loading or before; None for one that is not.
+
+    `base`: its transformers config; `how`: quantize it so, instead of as the run's settings say.
+    """
+    stored = storage(how or part(config, Quantization)) or storage_of(base)
+    return None if stored is None else Packing(stored, tuple(getattr(config, "save_modules", ())))
 
 
 def allowed(config: TrainConfig, device: torch.device) -> Memory | None:
@@ -100,8 +113,6 @@ def check(
         planner = planner_for(
             config, dtype, device, share=share, held=resident() or None, validation=min(held_out, config.batch_size)
         )
-        if is_four_bit(planner.shell.model.config):
-            planner = planner.four_bit()
         accumulating = at_once < math.ceil(config.batch_size / processes)
         estimate = planner.estimate(at_once, longest, accumulating)
     except PlanError as error:
@@ -132,6 +143,17 @@ def _check_static(config: TrainConfig, dtype: torch.dtype, device: torch.device)
     return Choice(None, f"about {needed}{of}, and the activations, which are not estimated for pictures")
 
 
+def quantized_estimate(planner: Planner, estimate: Estimate) -> Estimate | None:
+    """Estimate the same run on a base that is quantized to 4 bits; None where it is quantized, or cannot be."""
+    config: Any = planner.settings.config
+    if planner.settings.packing is not None or not method_of(config.method).keeps_base:
+        return None
+    packing = packing_of(config, planner.base, Quantization(quantize=SMALLEST))
+    assert packing is not None
+    smaller = planner.stored(packing)
+    return smaller.estimate(estimate.rows, estimate.length) if smaller.shell.packed else None
+
+
 def refusal(planner: Planner, estimate: Estimate, limit: Memory, cheaper: str | None) -> str:
     """Write the error message: memory needed and available, and changes that would make the run fit.
 
@@ -154,6 +176,8 @@ def refusal(planner: Planner, estimate: Estimate, limit: Memory, cheaper: str | 
         lines.append("  gradient_checkpointing: true needs less memory for activations")
     if cheaper:
         lines.append(f"  {cheaper}")
+    if (smaller := quantized_estimate(planner, estimate)) is not None and smaller.total <= limit.total:
+        lines.append(f"  quantize: {SMALLEST} fits, and needs about {show_bytes(smaller.total)}")
     if not rows and not length:
         lines.append("  no batch fits: use a smaller base or a lower precision")
     lines.append(f"  for a detailed plan: lorakit plan. To start anyway: memory: {UNCHECKED}")

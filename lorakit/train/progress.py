@@ -155,7 +155,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
             f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}",
         ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
-        *_unreached(job),
+        *_reached(job),
         ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, {data.shape}"),
         *data.facts,
         (
@@ -179,12 +179,13 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
     return [*rows, *(("note", f"{count} rows: {note}") for note, count in data.notes.items())]
 
 
-def _unreached(job: Job) -> list[tuple[str, str]]:
-    """Say which share of the base no target reaches (experts), and what other programs would not load."""
+def _reached(job: Job) -> list[tuple[str, str]]:
+    """Say which experts are adapted, which share of the base no target reaches, and what other programs would not load."""
     if not job.method.keeps_base:
         return []
     found = summary(job.model)
-    rows = [("not reached", str(found.unreached))] if found.unreached else []
+    rows = [("experts", found.experts)] if found.experts else []
+    rows += [("not reached", str(found.unreached))] if found.unreached else []
     return [*rows, *(("note", text) for text in dict.fromkeys(found.notes))]
 
 

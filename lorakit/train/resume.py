@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, TrainError
 from ..io.atomic import sync_folder, write_errors
 from ..io.json_object import read_json
-from ..io.tensors import read_tensors
+from ..io.tensors import read_shapes, read_tensors
 from ..layers.layer import child_name
 from ..layers.updates.update import LiveUpdate
 from ..model.attach import DEFAULT
@@ -198,6 +198,24 @@ def newest_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def newest_ranks(folder: Path) -> dict[str, int] | None:
+    """Return the rows of each trained factor A in the newest checkpoint, by module.
+
+    None if there is no checkpoint that can be read, or a module's A is not among what is trained.
+    """
+    for step in reversed(steps_in(folder)):
+        try:
+            shapes = read_shapes(folder / f"{PREFIX}{step}" / "trainable.safetensors")
+        except AdapterError:
+            continue  # `load_newest` says so
+        ranks: dict[str, dict[str, int]] = {"A": {}, "B": {}}
+        for name, shape in shapes.items():
+            module, _, own = name.rpartition(f".{child_name(DEFAULT)}.")
+            ranks.setdefault(own.rpartition(".")[2], {})[module] = shape[0]  # "A", or "inner.A" of a DoRA
+        return ranks["A"] if ranks["A"] and ranks["A"].keys() == ranks["B"].keys() else None
+    return None
+
+
 def load_newest(folder: Path, damaged: Callable[[str], None] = lambda note: None) -> Loaded | None:
     """Read the newest checkpoint that can be read; None if there is none. Deletes what interrupted writes left behind.
 
@@ -286,7 +304,7 @@ def put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: st
 
 
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors |= {f"{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return tensors

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from ..config import Choice
-from ..data.batches import batch_order
-from ..data.dataset import fingerprint, groups_of, sizes_of
+from ..data.dataset import fingerprint, sizes_of
 from ..errors import ConfigError
 from ..methods import method_of
 from ..methods.method import Method
@@ -27,6 +26,7 @@ from ..tasks import task_of
 from ..tasks.task import Base, Data, Item, Task
 from . import compile, defaults, optimizer
 from .config import TrainConfig
+from .first_batches import epoch_batches, start_data
 from .launch import command, peers
 from .memory import check
 from .micro import limit_for, micro_batches
@@ -101,17 +101,7 @@ class Job:
         per_epoch = defaults.steps_per_epoch(self.config, self.data.rows)
         epoch, index = divmod(step, per_epoch)
         if self._epoch != epoch:
-            config, rows = self.config, self.data.epoch(self.config.seed, epoch)
-            sizes, groups = sizes_of(self.train), groups_of(self.train)
-            order = batch_order(
-                [sizes[i] for i in rows],
-                config.batch_size,
-                config.seed,
-                epoch,
-                config.group_by_length,
-                None if groups is None else [groups[i] for i in rows],
-            )
-            self._order, self._epoch = [[rows[i] for i in batch] for batch in order], epoch
+            self._order, self._epoch = epoch_batches(self.config, self.data, epoch), epoch
         return [self.task.drawn(self.train[i], self.config.seed, epoch) for i in self._order[index]]
 
 
@@ -171,10 +161,13 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     with peers(parallel.world, command(parallel.world, config.out)):
         parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)
+    bases = {}
     for name, each in configs.items():
         task.check(each, model, chain(data[name].train, data[name].held_out))
+        bases[name] = Base(model, task.for_run(processor, each), each)
         torch.manual_seed(each.seed)
-        method.attach(model, task.to_attach(each, processor), name, task.peft_type)
+        first = start_data(bases[name], data[name], parallel)
+        method.attach(model, task.to_attach(each, processor), name, task.peft_type, first)
     if config.gradient_checkpointing:
         task.checkpoint(model)
     longest = max(_longest(each.train) for each in data.values())
@@ -194,7 +187,7 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
                 each,
                 folders[name],
                 parallel,
-                Base(model, task.for_run(processor, each), each),
+                bases[name],
                 data[name],
                 train,
                 data[name].held_out,

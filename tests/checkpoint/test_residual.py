@@ -87,10 +87,50 @@ def test_pefts_own_conversion_gives_the_same_change(tmp_path):
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
 def test_a_start_that_cannot_be_made_again_is_refused(start, tmp_path):
     trained("llama", "pissa", tmp_path)
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
+    called(start, tmp_path, loftq_config={"loftq_iter": 2})
     with pytest.raises(AdapterError, match=f"initialized as '{start}', which cannot be recomputed"):
         load_on(tmp_path / "adapter", tmp_path / "base")
+
+
+def called(start, folder, **more) -> None:
+    """Write another initialization into the adapter's config."""
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start} | more))
+
+
+@pytest.mark.parametrize("start", ["eva", "orthogonal", "mica", "gaussian", True, False])
+def test_a_start_that_left_the_base_alone_is_read_as_it_is(start, tmp_path):
+    trained("llama", True, tmp_path)
+    before = lk.Adapter.load(tmp_path / "adapter")
+    called(start, tmp_path)
+    adapter = lk.Adapter.load(tmp_path / "adapter")
+    assert adapter.digest() == before.digest()
+    lk.attach(tiny.llama(), adapter)
+
+
+def test_milora_of_a_fork_is_converted_like_pissa(tmp_path):
+    """There it is subtracted from the base. Here the start is made by hand: the last singular values."""
+    make, targets = TARGETS["llama"]
+    make().save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(make(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+    made = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            A, B, W = module.lora_A["default"].weight, module.lora_B["default"].weight, module.base_layer.weight
+            U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+            root = (S[-3:] * 3 / 5).sqrt()
+            A.copy_(root[:, None] * Vt[-3:]), B.copy_(U[:, -3:] * root)
+            W.sub_(5 / 3 * B @ A)
+            for p in (A, B):
+                p.add_(0.01 * torch.randn(p.shape, generator=made))
+    model.save_pretrained(tmp_path / "adapter")
+    called("milora", tmp_path)
+    with pytest.raises(AdapterError, match="init_lora_weights is 'milora'"):
+        lk.Adapter.load(tmp_path / "adapter")
+    adapter = plain(tmp_path / "adapter", tmp_path / "base")
+    torch.testing.assert_close(logits(lk.attach(make(), adapter)), logits(model.eval()), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -47,19 +48,18 @@ def test_a_config_is_enough_and_the_three_methods_stand_side_by_side(lorakit, co
     for words in (
         "full, float32",
         "LoRA",
-        "4-bit LoRA *",
+        "LoRA, nf4",
         "W weights",
         "a activations",
         "at most",
         "fits 2 GB",
         "most rows of 64",
-        "over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet",
     ):
         assert words in out, words
     bars = [
         line.split()
         for line in out.splitlines()
-        if line.startswith(("full, float32  ", "LoRA  ", "4-bit LoRA *  ", "memory  "))
+        if line.startswith(("full, float32  ", "LoRA  ", "LoRA, nf4  ", "memory  "))
     ]
     assert len(bars) == 3  # 2 GB is beyond the longest
     assert "o" in bars[0][-3]  # the overhead's letter
@@ -73,7 +73,7 @@ def test_json_gives_the_numbers_of_the_table(lorakit, config_only):
     assert code == 0
     plan = json.loads(out)
     full, lora, four = plan["estimates"]
-    assert [e["method"] for e in plan["estimates"]] == ["full", "lora", "4-bit lora"]
+    assert [e["method"] for e in plan["estimates"]] == ["full", "lora", "nf4 lora"]
     assert lora["trained"] == 4 * 4 * ((64 + 64) + (64 + 32))
     assert full["trained"] == full["parameters"] == plan["parameters"]
     for estimate in plan["estimates"]:
@@ -144,3 +144,42 @@ def test_what_does_not_fit_is_said(lorakit, config_only):
     assert "none" in next(line for line in out.splitlines() if line.startswith("most rows at once"))
     assert next(line for line in out.splitlines() if line.startswith("memory  ")).split()[1:] == ["|", "1", "KB"]
     assert "the run does not fit" in out
+
+
+def test_a_base_that_is_to_be_quantized_is_planned_so(lorakit, config_only):
+    flags = ["plan", "--model", config_only, "--memory", "2GB", *SMALL]
+    code, out, error = lorakit(*flags, "--quantize", "int8", "--json")
+    assert code == 0, error
+    plan = json.loads(out)
+    assert [e["method"] for e in plan["estimates"]] == ["full", "lora", "int8 lora"]
+    code, out, error = lorakit(*flags, "--quantize", "nf4", "--no-double")
+    assert code == 0, error
+    assert "28 linears are stored as bitsandbytes nf4\n" in out
+    assert "--quantize nf4 --no-double" in out.splitlines()[-1]
+
+
+def test_where_only_a_quantized_base_fits_it_is_suggested(lorakit, config_only, tmp_path):
+    values = json.loads((Path(config_only) / "config.json").read_text())
+    wider = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 256}
+    (tmp_path / "config.json").write_text(json.dumps(values | wider))
+    flags = ["plan", "--model", tmp_path, "--device", "cuda", "--json", *SMALL]
+    _, out, _ = lorakit(*flags, "--memory", "2GB")
+    _, lora, nf4 = (estimate["total"] for estimate in json.loads(out)["estimates"])
+    flags.remove("--json")
+    code, out, error = lorakit(*flags, "--memory", f"{(lora + nf4) // 2}B")
+    assert code == 0, error
+    assert out.splitlines()[-1].startswith("next: lorakit train --model")
+    assert "--quantize nf4" in out.splitlines()[-1]
+
+
+def test_a_quantized_checkpoint_has_no_other_columns(lorakit, config_only, tmp_path):
+    how = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    values = json.loads((Path(config_only) / "config.json").read_text()) | {"quantization_config": how}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    flags = ["plan", "--model", tmp_path, "--memory", "2GB", *SMALL]
+    code, out, error = lorakit(*flags, "--json")
+    assert code == 0, error
+    assert [e["method"] for e in json.loads(out)["estimates"]] == ["gptq lora"]
+    code, _, error = lorakit(*flags, "--quantize", "nf4")
+    assert code == 2
+    assert "is quantized already: GPTQ, 4 bits, groups of 64\n  omit --quantize nf4, or give the unquantized" in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import packed_checkpoints
 import pytest
 import quantized
 import tiny_lm
@@ -68,14 +69,56 @@ def test_the_adapter_is_judged_on_both_bases_without_force(lorakit, folders, dat
     assert packed[1] < packed[0] - 0.2
 
 
-def test_it_is_merged_into_the_unquantized_base_and_not_into_this(lorakit, folders, trained, tmp_path):
+def test_it_is_merged_into_the_unquantized_base_which_is_the_same_base(lorakit, folders, trained, tmp_path):
     dense, packed = folders
-    code, _, error = lorakit("merge", packed, trained / "adapter", tmp_path / "out")
-    assert (code, "is quantized" in error, (tmp_path / "out").exists()) == (1, True, False)
     assert lorakit("merge", dense, trained / "adapter", tmp_path / "out")[0] == 0
-    code, out, _ = lorakit("inspect", trained / "adapter", "--base", dense)
-    assert code == 0
-    assert "another base" not in out
+    for base in (dense, packed):
+        code, out, _ = lorakit("inspect", trained / "adapter", "--base", base)
+        assert code == 0
+        assert "another base" not in out
+
+
+def test_it_is_merged_into_its_own_base_which_becomes_an_ordinary_one(lorakit, folders, data, trained, tmp_path):
+    packed = folders[1]
+    code, out, error = lorakit("merge", packed, trained / "adapter", tmp_path / "out")
+    assert code == 0, error
+    assert "14 quantized weights written as bfloat16" in out
+    losses = []
+    for flags in (("--model", packed, "--adapter", trained / "adapter"), ("--model", tmp_path / "out")):
+        code, out, error = lorakit("eval", data, *flags, "--max-new-tokens", "4", "--json")
+        assert code == 0, error
+        losses.append(json.loads(out)["results"][-1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
+
+
+def test_onto_the_unquantized_base_says_what_differs(lorakit, folders, trained, tmp_path):
+    dense, packed = folders
+    code, out, error = lorakit("merge", packed, trained / "adapter", tmp_path / "out", "--onto", dense)
+    assert code == 0, error
+    assert "quantized base Q and unquantized base W; the worst 8 of 14" in out
+    assert "‖Q-W‖" in out
+    flags = ["--onto", dense, "--requantize", "same", "--json", "--force"]
+    code, out, error = lorakit("merge", packed, trained / "adapter", tmp_path / "out", *flags)
+    assert code == 0, error
+    report = json.loads(out)
+    assert len(report["requantized"]) == len(report["differences"]) == 14
+    assert report["dtype"] == "nf4"
+    assert lorakit("generate", "Ada", "--model", tmp_path / "out", "--max-new-tokens", "2")[0] == 0
+
+
+def test_quantized_again_it_is_written_or_refused_by_the_share_kept(lorakit, folders, trained, tmp_path):
+    packed, out = folders[1], tmp_path / "out"
+    args = ["merge", packed, trained / "adapter", out, "--requantize", "nf4"]
+    code, _, error = lorakit(*args, "--keep-at-least", "1")
+    assert (code, out.exists()) == (1, False)
+    assert "weights keep less than 100% of their ΔW" in error
+    assert "--onto ORIGINAL" in error
+    code, told, error = lorakit(*args, "--keep-at-least", "0")
+    assert code == 0, error
+    assert "14 weights quantized again as nf4; of ΔW" in told
+    assert lorakit("generate", "Ada", "--model", out, "--max-new-tokens", "2")[0] == 0
+    code, _, error = lorakit(*args, "--keep-at-least", "2", "--force")
+    assert (code, "a share of ΔW, from 0 to 1" in error) == (2, True)
 
 
 def test_full_fine_tuning_of_it_is_refused(lorakit, folders, data, tmp_path):
@@ -98,7 +141,7 @@ def test_the_memory_check_counts_4_bits(folders, data, tmp_path):
     )
     linears = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     saved = dense.parts["weights"] - packed.parts["weights"]
-    assert abs(saved - linears * (4 - 0.516)) < 0.01 * 4 * linears
+    assert abs(saved - linears * (4 - 4.5 / 8)) < 0.01 * 4 * linears
 
 
 def test_without_the_library_the_error_says_what_to_install(model, tmp_path, monkeypatch):
@@ -196,8 +239,29 @@ def test_a_resumed_run_must_quantize_its_base_in_the_same_way(lorakit, folders, 
     flags = ["--model", folders[0], "--data", data, "--out", again, *tiny_lm.FLAGS, "--quiet"]
     code, _, error = lorakit("train", *flags)
     assert code == 1
-    assert "--quantize: was 'nf4', is now None\n  --double: was False, is now True" in error
+    assert "  --quantize: was 'nf4', is now None\n" in error
+    assert "  --double: was False, is now True\n" in error
     assert lorakit("train", *flags, "--quantize", "nf4", "--no-double")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "how", [packed_checkpoints.gptq_config(), packed_checkpoints.awq_config()], ids=["gptq", "awq"]
+)
+def test_packed_checkpoints_are_trained_and_evaluated(lorakit, folders, data, how, tmp_path):
+    made = quantized.llama(vocabulary=258, positions=tiny_lm.POSITIONS)
+    folder, _ = packed_checkpoints.save(tmp_path / "packed", how, made)
+    tiny_lm.tokenizer().save_pretrained(folder)
+    flags = ["--model", folder, "--data", data, "--out", tmp_path / "run", *tiny_lm.FLAGS, "--quiet"]
+    code, _, error = lorakit("train", *flags)
+    assert code == 0, error
+    losses = []
+    for base in (folder, folders[0]):
+        adapter = ["--adapter", tmp_path / "run" / "adapter", "--no-text", "--json"]
+        code, out, error = lorakit("eval", data, "--model", base, *adapter)
+        assert code == 0, error
+        losses.append([each["loss"] for each in json.loads(out)["results"]])
+    assert losses[0][1] < losses[0][0] - 0.2
+    assert abs(losses[0][1] - losses[1][1]) < 0.1
 
 
 def test_quantizing_a_quantized_checkpoint_says_what_it_is(lorakit, folders):

@@ -17,11 +17,13 @@ import lorakit as lk
 from lorakit.adapter.biased import Biased
 from lorakit.adapter.dense import Dense, with_halves_swapped
 from lorakit.adapter.dora import Dora
+from lorakit.adapter.experts import ExpertFactors
 from lorakit.adapter.loha import Loha
 from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.adapter.tokens import Tokens
 from lorakit.adapter.update import Update
+from lorakit.adapter.vera import Projection, Vera
 from lorakit.config import variants
 from lorakit.errors import AdapterError, LorakitError
 from lorakit.layers.updates.update import LiveUpdate
@@ -121,18 +123,38 @@ VALUES = {
         (8, 4, 2, 3),
         lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
     ),
+    "vera": Value(
+        Vera(randn(3), randn(8), Projection.drawn(0, 3, 11, 12), 10),
+        (8, 10),
+        lambda u, W: u.b[:, None] * u.projection.B[:8].double() @ (u.d[:, None] * u.projection.A[:, :10].double()),
+    ),
     "lora beside a bias": Value(Biased(LOW, randn(8)), (8, 10), lambda u, W: product(u.inner, W)),
+    "experts": Value(
+        ExpertFactors(randn(2, 3, 10), randn(2, 8, 3), 6.0), (2, 8, 10), lambda u, W: 2 * (u.B @ u.A).flatten(1)
+    ),
+    "experts, transposed": Value(
+        ExpertFactors(randn(2, 3, 10), randn(2, 8, 3), 6.0, transposed=True),
+        (2, 10, 8),
+        lambda u, W: 2 * (u.B @ u.A).mT.flatten(1),
+    ),
     "trained tokens": Value(Tokens((1, 4, 9), randn(3, 8)), (8, 10), replaced),
     "whole": Value(Dense(randn(8, 10)), (8, 10), lambda u, W: u.weight),
 }
 
 # The layers that a kind can be trained on, as `on` names them.
 LIVE = {
+    "adalora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
+    "vera": {"linear", "Conv1D"},
     "tokens": {"embedding", "linear"},
+    "dora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
 }
+# The method whose result a kind's gradient takes as a constant, by definition.
+DETACHED = {"dora": "norm"}
+# The kind that it is as a value, where that is another.
+VALUE_OF = {"adalora": "lora"}
 # What a kind's config needs besides the targets.
 NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}}
 
@@ -192,13 +214,13 @@ def test_rows_are_its_equation_block_by_block(value, step, transposed):
             (slice(i, min(i + step, len(stored))), stored[i : i + step].flatten(1)) for i in range(0, len(stored), step)
         ]
 
+    transposed = transposed or getattr(value.update, "transposed", False)
     change = value.update.rows(tuple(stored.shape), transposed, read=blocks)
     torch.testing.assert_close(torch.cat([change(*block).double() for block in blocks()]), wanted, rtol=1e-5, atol=1e-5)
-    if not value.update.needs_base:
-        half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
-        torch.testing.assert_close(
-            torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
-        )
+    half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
+    torch.testing.assert_close(
+        torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
@@ -212,6 +234,14 @@ def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
         torch.testing.assert_close(found.left @ found.right, wanted, rtol=1e-5, atol=1e-5)
     S = torch.cat([svd.S.double() for svd in value.update.singular_values()])
     torch.testing.assert_close(S.square().sum().sqrt(), wanted.norm(), rtol=1e-5, atol=1e-5)
+    matrices = value.update.matrices()
+    if matrices is not None:
+        with pytest.raises(AdapterError, match="'m' has factors for each of 2 experts"):
+            value.update.factor_shapes("m")
+        back = value.update.of_matrices(matrices)
+        assert all(torch.equal(t, value.update.tensors()[name]) for name, t in back.tensors().items())
+        torch.testing.assert_close(back.matrix().double(), wanted, rtol=1e-5, atol=1e-5)
+        return
     form = value.update.factor_shapes("m")
     assert (form.inner, form.axes) == (value.shape[1:], len(value.shape))
 
@@ -251,10 +281,12 @@ def test_its_factors_are_those_of_its_delta_without_the_base(value):
 
 
 def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
-    assert value.update.sizes == value.shape[:2]
+    matrices = value.update.matrices()
+    assert value.update.sizes == (value.shape[:2] if matrices is None else matrices[0].sizes)
     outputs = value.update.output_tensors()
     if outputs is None:
-        assert "t1" in value.update.tensors() or value.update.variant == "tokens"  # whose rows are of tokens
+        # Trained tokens have rows of tokens, experts those of experts, and VeRA's rows of B are shared.
+        assert "t1" in value.update.tensors() or value.update.variant in ("tokens", "vera") or matrices is not None
         return
     assert all(len(t) * value.update.output_block >= value.shape[0] for t in outputs.values())
     assert outputs.keys() <= value.update.tensors().keys()
@@ -269,7 +301,7 @@ def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
 
 
 def test_it_knows_the_weights_that_it_is_for(value):
-    assert value.update.layout(value.shape) is False
+    assert value.update.layout(value.shape) is bool(getattr(value.update, "transposed", False))
     assert value.update.layout((9, *value.shape[1:])) is None
     assert value.update.unmergeable() is None
     if len(value.shape) == 2:
@@ -315,6 +347,14 @@ def randomise(model: nn.Module, name: str = "default", size: float = 1.0, seed: 
     return model
 
 
+def change_of(value: Update, layer: nn.Module) -> Tensor:
+    """ΔW of the layer's weight, in its shape."""
+    W = layer.weight.detach()
+    every, flat = slice(0, len(W)), W.flatten(1)
+    rows = value.rows(tuple(W.shape), layer.lora_transposed, read=lambda: [(every, flat)])
+    return rows(every, flat).view_as(W)
+
+
 PAIRS = [(variant, layer) for variant, layers in LIVE.items() for layer in sorted(layers)]
 
 
@@ -328,21 +368,22 @@ def test_a_fresh_one_changes_nothing_and_learns(variant, layer):
     before = model(x)
     lk.attach(model, config(variant))
     assert torch.equal(model(x), before)
-    assert (
-        not child(model)
-        .value(model[0])
-        .rows(tuple(model[0].weight.shape), model[0].lora_transposed)(slice(0, 2), model[0].weight[:2].flatten(1))
-        .any()
-    )
+    value = child(model).value(model[0])
+    change = change_of(value, model[0])
+    # One that depends on the base holds norms of it, rounded to float32.
+    assert change.abs().max() <= (1e-7 * model[0].weight.abs().max() if value.needs_base else 0)
     model(x).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in child(model).parameters())
     assert not model[0].weight.requires_grad
 
 
 @pytest.mark.parametrize("variant, layer", PAIRS)
-def test_its_gradients_are_those_of_its_values(variant, layer):
+def test_its_gradients_are_those_of_its_values(variant, layer, monkeypatch):
     model, x = on(layer, torch.float64)
     randomise(lk.attach(model, config(variant)), size=0.5)
+    if variant in DETACHED:
+        held = getattr(child(model), DETACHED[variant])(model[0])
+        monkeypatch.setattr(child(model), DETACHED[variant], lambda _: held)
     wanted = list(child(model).parameters())
     assert all(p.dtype == torch.float64 for p in wanted)
     if x.is_floating_point():
@@ -357,11 +398,8 @@ def test_it_computes_what_the_changed_weight_does(variant, layer, weight):
     changed = copy.deepcopy(model)
     randomise(lk.attach(model, config(variant)))
     lk.activate(model, {"default": weight})
-    W = changed[0].weight
     with torch.no_grad():
-        value = lk.capture(model).updates["0"]
-        every = slice(0, len(W))
-        W += weight * value.rows(tuple(W.shape), model[0].lora_transposed)(every, W.flatten(1)).view_as(W)
+        changed[0].weight += weight * change_of(lk.capture(model).updates["0"], model[0])
     torch.testing.assert_close(model(x), changed(x), rtol=1e-10, atol=1e-10)
 
 
@@ -370,7 +408,7 @@ def test_captured_and_attached_again_it_is_the_same_to_the_bit(variant, layer):
     model, x = on(layer)
     randomise(lk.attach(model, config(variant)))
     value = lk.capture(model)
-    assert value.updates["0"].variant == variant
+    assert value.updates["0"].variant == value.config.variant == VALUE_OF.get(variant, variant)
     again = lk.attach(on(layer)[0], value.check())
     assert torch.equal(again(x), model(x))
     assert not any(p.requires_grad for p in child(again).parameters())
@@ -485,7 +523,10 @@ def test_one_of_another_size_is_refused_with_its_module(variant, layer):
 
 def test_a_kind_that_no_model_takes_is_refused_with_what_to_do():
     model, _ = on("linear")
-    for update, said in ((VALUES["whole"].update, "resize"), (VALUES["dora by output"].update, "DoRA")):
+    for update, said in (
+        (VALUES["whole"].update, "resize"),
+        (Dora(VALUES["whole"].update, torch.rand(8, 1)), "DoRA over"),
+    ):
         with pytest.raises(AdapterError, match=said):
             lk.attach(model, lk.Adapter(lk.LoraConfig(targets=["0"]), {"0": update}))
     with pytest.raises(lk.errors.ConfigError, match="did you mean 'lora'"):

@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import packed_checkpoints
 import pytest
+import quantized
 import tiny
 import tiny_lm
 import torch
@@ -17,6 +19,7 @@ import lorakit as lk
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Loha
 from lorakit.bases.load import embedded_folder
+from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.export import gguf_model
 from lorakit.export.gguf_parameters import llama3_factors
@@ -455,3 +458,22 @@ def test_tensors_are_compared_where_logits_cannot_be(tmp_path):
     assert done.verified.logits is None
     assert str(done.verified).endswith("logits not compared (the adapter is for SEQ_CLS, not for language modelling)")
     assert 0 < done.verified.tensors < 2**-11
+
+
+@pytest.mark.parametrize("how", ["gptq", "awq", "nf4"])
+def test_a_quantized_base_is_dequantized(how, tmp_path):
+    if how == "nf4":
+        base = quantized.save(tmp_path)[1]
+    else:
+        config = getattr(packed_checkpoints, f"{how}_config")()
+        base, _ = packed_checkpoints.save(tmp_path / "base", config, quantized.llama(vocabulary=258))
+        tiny_lm.tokenizer().save_pretrained(base)
+    lk.attach(model := quantized.llama(vocabulary=258), lk.LoraConfig(rank=3, targets=LINEARS))
+    tiny.randomise_factors(model, size=0.1)
+    adapter = replace(lk.capture(model), metadata={})
+    path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32", verify=True).files[0]
+    merge_checkpoint(base, adapter, tmp_path / "merged", dtype=torch.float32)
+    ordinary = export_merged(None, tmp_path / "merged", tmp_path / "y.gguf", dtype="f32").files[0]
+    first, second = read(path), read(ordinary)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)

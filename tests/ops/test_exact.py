@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorakit.errors import StateError
 from lorakit.ops.delta import delta, delta_rows, row_blocks
-from lorakit.ops.exact import add_, subtract_
+from lorakit.ops.exact import add_, adding, subtract_
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 INTEGERS = {
@@ -44,9 +44,9 @@ def test_every_bit_comes_back_whatever_the_size_of_the_change(dtype, rows, colum
     weight, change = matrices(rows, columns, dtype, ratio, seed)
     before = bits(weight)
     expected = (weight.to(change.dtype) + change).to(dtype)
-    undo = add_(weight, lambda r: change[r])
+    undo = add_(weight, adding(lambda r: change[r]))
     assert torch.equal(weight, expected), "the merged weight is W + ΔW, rounded once"
-    subtract_(weight, lambda r: change[r], undo, "w")
+    subtract_(weight, adding(lambda r: change[r]), undo, "w")
     assert torch.equal(bits(weight), before)
 
 
@@ -64,8 +64,8 @@ def test_any_bit_pattern_comes_back(dtype, patterns, seed):
     change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     change = change.to(torch.float64 if dtype == torch.float64 else torch.float32)
     before = bits(weight)
-    undo = add_(weight, lambda r: change[r])
-    subtract_(weight, lambda r: change[r], undo, "w")
+    undo = add_(weight, adding(lambda r: change[r]))
+    subtract_(weight, adding(lambda r: change[r]), undo, "w")
     assert torch.equal(bits(weight), before)
 
 
@@ -92,8 +92,8 @@ def test_zeros_infinities_nans_and_subnormals_come_back(dtype, factor):
     weight = torch.cat([odd, signalling.view(dtype), (signalling | torch.iinfo(kind).min).view(dtype)]).view(2, 6)
     change = torch.full((2, 6), factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     before = bits(weight)
-    undo = add_(weight, lambda r: change[r])
-    subtract_(weight, lambda r: change[r], undo, "w")
+    undo = add_(weight, adding(lambda r: change[r]))
+    subtract_(weight, adding(lambda r: change[r]), undo, "w")
     assert torch.equal(bits(weight), before)
 
 
@@ -101,7 +101,7 @@ def test_zeros_infinities_nans_and_subnormals_come_back(dtype, factor):
 @pytest.mark.parametrize("ratio, most", [(0.001, 0.26), (0.1, 0.6), (0.5, 1.0)])
 def test_what_is_kept_is_at_most_a_byte_a_weight(dtype, ratio, most):
     weight, change = matrices(256, 256, dtype, ratio, 0)
-    undo = add_(weight, lambda r: change[r])
+    undo = add_(weight, adding(lambda r: change[r]))
     assert undo.nbytes() <= most * weight.numel()
 
 
@@ -109,9 +109,9 @@ def test_a_weight_of_several_blocks_comes_back(monkeypatch):
     weight, change = matrices(37, 8, torch.bfloat16, 0.1, 0)
     monkeypatch.setattr("lorakit.ops.exact.row_blocks", lambda shape: row_blocks(shape, most=40))
     before = bits(weight)
-    undo = add_(weight, lambda r: change[r])
+    undo = add_(weight, adding(lambda r: change[r]))
     assert len(undo.blocks) == 8
-    subtract_(weight, lambda r: change[r], undo, "w")
+    subtract_(weight, adding(lambda r: change[r]), undo, "w")
     assert torch.equal(bits(weight), before)
 
 
@@ -120,8 +120,8 @@ def test_weights_of_any_shape_come_back(shape):
     weight = torch.randn(shape, dtype=torch.float32)
     change = torch.randn(shape).reshape(shape[0], -1)
     before = weight.clone()
-    undo = add_(weight, lambda r: change[r])
-    subtract_(weight, lambda r: change[r], undo, "w")
+    undo = add_(weight, adding(lambda r: change[r]))
+    subtract_(weight, adding(lambda r: change[r]), undo, "w")
     assert torch.equal(weight, before)
 
 
@@ -129,9 +129,9 @@ def test_a_weight_in_another_memory_order_comes_back():
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     change = torch.randn(4, 12)
     before = weight.clone()
-    undo = add_(weight, lambda r: change[r])
+    undo = add_(weight, adding(lambda r: change[r]))
     torch.testing.assert_close(weight, before + change.view(4, 3, 2, 2))
-    subtract_(weight, lambda r: change[r], undo, "w")
+    subtract_(weight, adding(lambda r: change[r]), undo, "w")
     assert torch.equal(weight, before)
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -139,14 +139,14 @@ def test_a_weight_in_another_memory_order_comes_back():
 @pytest.mark.parametrize("changed", ["weight", "delta"])
 def test_a_change_in_between_is_an_error_that_leaves_the_weight_alone(changed):
     weight, change = matrices(8, 8, torch.bfloat16, 0.1, 0)
-    undo = add_(weight, lambda r: change[r])
+    undo = add_(weight, adding(lambda r: change[r]))
     if changed == "weight":
         weight[3, 3] += 1
     else:
         change = change * 1.5
     now = weight.clone()
     with pytest.raises(StateError, match=r"unmerge of 'q_proj' would not restore"):
-        subtract_(weight, lambda r: change[r], undo, "'q_proj'")
+        subtract_(weight, adding(lambda r: change[r]), undo, "'q_proj'")
     assert torch.equal(weight, now)
 
 
@@ -155,8 +155,8 @@ def test_many_merges_do_not_wear_the_weight_although_rounding_would():
     before, worn = bits(weight), weight.clone()
     for cycle in range(20):
         change = matrices(64, 64, torch.bfloat16, 0.1, cycle % 8 + 1)[1]
-        undo = add_(weight, lambda r, c=change: c[r])
-        subtract_(weight, lambda r, c=change: c[r], undo, "w")
+        undo = add_(weight, adding(lambda r, c=change: c[r]))
+        subtract_(weight, adding(lambda r, c=change: c[r]), undo, "w")
         worn = ((worn + change).to(torch.bfloat16) - change).to(torch.bfloat16)
     assert torch.equal(bits(weight), before)
     assert not torch.equal(bits(worn), before), "plain adding and subtracting does drift, so this test can fail"

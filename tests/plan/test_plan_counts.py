@@ -7,9 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from lorakit.config import LoraConfig
+from lorakit.bases.stored_weights import storage
+from lorakit.config import LoraConfig, Quantization
 from lorakit.methods import method_of
 from lorakit.model.attach import attach
+from lorakit.plan.packed import Packing
 from lorakit.plan.planner import Planner, PlanSettings
 from lorakit.tasks import causal_lm
 from lorakit.train.config import TrainConfig
@@ -94,14 +96,13 @@ def test_each_optimizer_keeps_its_copies_of_what_is_trained(optimizer, copies):
 
 def test_four_bits_are_for_the_linear_weights_but_not_for_the_head_and_the_embeddings():
     made = planner(llama_3_8b(2))
-    plain, four = made.estimate(1, 64), made.four_bit().estimate(1, 64)
+    packing = Packing(storage(Quantization(quantize="nf4")))
+    plain, four = made.estimate(1, 64), made.stored(packing).estimate(1, 64)
     linear = 2 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
     saved = plain.parts["weights"] - four.parts["weights"]
     assert saved / linear == pytest.approx(2 - 4.127 / 8, abs=1e-3)
-    assert four.method == "4-bit lora"
-    assert {p: four.parts[p] for p in ("adapter", "optimizer", "activations")} == {
-        p: plain.parts[p] for p in ("adapter", "optimizer", "activations")
-    }
+    assert (four.method, four.storage) == ("nf4 lora", "nf4")
+    assert {p: four.parts[p] for p in ("adapter", "optimizer")} == {p: plain.parts[p] for p in ("adapter", "optimizer")}
 
 
 def test_full_fine_tuning_holds_weights_gradients_and_two_copies():

@@ -55,18 +55,19 @@ def test_full_fine_tuning_says_that_all_is_trained(make_config):
     assert "float32 (full fine-tuning keeps no other copy of the weights)" in told["model"]
 
 
-def test_the_panel_says_which_share_of_a_mixture_of_experts_no_target_reaches(make_config, tmp_path):
+def test_the_panel_counts_the_experts_among_the_targets(make_config, tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     values = tiny_lm.llama().config.to_dict() | {"num_local_experts": 4, "num_experts_per_tok": 2}
     values = {k: v for k, v in values.items() if k not in ("architectures", "model_type", "transformers_version")}
     folder = tiny_lm.save(tmp_path / "experts", MixtralForCausalLM(MixtralConfig(**values)))
     told = facts(shown(make_config(model=folder, steps=1)))
-    assert re.match(
-        r"\d\d\.?\d* % of the base's weights, which no target reaches: model.layers.\*", told["not reached"]
-    )
-    assert "experts.down_proj" in told["not reached"]
-    assert "not reached" not in facts(shown(make_config(steps=1, out=str(tmp_path / "dense"))))
+    assert re.match(r"\d+ weights of 4 experts \(down_proj, gate_up_proj\), [\d,]+ parameters", told["experts"])
+    assert "not reached" not in told
+    dense = facts(shown(make_config(steps=1, out=str(tmp_path / "dense"))))
+    assert "experts" not in dense
+    left_out = facts(shown(make_config(model=folder, steps=1, exclude=["experts"], out=str(tmp_path / "without"))))
+    assert "experts" not in left_out
 
 
 def test_what_the_length_limit_left_out_is_counted(make_config):

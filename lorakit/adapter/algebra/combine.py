@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError, ConfigError, did_you_mean
+from ...errors import AdapterError, ConfigError, did_you_mean, listing
 from ..adapter import Adapter
 from ..dense import Dense
 from ..fingerprint import components_in, of_components
@@ -172,6 +172,9 @@ def _combine_module(
     module: str, by_adapter: Mapping[int, WeightedUpdate], options: _Options
 ) -> tuple[Update, ModuleResize]:
     """Combine one module's updates. `by_adapter`: the adapter's index -> its weight and update."""
+    stack = next((u for _, u in by_adapter.values() if u.matrices() is not None), None)
+    if stack is not None:
+        return _combine_stacks(module, stack, by_adapter, options)
     weighted = list(by_adapter.values())
     if options.method not in EXACT:
         return _merged(
@@ -186,6 +189,25 @@ def _combine_module(
     if not (rank or options.keep):
         return total, _unchanged(module, total)
     return _truncated(module, total, weighted, rank, options.keep)
+
+
+def _combine_stacks(
+    module: str, stack: Update, by_adapter: Mapping[int, WeightedUpdate], options: _Options
+) -> tuple[Update, ModuleResize]:
+    """Combine updates of a stack of matrices (experts), matrix by matrix. `stack`: one of them."""
+    parts = {i: (w, u.matrices()) for i, (w, u) in by_adapter.items()}
+    counts = {None if each is None else len(each) for _, each in parts.values()}
+    if len(counts) > 1:
+        raise AdapterError(
+            f"'{module}' is a stack of other sizes in the adapters ({listing(map(str, counts))} matrices)\n"
+            "  are they for the same base?"
+        )
+    combined = [
+        _combine_module(f"{module}.{e}", {i: (w, each[e]) for i, (w, each) in parts.items() if each}, options)
+        for e in range(counts.pop() or 0)
+    ]
+    total = stack.of_matrices([update for update, _ in combined])
+    return total, ModuleResize.of_stack(module, [report for _, report in combined], total.rank)
 
 
 def _merge(deltas: list[Tensor], module: str, by_adapter: Mapping[int, WeightedUpdate], options: _Options) -> Tensor:

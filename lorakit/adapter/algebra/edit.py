@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from ...config.kinds import KindSettings
 from ...errors import AdapterError, ConfigError, TargetError, did_you_mean, listing
 from ...module_names import matches
 from ..adapter import Adapter
@@ -45,6 +46,18 @@ def scale(adapter: Adapter, weight: float) -> Adapter:
 def negate(adapter: Adapter) -> Adapter:
     """Negate every ΔW. Errors as `scale` raises them."""
     return scale(adapter, -1.0)
+
+
+def as_lora(adapter: Adapter) -> Adapter:
+    """Return the adapter with plain LoRA in place of kinds that are one of the same rank in other tensors: VeRA. ΔW
+    stays; the other updates too.
+    """
+    plain = {m: u.as_lora() for m, u in adapter.updates.items() if u.factors is None}
+    found = {m: f for m, f in plain.items() if f is not None}
+    if not found:
+        return adapter
+    config = adapter.config.replace(variant="lora", **KindSettings().model_dump())  # without VeRA's own settings
+    return with_updates(adapter, {**adapter.updates, **found}, config=config)
 
 
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:

@@ -7,6 +7,9 @@ is built on.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,8 +30,20 @@ def matrix(update: Update) -> LowRank | Tensor:
     return full if full.numel() <= FLOAT64_MAX_ELEMENTS else full.float()
 
 
+def separate(updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Return the updates with those of stacks of matrices (experts) taken apart: "name.3" for the fourth matrix."""
+    found: dict[str, Update] = {}
+    for module, update in updates.items():
+        matrices = update.matrices()
+        found |= {module: update} if matrices is None else {f"{module}.{i}": u for i, u in enumerate(matrices)}
+    return found
+
+
 def norm(update: Update) -> float:
     """Return ‖ΔW‖_F of an update, without forming ΔW where it is a product of thin matrices."""
+    matrices = update.matrices()
+    if matrices is not None:
+        return math.hypot(*map(norm, matrices))
     delta = matrix(update)
     if isinstance(delta, LowRank):
         return float(torch.linalg.matrix_norm(product_core(delta.left, delta.right)[1]))

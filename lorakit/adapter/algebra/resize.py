@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..adapter import Adapter
 from ..lora import Factors, FactorShapes
 from ..update import Update
 from .compose import compose, relative
-from .product import norm
+from .product import norm, separate
 from .reform import with_updates
 from .svd import Svd, needed
 
@@ -43,6 +43,13 @@ class ModuleResize:
     def energy(self) -> float:
         """The share of Σσ² that is kept."""
         return max(0.0, 1 - self.error**2)
+
+    @classmethod
+    def of_stack(cls, module: str, parts: Sequence[ModuleResize], after: int) -> ModuleResize:
+        """Sum up the matrices of a stack."""
+        size = math.hypot(*(part.norm for part in parts))
+        error = math.hypot(*(part.error * part.norm for part in parts))
+        return cls(module, max(part.before for part in parts), after, error / size if size else 0.0, size)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,9 @@ def resize(
     and for a dense update with a bias unless `drop_bias`.
     """
     keep = _share(rank, keep, error, overall)
+    stacks = {m: u for m, u in adapter.updates.items() if u.matrices() is not None}
+    if stacks:
+        return _with_stacks(adapter, stacks, rank, keep, overall, drop_bias, on_module)
     vectors = _without_matrix(adapter, drop_bias)
     matrices = {m: u for m, u in adapter.updates.items() if m not in vectors}
     shapes = {m: u.factor_shapes(m) for m, u in matrices.items()}
@@ -113,6 +123,37 @@ def resize(
         if on_module is not None:
             on_module(m, done, len(adapter.updates))
     return Resized(with_updates(adapter, resized).check(), tuple(reports))
+
+
+def _with_stacks(
+    adapter: Adapter,
+    stacks: Mapping[str, Update],
+    rank: int | None,
+    keep: float | None,
+    overall: bool,
+    drop_bias: bool,
+    on_module: Callable[[str, int, int], None] | None,
+) -> Resized:
+    """Resize an adapter with stacks of matrices (experts) by resizing each matrix."""
+    apart = resize(
+        replace(adapter, updates=separate(adapter.updates)),
+        rank,
+        keep=keep,
+        overall=overall,
+        drop_bias=drop_bias,
+        on_module=on_module,
+    )
+    reports = {report.module: report for report in apart.modules}
+    updates, summed = dict[str, Update](), []
+    for m, update in adapter.updates.items():
+        if m not in stacks:
+            updates[m] = apart.adapter.updates[m]
+            summed += [reports[m]] if m in reports else []
+            continue
+        names = [f"{m}.{i}" for i in range(len(update.matrices() or ()))]
+        updates[m] = update.of_matrices([apart.adapter.updates[name] for name in names])
+        summed.append(ModuleResize.of_stack(m, [reports[name] for name in names], updates[m].rank))
+    return Resized(with_updates(adapter, updates).check(), tuple(summed))
 
 
 def _truncated(update: Update, shapes: FactorShapes, svds: Sequence[Svd], rank: int) -> Factors:

@@ -38,6 +38,11 @@ class Spectrum:
     complete: bool = True
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """(in, out)"""
+        return self.V.shape[0], self.U.shape[0]
+
+    @property
     def rank(self) -> int:
         """The number of singular values above rounding."""
         return int((ZERO * self.S[0] < self.S).sum()) if self.S.numel() else 0
@@ -69,8 +74,17 @@ class Spectrum:
 
 
 def spectrum(update: Update) -> Spectrum:
-    """Return the singular values and directions of one module's update."""
-    return decompose(matrix(update))
+    """Return the singular values and directions of one module's update. Of a stack of matrices (experts), the singular
+    values of all of them, and no directions: U [out, 0], V [in, 0].
+    """
+    matrices = update.matrices()
+    if matrices is None:
+        return decompose(matrix(update))
+    each = [decompose(matrix(u)) for u in matrices]
+    S = torch.cat([s.S for s in each]).sort(descending=True).values
+    return Spectrum(
+        each[0].U[:, :0], S, each[0].V[:, :0], math.hypot(*(s.norm for s in each)), all(s.complete for s in each)
+    )
 
 
 def decompose(delta: LowRank | Tensor) -> Spectrum:

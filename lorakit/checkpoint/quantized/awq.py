@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ops.quantized import awq
 from ...ops.quantized.awq import PER_WORD, Settings
-from .format import Format, Shapes, Tensors
+from .format import Format, Shapes, Tensors, on_meta
 from .gptq import nonzero
 
 
@@ -44,9 +44,9 @@ class Awq:
             "modules_to_not_convert": unquantized,
         }
 
-    def shape(self, shapes: Shapes, small: Tensors, settings: Settings) -> tuple[int, int]:
-        inner, words = shapes["qweight"][1]
-        return words * PER_WORD, inner
+    def of_module(self, shapes: Shapes, small: Tensors, settings: Settings) -> tuple[Settings, tuple[int, int]]:
+        inner, out = awq.shapes(on_meta(shapes), settings)
+        return settings, (out, inner)
 
     def step(self, shape: tuple[int, int], settings: Settings) -> int:
         return PER_WORD

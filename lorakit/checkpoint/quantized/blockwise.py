@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -55,9 +54,11 @@ class Bits4:
             "llm_int8_skip_modules": unquantized,
         }
 
-    def shape(self, shapes: Shapes, small: Tensors, settings: Blockwise) -> tuple[int, int]:
-        out, inner = blockwise.state_of(small)["shape"]
-        return out, inner
+    def of_module(self, shapes: Shapes, small: Tensors, settings: Blockwise) -> tuple[Blockwise, tuple[int, int]]:
+        state = blockwise.state_of(small)
+        out, inner = state["shape"]
+        dtype = getattr(torch, state["dtype"])
+        return Blockwise(state["quant_type"], "nested_offset" in state, state["blocksize"], dtype), (out, inner)
 
     def step(self, shape: tuple[int, int], settings: Blockwise) -> int:
         return math.lcm(settings.blocksize, 2, shape[1]) // shape[1]
@@ -100,7 +101,7 @@ class Bits4:
         n = math.prod(shape)
         scales = -(-n // settings.blocksize)
         made = {
-            "weight": ("U8", (-(-n // 2), 1)),
+            "weight": like["weight"] if like is not None else ("U8", (-(-n // 2), 1)),
             "weight.absmax": ("U8" if settings.double else "F32", (scales,)),
             "weight.quant_map": ("F32", (16,)),
             STATE + settings.kind: ("U8", (_STATE_BYTES,)),
@@ -114,11 +115,10 @@ class Bits4:
     def quantized(
         self, blocks: Iterable[Tensor], shape: tuple[int, int], settings: Blockwise, like: Tensors | None
     ) -> dict[str, Tensor]:
-        if like is not None:
-            state = blockwise.state_of(like)
-            settings = replace(settings, dtype=getattr(torch, state["dtype"]), blocksize=state["blocksize"])
         made = [blockwise.indexed(block, settings) for block in blocks]
         indices, absmax = (torch.cat(each) for each in zip(*made, strict=True))
+        if like is not None:  # the bytes may be kept as another dtype (quant_storage)
+            indices = indices.flatten().view(like["weight"].dtype).view(like["weight"].shape)
         return blockwise.packed_tensors(indices, absmax, shape, settings, _STATE_BYTES)
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
+
+from ...io.stream import DTYPES
 
 Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # own name -> (dtype as in a file's header, shape)
@@ -37,8 +40,11 @@ class Format(Protocol):
     def config(self, settings: Any, unquantized: list[str]) -> dict[str, Any]:
         """Return the `quantization_config` of a model. `unquantized`: the linear modules that are not quantized."""
 
-    def shape(self, shapes: Shapes, small: Tensors, settings: Any) -> tuple[int, int]:
-        """Return (out, in). `small`: those tensors that have a few bytes only."""
+    def of_module(self, shapes: Shapes, small: Tensors, settings: Any) -> tuple[Any, tuple[int, int]]:
+        """Return the settings of one module, which may differ from the config's, and its (out, in).
+
+        small: those of its tensors that have a few bytes only. Raises LorakitError if its tensors do not fit together.
+        """
 
     def step(self, shape: tuple[int, int], settings: Any) -> int:
         """Return the number of outputs at whose multiples a module's tensors can be cut."""
@@ -66,3 +72,8 @@ class Format(Protocol):
         like: the module's tensors in the base, if the format is the base's: where the format leaves a choice, their
         settings, groups, scales and zero points are kept.
         """
+
+
+def on_meta(shapes: Shapes) -> dict[str, Tensor]:
+    """Return tensors without memory, of these shapes."""
+    return {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, (dtype, shape) in shapes.items()}

@@ -5,16 +5,19 @@ GPTQ itself chooses codes with data, to keep a layer's outputs. Here a weight is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...errors import LorakitError
 from ...ops.quantized import gptq
 from ...ops.quantized.gptq import Settings
 from ...ops.quantized.int32 import WORD, pack
-from .format import Format, Shapes, Tensors
+from .format import Format, Shapes, Tensors, on_meta
 
 _BY_OUTPUT = ("qweight", "qzeros", "scales")  # their last axis runs over the outputs
 
@@ -47,9 +50,19 @@ class Gptq:
             "modules_to_not_convert": unquantized,
         }
 
-    def shape(self, shapes: Shapes, small: Tensors, settings: Settings) -> tuple[int, int]:
-        words, out = shapes["qweight"][1]
-        return out, words * WORD // settings.bits
+    def of_module(self, shapes: Shapes, small: Tensors, settings: Settings) -> tuple[Settings, tuple[int, int]]:
+        """A checkpoint may have modules of other bits and groups than its config says (`dynamic`)."""
+        (words, out), (groups, zeros) = shapes["qweight"][1], shapes["qzeros"][1]
+        bits = zeros * WORD // max(out, 1)
+        if bits not in gptq.BITS:
+            raise LorakitError(f"its qzeros have {zeros} columns for {out} outputs: {bits} bits; expected 2, 3, 4 or 8")
+        inner = words * WORD // bits
+        size = settings.group_size if settings.group_size > 0 else inner
+        if math.ceil(inner / size) != groups:
+            size = math.ceil(inner / groups)
+        own = replace(settings, bits=bits, group_size=size)
+        gptq.shapes(on_meta(shapes), own)
+        return own, (out, inner)
 
     def step(self, shape: tuple[int, int], settings: Settings) -> int:
         return WORD if settings.bits == 3 else WORD // settings.bits

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...errors import LorakitError
 from ...ops.quantized import int8
 from .format import Format, Shapes, Tensors
 
@@ -39,9 +40,14 @@ class Int8:
             "llm_int8_skip_modules": unquantized,
         }
 
-    def shape(self, shapes: Shapes, small: Tensors, settings: Any) -> tuple[int, int]:
-        out, inner = shapes["weight"][1]
-        return out, inner
+    def of_module(self, shapes: Shapes, small: Tensors, settings: Any) -> tuple[Any, tuple[int, int]]:
+        dtype, shape = shapes["weight"]
+        if dtype != "I8" or len(shape) != 2 or shapes["SCB"][1] != shape[:1]:
+            raise LorakitError(
+                f"its weight is {dtype} {list(shape)} with scales (SCB) {list(shapes['SCB'][1])}; expected I8 [out, "
+                "in] and a scale for each output"
+            )
+        return settings, (shape[0], shape[1])
 
     def step(self, shape: tuple[int, int], settings: Any) -> int:
         return 1
@@ -56,7 +62,8 @@ class Int8:
         return int8.dequantized(tensors)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Any) -> Tensor:
-        return (tensors["SCB"].float().view(-1, 1) / 254).expand_as(W)
+        """Half a step, and what rounding to float16 changes before."""
+        return tensors["SCB"].float().view(-1, 1) / 254 + W.abs() * 2**-11
 
     def written(self, shape: tuple[int, int], settings: Any, like: Shapes | None) -> Shapes:
         return {"weight": ("I8", shape), "SCB": ("F32", shape[:1]), "weight_format": ("U8", ())}

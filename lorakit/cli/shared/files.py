@@ -32,7 +32,9 @@ def read(
     force_base: bool = False,
     model_type: str | None = None,
 ) -> Adapter:
-    """Load an adapter (see `load_on`), with a note on stderr if a PiSSA or OLoRA becomes a plain LoRA of `base`."""
+    """Load an adapter (see `load_on`), with a note on stderr if PEFT's PiSSA, MiLoRA or OLoRA becomes a plain LoRA of
+    `base`.
+    """
     from ...checkpoint.residual import load_on, started_as
 
     say_if_unfinished(source)

@@ -24,7 +24,10 @@ from torch import Tensor, nn
 
 from ...errors import StateError
 
-MERGE = "  keep the adapter unmerged, or merge it into the unquantized base: lorakit merge BASE ADAPTER OUT"
+MERGE = (
+    "  keep the adapter unmerged; or merge the files: lorakit merge BASE ADAPTER OUT takes the unquantized base, or a\n"
+    "  bitsandbytes, GPTQ or AWQ folder, which becomes an ordinary one (with --requantize it stays quantized)"
+)
 
 
 class BaseWeight(Protocol):

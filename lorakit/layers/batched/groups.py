@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops.gain import excess
 from .stacks import EXCESS
 
 if TYPE_CHECKING:
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """One update per group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`); None if no adapter has one."""
+    """One update per group of rows: A [G, r, in], B [G, out, r] and gains h [G, out], see `ops.projections`. None if no
+    adapter has one.
+    """
 
     A: Tensor | None
     B: Tensor | None
     scale: float
     dropout: float
+    h: Tensor | None = None
 
 
 def group(layer: LoraLayer, x: Tensor) -> Group | None:
@@ -31,12 +36,12 @@ def group(layer: LoraLayer, x: Tensor) -> Group | None:
     """
     routing = layer.lora_route
     assert routing is not None
-    modules = layer._modules
-    children = [modules[c].pair() if c in modules else None for c, _ in routing.groups]
-    weights = [w for _, w in routing.groups]
-    pairs: list[Pair] = [f for f in children if f is not None]
     if not routing.groups or not routing.tokens(layer, x) or routing.unpaired(layer):
         return None
+    modules = layer._modules
+    children: list[Pair | None] = [modules[c].pair(layer) if c in modules else None for c, _ in routing.groups]
+    weights = [w for _, w in routing.groups]
+    pairs: list[Pair] = [f for f in children if f is not None]
     if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in pairs):
         return None  # without gradients, `routes._stacked` is faster
     if not pairs:
@@ -55,7 +60,16 @@ def group(layer: LoraLayer, x: Tensor) -> Group | None:
     B = torch.stack([_padded(None if f is None else f.B, first.B, 1, max(ranks)) for f in children])
     if len(set(scales)) > 1:
         scales, B = [1.0], B * torch.tensor(scales, dtype=B.dtype, device=B.device).view(-1, 1, 1)
-    return Group(A, B, scales[0], dropouts.pop())
+    return Group(A, B, scales[0], dropouts.pop(), _gains(children, weights))
+
+
+def _gains(children: Sequence[Pair | None], weights: Sequence[float]) -> Tensor | None:
+    """Return weight · (g - 1) of each adapter, zero for those without a gain: [G, out]; None if none has one."""
+    gains = [None if f is None or f.gain is None else excess(f.gain, w) for f, w in zip(children, weights, strict=True)]
+    first = next((h for h in gains if h is not None), None)
+    if first is None:
+        return None
+    return torch.stack([torch.zeros_like(first) if h is None else h for h in gains])
 
 
 def _padded(factor: Tensor | None, like: Tensor, axis: int, rank: int) -> Tensor:

@@ -108,7 +108,7 @@ class Routing:
         children = self._unpaired.get(layer)
         if children is None:
             modules = layer._modules
-            children = self._unpaired[layer] = [c for c in self.children if c in modules and modules[c].pair() is None]
+            children = self._unpaired[layer] = [c for c in self.children if c in modules and not modules[c].width]
         return children
 
     def tokens(self, layer: LoraLayer, x: Tensor) -> int:
@@ -183,18 +183,18 @@ class Routing:
         self._check_tokens(layer, x.shape[:axes])
         return y.reshape(-1, y.shape[-1]), x.reshape(-1, *x.shape[axes:])
 
-    def rows_using(self, child: str, layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of the rows of x that use an adapter, and their weights: [n] each."""
+    def rows_using(self, child: str, layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the indices of the rows of x that use an adapter, and their weights, of this dtype: [n] each."""
         if x.shape[0] not in (len(self.choices) * self.repeat, len(self.choices)):
             raise self._wrong_rows(layer, x.shape[0])
         times = x.shape[0] // max(len(self.choices), 1)
-        key = ("rows", child, times, x.device)
+        key = ("rows", child, times, dtype, x.device)
         if key not in self._shared:
             weights = [dict(choice).get(child, 0.0) for choice in self.choices for _ in range(times)]
             rows = [n for n, weight in enumerate(weights) if weight]
             self._shared[key] = (
                 torch.tensor(rows, device=x.device),
-                torch.tensor([weights[n] for n in rows], device=x.device),
+                torch.tensor([weights[n] for n in rows], dtype=dtype, device=x.device),
             )
         return self._shared[key]
 
@@ -215,12 +215,41 @@ class Routing:
         found: Tensor = self._shared[key]
         return found
 
+    def by_choice(self, layer: LoraLayer, rows: int, device: torch.device) -> list[tuple[Choice, Tensor]]:
+        """Return the different choices of a batch, each with the indices of its rows.
+
+        Raises StateError for another number of rows than there are choices, and for choices per token.
+        """
+        if self.per_token:
+            raise StateError(
+                f"'{self._name(layer)}' is an attention, whose weights are for all tokens of a row, so its adapters "
+                "cannot be chosen per token\n"
+                "  put each adapter's tokens into a separate row: lorakit.route(model, choices) without `per`"
+            )
+        if rows not in (len(self.choices) * self.repeat, len(self.choices)):
+            raise self._wrong_rows(layer, rows)
+        times = rows // max(len(self.choices), 1)
+        key = ("by choice", times, device)
+        if key not in self._shared:
+            of: dict[Choice, list[int]] = {}
+            for n, choice in enumerate(self.choices):
+                of.setdefault(choice, []).extend(range(n * times, (n + 1) * times))
+            self._shared[key] = [(choice, torch.tensor(index, device=device)) for choice, index in of.items()]
+        return self._shared[key]
+
     def add_updates(
-        self, layer: LoraLayer, y: Tensor, x: Tensor, children: Sequence[str] | None = None, y0: Tensor | None = None
+        self,
+        layer: LoraLayer,
+        y: Tensor,
+        x: Tensor,
+        children: Sequence[str] | None = None,
+        y0: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Return y plus each row's updates, one adapter after the other, for any kind of layer and update.
 
-        `children`: only these adapters; `y0`: the base's output, if y already includes updates.
+        `children`: only these adapters; `y0`: the base's output, if y already includes updates; `bias`: the one in each
+        row of it, [rows, out], if they differ.
         """
         original = y
         y0 = self.as_rows(layer, y if y0 is None else y0, x)[0]
@@ -229,12 +258,17 @@ class Routing:
             update: LiveUpdate | None = layer._modules.get(child)
             if update is None:
                 continue
-            rows, weights = self.rows_using(child, layer, x)
-            pair = update.pair()
-            if pair is not None:
-                change, weights = layer.lora_branch(x.index_select(0, rows), pair, y), pair.scale * weights
+            rows, weights = self.rows_using(child, layer, x, y.dtype)
+            pair = update.pair(layer)
+            own_x, own_y0 = x.index_select(0, rows), y0.index_select(0, rows)
+            if bias is not None and layer.bias is not None:  # as if all rows had the module's own
+                own_y0 = own_y0 - layer.lora_by_output(bias.index_select(0, rows) - layer.bias, own_y0)
+            if pair is None:
+                change = update.change(layer, own_x, own_y0)
+            elif pair.gain is None:
+                change, weights = layer.lora_branch(own_x, pair, y), pair.scale * weights
             else:
-                change = update.change(layer, x.index_select(0, rows), y0.index_select(0, rows))
+                change = layer.lora_gained(layer.lora_branch(own_x, pair, y) * pair.scale, own_y0, pair.gain - 1)
             weights = weights.to(change.dtype).view(-1, *(1 for _ in change.shape[1:]))
             y = y.index_add(0, rows, (change * weights).to(y.dtype))
         return y.view_as(original)
@@ -250,6 +284,32 @@ class Routing:
             return None
         uses = self._uses[layer] = stacks.uses(layer, children, y, self.routes.names)
         return uses.stack
+
+    def stacked_gains(self, layer: LoraLayer) -> Mapping[str, Tensor]:
+        """Return g [out] of each adapter of the batch that has one, as they were when `stack` returned."""
+        return self._uses[layer].gains
+
+    def gain(self, layer: LoraLayer, gains: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Return Σ weight · (g - 1) of each choice: [choices, out], in y's dtype. `gains`: g [out] of each adapter with
+        one.
+        """
+        excesses = torch.stack(list(gains.values())) - 1  # [adapters, out]
+        key = ("gain", tuple(gains), excesses.dtype, y.device)
+        if key not in self._shared:
+            weights = {choice: [dict(choice).get(child, 0.0) for child in gains] for choice in set(self.choices)}
+            rows = [weights[choice] for choice in self.choices]
+            self._shared[key] = torch.tensor(rows, dtype=excesses.dtype, device=y.device)
+        return self._shared[key] @ excesses
+
+    def add_gains(
+        self, layer: LoraLayer, gains: Mapping[str, Tensor], tokens: int, y: Tensor, y0: Tensor | None = None
+    ) -> Tensor:
+        """Return y plus each row's (g - 1)(y0 - b), as a new contiguous tensor. y0: the base's output, y itself if
+        None; `tokens`: of each choice.
+        """
+        h = self.gain(layer, gains, y)
+        rows = y.reshape(len(h), tokens, y.shape[-1])
+        return layer.lora_gained(rows, rows if y0 is None else y0.reshape(rows.shape), h).view(y.shape)
 
     def add(self, stack: Stack, tokens: int, y: Tensor, x: Tensor) -> None:
         """Add the updates to y in place. y: [N, out], contiguous, x: [N, in]; `tokens`: of each row."""
@@ -333,16 +393,20 @@ def _pairs(
     plain = needs_plain()
     if not (plain or layer.training or torch.is_grad_enabled()):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
-    modules = layer._modules
-    pairs: dict[str, Pair] = {
-        c: pair for c in routing.children if c in modules and (pair := modules[c].pair()) is not None
-    }
-    if not pairs:
-        return base(x, *args, **kwargs)
     grouped = None if plain else group(layer, x)
     if grouped is not None and grouped.A is not None and grouped.B is not None:
         mask = mask_for(x, grouped.dropout, layer) if grouped.dropout else None
-        return add_low_rank(_writable(layer, base(x, *args, **kwargs)), x, grouped.A, grouped.B, grouped.scale, mask)
+        y = _writable(layer, base(x, *args, **kwargs))
+        if grouped.h is not None:
+            rows = y.view(len(grouped.h), -1, y.shape[-1])
+            y = layer.lora_gained(rows, rows, grouped.h).view(y.shape)
+        return add_low_rank(y, x, grouped.A, grouped.B, grouped.scale, mask)
+    modules = layer._modules
+    pairs: dict[str, Pair] = {
+        c: pair for c in routing.children if c in modules and (pair := modules[c].pair(layer)) is not None
+    }
+    if not pairs:
+        return base(x, *args, **kwargs)
     if plain or (layer.training and any(f.dropout for f in pairs.values())):
         return routing.add_updates(layer, base(x, *args, **kwargs), x, list(pairs))
     if not (
@@ -354,10 +418,13 @@ def _pairs(
         return routing.add_updates(layer, base(x, *args, **kwargs), x, list(pairs))
     parts = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(pairs.items())}, tokens, x)
     factors = [(f.A, f.B) for f in pairs.values()]
-    frozen = frozen_linear(layer, x) if not args and not kwargs and layer.lora_plain else None
+    gains = {c: f.gain for c, f in pairs.items() if f.gain is not None}
+    frozen = frozen_linear(layer, x) if not gains and not args and not kwargs and layer.lora_plain else None
     if frozen is not None:
         return add_segments(None, x, *frozen, parts, factors)
-    return add_segments(_writable(layer, base(x, *args, **kwargs)), x, None, None, parts, factors)
+    y = base(x, *args, **kwargs)
+    y = routing.add_gains(layer, gains, tokens, y) if gains else _writable(layer, y)
+    return add_segments(y, x, None, None, parts, factors)
 
 
 def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tensor) -> Tensor:
@@ -365,8 +432,9 @@ def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tens
     stack = routing.stack(layer, y)
     if stack is None:
         return y
-    y = _writable(layer, y)
+    gains = routing.stacked_gains(layer)
     with torch.no_grad():
+        y = routing.add_gains(layer, gains, tokens, y) if gains else _writable(layer, y)
         routing.add(stack, tokens, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype))
     return y
 

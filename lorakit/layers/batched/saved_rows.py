@@ -85,8 +85,19 @@ class _Rows:
         module = self.module
         if isinstance(module, LoraLayer) and module.lora_route is not None:
             # The generic way of adding updates, as the parts do not share the fast one's base product.
-            return module.lora_route.add_updates(module, y, given[0])
+            return module.lora_route.add_updates(module, y, given[0], bias=self._bias(times))
         return y
+
+    def _bias(self, times: int) -> Tensor | None:
+        """Each row's bias, [rows, out]; None if adapters hold none of their own."""
+        own, versions = self.module._parameters.get("bias"), {v for versions in self.rows for v in versions}
+        if own is None or not any("bias" in self.child.get(v) for v in versions):
+            return None
+        biases: dict[Versions, Tensor] = {
+            row: next((b for v in row if (b := self.child.get(v).get("bias")) is not None), own)
+            for row in set(self.rows)
+        }
+        return torch.stack([biases[row] for row in self.rows for _ in range(times)])
 
     def _call(self, versions: Versions, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         """Run the module without updates, with these versions of its parameters."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,6 +24,7 @@ from ..updates.update import LiveUpdate
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
+    from ..updates.update import Pair
 
 # All stacks of a model together take at most this many bytes, or EXCESS times what one batch needs, if that is more;
 # and at most SPARE times what is attached. Writing an adapter takes longer than its use in a step (512 -> 512, rank 24,
@@ -58,13 +59,16 @@ class Layout:
 
 
 class Snapshot:
-    """The parameters of an adapter's pair when it was written into a stack, to detect whether they have changed."""
+    """The parameters of an adapter's pair when it was written into a stack, to detect whether they have changed.
+    `gained`: a pair with a gain, which depends on the layer's weight too, and is replaced when anything has changed.
+    """
 
-    __slots__ = ("addresses", "counts", "parameters", "registered", "versions")
+    __slots__ = ("addresses", "counts", "gained", "parameters", "registered", "versions")
 
-    def __init__(self, update: LiveUpdate):
+    def __init__(self, update: LiveUpdate, pair: Pair):
+        self.gained = (update, pair) if pair.gain is not None else None
         # None of a pair's is None. A frozen start is in buffers.
-        self.registered = [update._parameters, *([update._buffers] if update._buffers else [])]
+        self.registered: list[Mapping[str, Any]] = [update._parameters, *([update._buffers] if update._buffers else [])]
         self.parameters = cast("list[Tensor]", [t for each in self.registered for t in each.values()])
         # Never trusted: inference tensors, which have no version counter, and trained parameters, since some optimizers
         # write without increasing it.
@@ -76,11 +80,18 @@ class Snapshot:
 class Uses:
     """Adapters of a stack that one batch uses. They are checked all at once: one by one takes five times as long."""
 
-    def __init__(self, stack: Stack, snapshots: Sequence[Snapshot]):
+    def __init__(self, layer: LoraLayer, stack: Stack, children: Sequence[str]):
         def joined(lists: Iterable[list]) -> list:
             return list(itertools.chain.from_iterable(lists))
 
-        self.stack, self.layout = stack, stack.layout
+        self.layer, self.stack, self.layout = layer, stack, stack.layout
+        snapshots = [stack.snapshots[c] for c in children]
+        self.gained = [s.gained for s in snapshots if s.gained is not None]
+        self.gains: dict[str, Tensor] = {
+            c: s.gained[1].gain
+            for c, s in zip(children, snapshots, strict=True)
+            if s.gained is not None and s.gained[1].gain is not None
+        }
         self.counts = all(s.counts for s in snapshots)
         self.registered = joined(s.registered for s in snapshots)
         self.parameters: list[Tensor] = joined(s.parameters for s in snapshots)
@@ -97,6 +108,7 @@ class Uses:
             )
             and list(map(_version, self.parameters)) == self.versions
             and list(map(Tensor.data_ptr, self.parameters)) == self.addresses
+            and all(update.pair(self.layer) is pair for update, pair in self.gained)
         )
 
 
@@ -133,19 +145,21 @@ class Stack:
         """Whether it has y's dtype and device."""
         return self.A.dtype == y.dtype and self.A.device == y.device
 
-    def stale(self, children: Iterable[str]) -> list[str]:
+    def stale(self, layer: LoraLayer, children: Iterable[str]) -> list[str]:
         """Return the adapters whose factors are missing or have changed since they were written."""
-        return [c for c in children if c not in self.snapshots or not Uses(self, [self.snapshots[c]]).valid()]
+        return [c for c in children if c not in self.snapshots or not Uses(layer, self, [c]).valid()]
 
-    def write(self, child: str, update: LiveUpdate, parts: tuple[bool, ...]) -> None:
-        """Copy an adapter's pair into the buffer. `parts`: the layer's, for a packed B."""
-        ranks, pair = slice(*self.layout.spans[child]), update.pair()
-        assert pair is not None
+    def write(self, child: str, layer: LoraLayer) -> None:
+        """Copy the pair of an adapter on this layer into the buffer."""
+        update: LiveUpdate = layer._modules[child]
+        parts: tuple[bool, ...] = getattr(layer, "lora_parts", ())
         with torch.no_grad():
+            ranks, pair = slice(*self.layout.spans[child]), update.pair(layer)
+            assert pair is not None
             B = expand_packed(pair.B, parts) if pair.B.dim() == 3 else pair.B
             self.A[ranks] = pair.A
             self.Bt[ranks] = B.T * pair.scale
-        self.snapshots[child] = Snapshot(update)
+        self.snapshots[child] = Snapshot(update, pair)
         self._ordered = self._chunk_factors = None
 
     def move(self, layout: Layout) -> None:
@@ -192,20 +206,19 @@ class Stacks:
         stack = self.of.get(layer)
         if stack is not None and not stack.fits(y):
             stack = None
-        snapshots = [] if stack is None else [stack.snapshots[c] for c in children if c in stack.snapshots]
-        if stack is not None and len(snapshots) == len(children):
-            uses = Uses(stack, snapshots)
+        if stack is not None and all(c in stack.snapshots for c in children):
+            uses = Uses(layer, stack, children)
             if uses.valid():
                 return uses
         stack = self._updated(layer, stack, children, y, layers)
-        return Uses(stack, [stack.snapshots[c] for c in children])
+        return Uses(layer, stack, children)
 
     def _updated(
         self, layer: LoraLayer, stack: Stack | None, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]
     ) -> Stack:
         """Write missing and changed adapters into the stack, or into a new one. Returns it."""
         modules: Mapping[str, LiveUpdate] = layer._modules
-        stale = list(children) if stack is None else stack.stale(children)
+        stale = list(children) if stack is None else stack.stale(layer, children)
         ranks = {c: modules[c].width for c in stale}
         layout = None
         if stack is not None:
@@ -221,7 +234,7 @@ class Stacks:
         elif layout is not stack.layout:
             stack.move(layout)
         for child in stale:
-            stack.write(child, modules[child], getattr(layer, "lora_parts", ()))
+            stack.write(child, layer)
         return stack
 
     def forget(self, layer: LoraLayer, child: str, rank: int, last: bool) -> None:

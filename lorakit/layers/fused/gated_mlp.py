@@ -84,6 +84,8 @@ def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], flo
         if fusible is None:
             return None
         projection, dropout = fusible
+        if projection.h is not None:
+            return None
         projections.append(projection)
         if projection.A is not None:
             dropouts.add(dropout)

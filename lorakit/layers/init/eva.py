@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from ...adapter.algebra.svd import matrix_svd
 from ...config import LoraConfig
 from ...errors import StateError, listing
-from .batches import FirstBatches, trained_positions
+from .batches import FirstBatches, input_of, trained_positions
 from .matrix import Matrix
 from .ranks import redistributed
 from .start import WITH_CONV, Evidence, Gathered, Part, Start
 
-SPARE = 2  # directions kept between batches, as a multiple of those that are needed
+# Directions kept between batches: a multiple of those that are needed, and so many at least. What is cut off in between
+# is missing in the end.
+SPARE, LEAST = 2, 64
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Spread:
 
     @property
     def explained(self) -> Tensor:
-        """The share of the variance in each direction: [q]."""
-        return self.S.square() / max(self.total, torch.finfo(torch.float32).tiny)
+        """The share of the variance in each direction, of those above the rounding of the arithmetic."""
+        shares = self.S.square() / max(self.total, torch.finfo(torch.float32).tiny)
+        rounding = torch.finfo(self.S.dtype).eps * max(self.count, self.Vt.shape[1]) * float(self.S[0])
+        return shares[rounding < self.S]
 
 
 def spread(before: Spread | None, rows: Tensor, most: int) -> Spread:
@@ -83,19 +87,22 @@ class Eva(Start):
                 f"nothing of their inputs: {listing(missing, 3)}\n"
                 "  give more batches (LoraConfig.init_batches), or leave these modules out (exclude)"
             )
-        ranks = _ranks({m: found[m].explained[: most[m]] for m in matrices}, sum(config.rank_of(m) for m in matrices))
+        explained, budget = {m: found[m].explained[: most[m]] for m in matrices}, sum(map(config.rank_of, matrices))
+        if sum(map(len, explained.values())) < budget:
+            least = min(matrices, key=lambda m: len(explained[m]) / config.rank_of(m))
+            raise StateError(
+                f"the inputs of '{least}' vary in {len(explained[least])} directions only, in the {found[least].count} "
+                f"rows that the first {len(evidence.batches)} batches have for it: too few for rank "
+                f"{config.rank_of(least)} of init='eva'\n"
+                "  give more batches (LoraConfig.init_batches) or larger ones, or a lower rank"
+            )
+        ranks = _ranks(explained, budget)
         dropped = dict.fromkeys(
             (m for m, rank in ranks.items() if not rank), "EVA gives it no rank: others explain more of their inputs"
         )
         return Gathered(redistributed(config, {m: r for m, r in ranks.items() if r}), found, dropped)
 
     def factors(self, part: Part, found: Spread) -> tuple[Tensor, Tensor]:
-        part.check_rank(part.rank)
-        if part.rank > len(found.Vt):
-            raise StateError(
-                f"the first batches have {found.count} rows for '{part.name}', too few for rank {part.rank} of "
-                "init='eva'\n  give more or larger batches, or a lower rank"
-            )
         A = found.Vt[: part.rank]
         rows = len(range(*part.rows.indices(part.matrix.shape[0])))
         return A, A.new_zeros(rows, part.rank)
@@ -117,22 +124,24 @@ def _spreads(matrices: Mapping[str, Matrix], batches: FirstBatches, most: int) -
     latest: tuple[Tensor, Spread | None, Spread] | None = None  # input, the SVD before it, and after
 
     def hook_of(name: str, matrix: Matrix) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
             nonlocal latest
-            x, before = args[0].detach(), found.get(name)
-            if latest is not None and latest[0] is args[0] and latest[1] is before:
+            if not torch.is_grad_enabled():
+                return
+            x, before = input_of(name, args, y), found.get(name)
+            if latest is not None and latest[0] is x and latest[1] is before:
                 found[name] = latest[2]
                 return
-            rows = _counted(matrix, x, batch)
+            rows = _counted(matrix, x.detach(), batch)
             if not len(rows):
                 return
-            size = min(SPARE * most, rows.shape[1])
-            found[name] = spread(before, rows.to(torch.promote_types(rows.dtype, torch.float32)), size)
-            latest = args[0], before, found[name]
+            kept = min(max(SPARE * most, LEAST), rows.shape[1])
+            found[name] = spread(before, rows.to(torch.promote_types(rows.dtype, torch.float32)), kept)
+            latest = x, before, found[name]
 
         return hook
 
-    handles = [matrix.module.register_forward_pre_hook(hook_of(name, matrix)) for name, matrix in matrices.items()]
+    handles = [matrix.module.register_forward_hook(hook_of(name, matrix)) for name, matrix in matrices.items()]
     try:
         for each in batches.forward():
             batch, latest = each, None

@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...config import LoraConfig
 from ...errors import StateError, listing
-from .batches import FirstBatches
+from .batches import FirstBatches, input_of
 from .matrix import Matrix
 from .start import WITH_CONV, Evidence, Gathered, Part, Start
 from .svd import first, is_finite
@@ -95,11 +96,14 @@ def _gradients(matrices: Mapping[str, Matrix], batches: FirstBatches) -> dict[st
     sums: dict[str, Tensor] = {}
 
     def hook_of(name: str, matrix: Matrix) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            x = args[0].detach()
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            x = input_of(name, args, y).detach()
             if not y.requires_grad:
-                # Nothing before it has gradients: start here. A copy of the leaf, as a model may write into an output.
-                y = y.detach().requires_grad_().clone()
+                y = y.detach().requires_grad_()  # nothing before it has gradients: start here
+            if y.is_leaf or y._is_view():
+                y = y.clone()  # a model may write into an output, which autograd allows for neither of these
 
             def add(g: Tensor) -> None:
                 own = matrix.gradient(x, g)

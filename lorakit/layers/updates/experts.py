@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class LiveExperts(LiveUpdate):
     """One adapter's A and B of all experts, for one of their weights, with their scale and dropout."""
 
+    gain = None
+
     def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=trainable)
@@ -48,8 +50,14 @@ class LiveExperts(LiveUpdate):
         transposed = bool(layer.is_transposed)
         return ExpertFactors(self.A.detach(), self.B.detach(), self.alpha, self.rslora, transposed)
 
-    def pair(self) -> LiveExperts:
+    def pair(self, layer: LoraLayer) -> LiveExperts:
         return self
+
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        return ("B",)
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        self.A.requires_grad_(False)
 
     @property
     def scale(self) -> float:

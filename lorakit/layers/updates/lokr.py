@@ -94,6 +94,10 @@ class LokrFactors(LiveUpdate):
         fields: dict[str, Any] = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         return Lokr(self.alpha, **fields, shape=self.shape if len(self.shape) > 2 else None)
 
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        """The factors of products on the output's side. A whole W1 or W2 has none."""
+        return tuple(name for name in ("w1a", "w2a") if self._parameters[name] is not None)
+
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         dtype = y0.dtype

@@ -3,8 +3,12 @@
     y = base(x) + Σ weight · change(x, base(x))
 
 An update that is a pair of low-rank matrices returns it from `pair`, and the layers compute s · B A x themselves: fused
-with the base, for many adapters of a batch at once, in place. Any other kind computes its own `change`. Merging uses
-the update's value (`adapter.update`).
+with the base, for many adapters of a batch at once, in place. A pair may come with a gain, a factor g for each output
+that multiplies the base's too (DoRA): (g - 1)(base(x) - b) + s · B A x, where B includes g. Any other kind computes its
+own `change`.
+
+Merged, the weight is W + weight · ((g - 1) W + g D): `rows` gives weight · D, and `weight_gain` g, None for kinds that
+only add.
 
 Each kind is a file in this folder, with the name that `LoraConfig.variant` and the value's `variant` use; its class is
 `Live`.
@@ -31,7 +35,9 @@ if TYPE_CHECKING:
 
 
 class Pair(Protocol):
-    """s · B A, with dropout on its input. A and B have the layer's shapes: a packed B is [n, out/parts, r]."""
+    """s · B A, with dropout on its input. A and B have the layer's shapes: a packed B is [n, out/parts, r]. They may be
+    computed from the parameters by each call of `pair`.
+    """
 
     @property
     def A(self) -> Tensor: ...
@@ -41,6 +47,10 @@ class Pair(Protocol):
     def scale(self) -> float: ...
     @property
     def dropout(self) -> float: ...
+    @property
+    def gain(self) -> Tensor | None:
+        """g [out], which B includes already; None: 1."""
+        ...
 
 
 class LiveUpdate(Own):
@@ -53,6 +63,8 @@ class LiveUpdate(Own):
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
+    averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
+    captured_as: str | None = None  # the kind that its value is, if that is another
     tied = False  # whether it is the update of another module, whose weight this one shares
     starts = False  # whether it can start from given factors A and B (`begin`)
 
@@ -66,6 +78,12 @@ class LiveUpdate(Own):
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
         raise NotImplementedError
 
+    @classmethod
+    def join(cls, updates: Sequence[LiveUpdate]) -> None:
+        """Make what the modules of an adapter share. Called once, with all its updates of this kind, before they are
+        registered. Raises AdapterError if they cannot share it.
+        """
+
     def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
         """Start from these A and B instead of random ones (`layers.init`). Called once, before it is registered.
 
@@ -78,8 +96,11 @@ class LiveUpdate(Own):
         """Return the update as a value, with its own tensors, detached and not copied."""
         raise NotImplementedError
 
-    def pair(self) -> Pair | None:
-        """Return the update as a pair of matrices; None if it is not one."""
+    def pair(self, layer: LoraLayer) -> Pair | None:
+        """Return the update as a pair of matrices; None if it is not one.
+
+        Without gradients, a pair with a gain is the same object as long as nothing that it depends on has changed.
+        """
         return None
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
@@ -115,11 +136,19 @@ class LiveUpdate(Own):
         """Adjust the updates after optimizer step `step` (from 1) of `steps`; the gradients are still there."""
 
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
-        """Return `weight` · ΔW by blocks of rows of the layer's weight, on its device."""
+        """Return `weight` · ΔW by blocks of rows of the layer's weight, on its device; with a `weight_gain`, `weight` ·
+        D.
+        """
         base = base_of(layer)
         device = base.device(layer)
         value = self.value(layer).map(lambda _, t: t.to(device))
         return value.rows(base.shape(layer), layer.lora_transposed, weight)
+
+    def weight_gain(self, layer: LoraLayer) -> Tensor | None:
+        """Return g for merging, in float64: a column for the rows of the layer's weight, or a row for its columns (both
+        with the other axes flattened); None if the update only adds. The weight must be unmerged.
+        """
+        return None
 
 
 def live(variant: str) -> type[LiveUpdate]:

@@ -71,8 +71,8 @@ def dequantized(tensors: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return the weight [out, in], float32. Raises LorakitError if the tensors do not fit together."""
     shapes(tensors, settings)
     group = groups_of(tensors, settings)
-    codes = _unpacked(tensors["qweight"]).float()  # [in, out]
-    codes -= _unpacked(tensors["qzeros"]).float()[group]
+    codes = unpacked(tensors["qweight"]).float()  # [in, out]
+    codes -= unpacked(tensors["qzeros"]).float()[group]
     codes *= tensors["scales"].float()[group]
     return codes.T
 
@@ -91,20 +91,20 @@ def quantized(W: Tensor, settings: Settings, dtype: torch.dtype = torch.float16)
     by_input = W.detach().float().T
     scales, z = gptq.grid(by_input, group, gptq.Settings(BITS, settings.group_size, False, False), dtype)
     codes = (by_input / scales.float()[group] + z[group]).round().clamp(0, 2**BITS - 1)
-    return {"qweight": _packed(codes), "qzeros": _packed(z), "scales": scales}
+    return {"qweight": packed(codes), "qzeros": packed(z), "scales": scales}
 
 
 def _group_size(settings: Settings, size_in: int) -> int:
     return size_in if settings.group_size == -1 else settings.group_size
 
 
-def _packed(codes: Tensor) -> Tensor:
-    """[n, out] -> [n, out / 8] int32"""
+def packed(codes: Tensor) -> Tensor:
+    """Pack codes [n, out] into words of eight outputs: [n, out / 8] int32."""
     ordered = codes.unflatten(1, (-1, PER_WORD))[:, :, list(ORDER)].flatten(1)
     return pack(ordered.T, BITS).T.contiguous()
 
 
-def _unpacked(words: Tensor) -> Tensor:
-    """[n, out / 8] -> [n, out] uint8"""
+def unpacked(words: Tensor) -> Tensor:
+    """Return the codes in words of eight outputs [n, out / 8]: [n, out] uint8."""
     places = [ORDER.index(output) for output in range(PER_WORD)]
     return unpack(words.T, BITS).T.unflatten(1, (-1, PER_WORD))[:, :, places].flatten(1)

@@ -106,7 +106,8 @@ def dequantized(tensors: Mapping[str, Tensor], settings: Blockwise | None = None
             f"{-(-out * inner // 2):,} and {blocks:,}"
         )
     code = tensors["weight.quant_map"].float()
-    values = code[torch.stack([packed >> 4, packed & 15], 1).flatten().long()][: out * inner]
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)  # of each byte
+    values = pairs.index_select(0, packed.int()).flatten()[: out * inner]
     return _in_blocks(values, state["blocksize"]).mul_(absmax.unsqueeze(1)).flatten()[: out * inner].view(out, inner)
 
 
@@ -130,13 +131,15 @@ def indexed(W: Tensor, settings: Blockwise) -> tuple[Tensor, Tensor]:
     full = n // settings.blocksize
     scaled = blocks * absmax.clamp_min(1e-38).reciprocal().unsqueeze(1)
     scaled[full:] = blocks[full:] / absmax[full:].clamp_min(1e-38).unsqueeze(1)  # of a last, shorter block
+    flat = scaled.flatten()[:n]
     order, bounds = _order(settings.kind)
-    index = torch.bucketize(scaled.clamp_(-1, 1).flatten()[:n], bounds, out_int32=True)
+    index = flat.new_zeros(n + n % 2, dtype=torch.uint8)  # an odd number is filled up with a zero
+    for bound in bounds.tolist():  # 15 passes take a quarter of the time of `bucketize`
+        index[:n] += flat > bound
+        index[n:] += bound < 0
     if settings.kind != "nf4":
-        index = order[index]
-    if n % 2:
-        index = torch.cat([index, order[torch.bucketize(torch.zeros(1), bounds)].to(index.dtype)])
-    halves = index.to(torch.uint8).view(-1, 2)
+        index = order.to(index).index_select(0, index.int())
+    halves = index.view(-1, 2)
     return (halves[:, 0] << 4 | halves[:, 1]).unsqueeze(1), absmax
 
 
@@ -154,18 +157,22 @@ def packed_tensors(
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shape": list(shape),
     }
-    tensors = {"weight": indices, "weight.absmax": absmax, "weight.quant_map": codes(settings.kind).clone()}
+    tensors = {
+        "weight": indices,
+        "weight.absmax": absmax,
+        "weight.quant_map": codes(settings.kind).to(absmax, copy=True),
+    }
     if settings.double:
         offset = absmax.mean()
         index, absmax2 = _dynamic(absmax - offset)
         tensors |= {
             "weight.absmax": index,
             "weight.nested_absmax": absmax2,
-            "weight.nested_quant_map": dynamic_codes().clone(),
+            "weight.nested_quant_map": dynamic_codes().to(absmax, copy=True),
         }
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset.item()}
     text = json.dumps(state).encode()
-    tensors[STATE + settings.kind] = torch.tensor(list(text.ljust(length or 0)), dtype=torch.uint8)
+    tensors[STATE + settings.kind] = torch.tensor(list(text.ljust(length or 0)), dtype=torch.uint8)  # on the CPU
     return tensors
 
 
@@ -184,7 +191,7 @@ def _dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _in_blocks(values, NESTED_BLOCK)
     absmax = blocks.abs().amax(1)
     scaled = (blocks / absmax.clamp_min(1e-38).unsqueeze(1)).clamp_(-1, 1).flatten()[: values.numel()]
-    code = dynamic_codes()
+    code = dynamic_codes().to(scaled)
     return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2).to(torch.uint8), absmax
 
 

@@ -24,9 +24,9 @@ def written(monkeypatch) -> list[str]:
     copied: list[str] = []
     write = Stack.write
 
-    def noted(self, child, factors, parts):
+    def noted(self, child, layer):
         copied.append(child.removeprefix("lora_"))
-        write(self, child, factors, parts)
+        write(self, child, layer)
 
     monkeypatch.setattr(Stack, "write", noted)
     return copied
