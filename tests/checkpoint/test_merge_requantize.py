@@ -132,8 +132,7 @@ def test_from_the_unquantized_base_a_small_adapter_is_kept(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind,to",
-    [(a, b) for a in ("nf4", "int8", "gptq", "awq") for b in ("nf4", "fp4", "int8", "gptq", "awq") if a != b],
+    "kind,to", [(a, b) for a in ("nf4", "int8", "gptq", "awq") for b in ("nf4", "fp4", "int8", "gptq", "awq") if a != b]
 )
 def test_it_can_be_quantized_in_another_format(kind, to, tmp_path):
     adapter = bases.adapter(targets=["q_proj"])
