@@ -3,10 +3,14 @@
 Each row is a run of `lorakit train` in its own process, a few steps on rows of full length. Measured is the peak
 resident set of the process (VmHWM), including Python, torch and all libraries. Models other than the embedded one are
 Llamas with random weights.
+
+Where the base is quantized while loading, the peak is that from the first step on. While it loads, the pages of the
+unquantized files are in the process's memory too, which the system can take back at any time.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -54,6 +58,8 @@ class Case:
             "fp32" if self.dtype is torch.float32 else "bf16",
             f"{self.rows} x {self.length}",
         ]
+        if "quantize" in self.settings:
+            parts[2] += f", {self.settings['quantize']}"
         parts += ["checkpointing"] * self.settings.get("gradient_checkpointing", False)
         if "batch_size" in self.settings:
             parts.append(f"of {self.settings['batch_size']}")
@@ -81,8 +87,15 @@ CASES = (
     Case(768, 4, 3, 768, {"dropout": 0.1}),
     Case(768, 4, 8, 256, {"precision": "fp32", "targets": ["q_proj", "v_proj"]}),
     Case(768, 4, 2, 512, {"method": "full", "gradient_checkpointing": True}),
+    Case(0, 0, 8, 512, {"quantize": "nf4"}),
+    Case(1024, 6, 2, 1024, {"quantize": "nf4"}),
+    Case(1024, 6, 2, 512, {"quantize": "nf4", "double": False, "precision": "fp32"}),
+    Case(1024, 6, 4, 512, {"quantize": "int8"}),
+    Case(1024, 6, 4, 512, {"quantize": "torchao-int8"}),
+    Case(2048, 4, 1, 512, {"quantize": "nf4"}),
+    Case(768, 4, 8, 256, {"quantize": "nf4", "gradient_checkpointing": True}),
 )
-QUICK = (0, 2, 3)
+QUICK = (0, 2, 3, 14)
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
@@ -136,11 +149,20 @@ def _measure(config: TrainConfig) -> int:
 
 
 def _child(settings: str) -> None:
+    from rich.console import Console
+
     from ..train.progress import Progress
     from ..train.train import train
 
-    train(TrainConfig(**json.loads(settings)), Progress(quiet=True))
+    config = TrainConfig(**json.loads(settings))
+    loaded = _forget_peak if config.quantize else lambda: None  # the panel is the first output, after loading
+    train(config, Progress(Console(file=io.StringIO()), before=loaded))
     print(peak_memory())
+
+
+def _forget_peak() -> None:
+    """Let the process's peak begin anew (Linux: man 5 proc, clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _config(case: Case, folder: Path, number: int) -> TrainConfig:

@@ -32,6 +32,7 @@ NAMES = {
     "joint": "several adapters trained at once",
     "latency": "base, merged, unmerged and bottleneck adapters (Hu et al. 2021, table 1)",
     "experts": "LoRA on a mixture of experts, against PEFT",
+    "dora": "DoRA against LoRA, lorakit's and PEFT's",
     "plan": "predicted against measured memory",
     "requantize": "what is left of an adapter when merged weights are quantized again, against PEFT",
 }

@@ -94,8 +94,9 @@ def check_quantization(modules: Mapping[str, nn.Module], adapter: Adapter, force
         return
     kinds = {base_of(module).quantization for module in modules.values()}
     if expected not in kinds:
+        found = listing(sorted(kind or "not quantized" for kind in kinds))
         raise AdapterError(
-            f"{needs_quantized(expected)}: this base's are {listing(sorted(kind or 'not quantized' for kind in kinds))}\n"
+            f"{needs_quantized(expected)}: this base's are {found}\n"
             "  load the base quantized in that way, or skip this check: attach(..., force=True)"
         )
 

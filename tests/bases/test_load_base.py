@@ -81,8 +81,11 @@ def test_the_precision_to_multiply_in_is_the_bases_unless_given(folder):
     assert model.model.layers[0].mlp.up_proj(torch.ones(1, 2, 64)).dtype == torch.float32
 
 
-def test_an_adapter_of_it_goes_onto_the_unquantized_base_without_force(folder):
-    model = load(folder, quantize="nf4")
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "torchao-int8"])
+def test_an_adapter_of_it_goes_onto_the_unquantized_base_without_force(folder, kind):
+    if kind == "torchao-int8":
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    model = load(folder, quantize=kind)
     tiny.randomise_factors(lk.attach(model, CONFIG))
     adapter = lk.capture(model)
     dense = lk.attach(load(folder), adapter)
@@ -228,7 +231,7 @@ def test_a_base_that_is_quantized_already_says_what_it_is(folder, tmp_path):
     "kind, message",
     [
         ("nf4", r"needs bitsandbytes, which is not installed\n  pip install 'lorakit\[quant\]'"),
-        ("torchao-int8", r"needs torchao, which is not installed\n  pip install torchao"),
+        ("torchao-int8", r"needs torchao, which is not installed\n  pip install 'lorakit\[quant\]'"),
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(folder, monkeypatch, kind, message):

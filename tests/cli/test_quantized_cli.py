@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import packed_checkpoints
 import pytest
 import quantized
 import tiny_lm
@@ -241,6 +242,26 @@ def test_a_resumed_run_must_quantize_its_base_in_the_same_way(lorakit, folders, 
     assert "  --quantize: was 'nf4', is now None\n" in error
     assert "  --double: was False, is now True\n" in error
     assert lorakit("train", *flags, "--quantize", "nf4", "--no-double")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "how", [packed_checkpoints.gptq_config(), packed_checkpoints.awq_config()], ids=["gptq", "awq"]
+)
+def test_packed_checkpoints_are_trained_and_evaluated(lorakit, folders, data, how, tmp_path):
+    made = quantized.llama(vocabulary=258, positions=tiny_lm.POSITIONS)
+    folder, _ = packed_checkpoints.save(tmp_path / "packed", how, made)
+    tiny_lm.tokenizer().save_pretrained(folder)
+    flags = ["--model", folder, "--data", data, "--out", tmp_path / "run", *tiny_lm.FLAGS, "--quiet"]
+    code, _, error = lorakit("train", *flags)
+    assert code == 0, error
+    losses = []
+    for base in (folder, folders[0]):
+        adapter = ["--adapter", tmp_path / "run" / "adapter", "--no-text", "--json"]
+        code, out, error = lorakit("eval", data, "--model", base, *adapter)
+        assert code == 0, error
+        losses.append([each["loss"] for each in json.loads(out)["results"]])
+    assert losses[0][1] < losses[0][0] - 0.2
+    assert abs(losses[0][1] - losses[1][1]) < 0.1
 
 
 def test_quantizing_a_quantized_checkpoint_says_what_it_is(lorakit, folders):

@@ -99,7 +99,7 @@ class VeraVectors(LiveUpdate):
     def value(self, layer: LoraLayer) -> Vera:
         return Vera(self.d.detach(), self.b.detach(), self.projection, self.size_in, layer.lora_transposed)
 
-    def pair(self) -> ScaledPair:
+    def pair(self, layer: LoraLayer) -> ScaledPair:
         A, B = self.projection.on(self.b.device)
         return ScaledPair(A[:, : self.size_in], self.b[:, None] * B[: self.b.shape[0]] * self.d, self.dropout)
 
