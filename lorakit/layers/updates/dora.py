@@ -117,6 +117,14 @@ class DoraFactors(LiveUpdate):
 
     # The forward
 
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        """Those of D, and the magnitude, as PEFT has it."""
+        inner = self.inner.faster(layer)
+        return (*(f"inner.{name}" for name in inner), "magnitude") if inner else ()
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        self.inner.freeze_a(layer, name)
+
     def pair(self, layer: LoraLayer) -> Pair | None:
         if not self.width:
             return None
