@@ -28,6 +28,7 @@ from ..layers.updates.update import LiveUpdate, live
 from . import save_pretrained
 from .activate import set_active, use_saved
 from .embeddings import embeddings_for, put_in_place
+from .expert_updates import stacked
 from .fit import fresh_saved, modules_for, saved_for
 from .known_base import base_fingerprint, check_base, check_quantization
 from .naming import live_names, renamed
@@ -234,7 +235,7 @@ def _begun(model: nn.Module, state: State, plan: _Plan, sources: Sources) -> _Pl
 
 
 def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _Plan:
-    adapter.check()
+    adapter = stacked(model, adapter.check())
     live = live_names(model, adapter)
     check_base(model, adapter, force, live)
     adapter = renamed(adapter, live)
