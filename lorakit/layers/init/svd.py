@@ -8,8 +8,8 @@ from torch import Tensor
 from ...adapter.algebra.svd import OVERSAMPLE, Svd, full_svd, random_svd
 
 # Up to this size of the smaller side the first vectors are LAPACK's (float32, one EPYC core: 0.4 s for 1,024 x 1,024,
-# 2.6 s for 2,048 x 2,048, eight times as long for twice the size). Beyond, subspace iteration with twice the columns: of
-# Gaussian noise, which has no decay, it finds 99 % of the energy of the best 16, of a decaying spectrum all but 2e-5.
+# 2.6 s for 2,048 x 2,048, eight times as long for twice the size). Beyond, subspace iteration with twice the columns:
+# of Gaussian noise, which has no decay, it finds 99 % of the energy of the best 16, of a decaying spectrum nearly all.
 # (PEFT's `pissa_niter_N` is the same with N passes; its `pissa` takes LAPACK's at any size.)
 EXACT_UP_TO = 2048
 

@@ -232,9 +232,10 @@ def test_a_rank_beyond_the_weights_is_refused_with_one_that_fits():
     assert not lk.adapters(model)
 
 
-def test_other_kinds_of_update_are_refused():
-    with pytest.raises(ConfigError, match="variant='loha' has others"):
-        lk.attach(tiny.mlp(), lk.LoraConfig(rank=2, targets=["lin0"], init="pissa", variant="loha"))
+@pytest.mark.parametrize("variant", ["loha", "lokr", "vera", "adalora"])
+def test_other_kinds_of_update_are_refused(variant):
+    with pytest.raises(ConfigError, match=f"variant='{variant}' has others"):
+        lk.attach(tiny.mlp(), lk.LoraConfig(rank=2, targets=["lin0"], init="pissa", variant=variant))
 
 
 def test_weights_that_are_not_finite_are_refused():
