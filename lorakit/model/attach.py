@@ -240,7 +240,7 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     check_base(model, adapter, force, live)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
-    check_quantization(modules, adapter, force)
+    check_quantization(model, modules, adapter, force)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
     embeddings = {t: adapter.embeddings[t] for t in embeddings_for(model, adapter, strict, skipped)}
     tokens = {m: u for m, u in adapter.updates.items() if isinstance(u, Tokens) and m in modules}
