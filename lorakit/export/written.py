@@ -72,7 +72,7 @@ def _experts(tensors: Arrays, config: Mapping[str, Any]) -> dict[str, Effect]:
             front = holder + inside * ".base_layer"
             A, B = tensors.pop(f"{front}.lora_A.weight"), tensors.pop(f"{front}.lora_B.weight")
             module = f"{holder}.{parameter}"
-            rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+            rank = int(_by_pattern(config.get("rank_pattern") or {}, module, config["r"]))
             effects[module] = Effect(partial(_of_experts, A, B, rank, _scale(module, A[:rank], config)))
     return effects
 
