@@ -1,5 +1,6 @@
 """What lorakit does on a GPTQ or AWQ checkpoint that transformers and gptqmodel loaded, printed as JSON:
-`python THIS METHOD BACKEND FOLDER`. A process of its own, as the library changes environment variables and prints while it is imported.
+`python THIS METHOD BACKEND FOLDER`. A process of its own, as the library changes environment variables and prints while
+it is imported.
 """
 
 from __future__ import annotations

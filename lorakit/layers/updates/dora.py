@@ -106,12 +106,6 @@ class DoraFactors(LiveUpdate):
         with torch.no_grad():
             self.magnitude.copy_(self.norm(layer).view(-1, 1))  # D may not be zero any more (LoftQ)
 
-    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
-        return tuple(f"inner.{name}" for name in self.inner.faster(layer))
-
-    def freeze_a(self, layer: LoraLayer, name: str) -> None:
-        self.inner.freeze_a(layer, name)
-
     def value(self, layer: LoraLayer) -> Dora:
         return Dora(self.inner.value(layer), self.magnitude.detach())
 
