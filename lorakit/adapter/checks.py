@@ -64,7 +64,7 @@ def check_tensors(module: str, tensors: Mapping[str, Tensor], axes: int = 2) -> 
         if not tensor.is_floating_point() or tensor.element_size() < 2:  # torch has no arithmetic for 8 bits
             raise AdapterError(f"{where} has dtype {tensor.dtype}; expected a floating-point type of 16 bits or more")
         if tensor.dim() < axes or 0 in tensor.shape:
-            least = "two axes" if axes == 2 else "one axis"
+            least = {1: "one axis", 2: "two axes", 3: "three axes"}[axes]
             raise AdapterError(f"{where} has shape {list(tensor.shape)}; expected at least {least}, none of them empty")
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())

@@ -129,18 +129,18 @@ class Dora(Update):
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """Compute ΔW block by block. `weight` scales D only; callers that need a multiple of ΔW must refuse a DoRA.
+        """Compute `weight` · ΔW block by block, as a live model with this weight does.
 
         Where a norm spans several blocks (outputs of a weight stored as [in, out], or inputs), the weight is read again
         through `read` to add it up.
         """
-        change = self.inner.rows(shape, transposed, weight)
+        change = self.inner.rows(shape, transposed)
         m = self.magnitude.detach().double().flatten()
         if self.by_output != transposed:  # the norm of each stored row lies within its block
 
             def within(rows: slice, block: Tensor) -> Tensor:
                 V = block.double() + change(rows, block)
-                return V * _ratio(m[rows, None], V.norm(dim=1, keepdim=True)) - block
+                return (V * _ratio(m[rows, None], V.norm(dim=1, keepdim=True)) - block) * weight
 
             return within
         assert read is not None, "a norm across the rows needs the weight once more"
@@ -148,7 +148,7 @@ class Dora(Update):
         for rows, block in read():
             squares += (block.double() + change(rows, block)).square().sum(0)
         ratio = _ratio(m, squares.sqrt())
-        return lambda rows, block: (block.double() + change(rows, block)) * ratio - block
+        return lambda rows, block: ((block.double() + change(rows, block)) * ratio - block) * weight
 
     # Some outputs of a module
 

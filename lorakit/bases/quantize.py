@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
 BLOCK = 64  # weights that share a scale in nf4 and fp4
 _BITSANDBYTES = ("bitsandbytes", "pip install 'lorakit[quant]'")
-_TORCHAO = ("torchao", "pip install torchao")
+_TORCHAO = ("torchao", "pip install 'lorakit[quant]'")
 # quantizer -> its package, and how to install it
 PACKAGES = {**dict.fromkeys(("nf4", "fp4", "int8"), _BITSANDBYTES), "torchao-int8": _TORCHAO}
 KERNEL = "gptqmodel"  # whose linears read GPTQ and AWQ too

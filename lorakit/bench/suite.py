@@ -32,7 +32,11 @@ NAMES = {
     "joint": "several adapters trained at once",
     "latency": "base, merged, unmerged and bottleneck adapters (Hu et al. 2021, table 1)",
     "experts": "LoRA on a mixture of experts, against PEFT",
+    "dora": "DoRA against LoRA, lorakit's and PEFT's",
+    "starts": "PiSSA and OLoRA, lorakit's and PEFT's",
+    "products": "LoHa, LoKr, VeRA and adapted attention, lorakit's and PEFT's",
     "plan": "predicted against measured memory",
+    "requantize": "what is left of an adapter when merged weights are quantized again, against PEFT",
 }
 PEERS = ("peft", "loralib", "trl", "diffusers")
 LONGEST = 80  # characters of a text that has a column of the table; longer ones are remarks below it

@@ -112,8 +112,8 @@ def open_base(folder: Path, quantized: bool = False) -> Base:
     quantization = quantization_of(folder, config)
     if quantization is not None and not quantized:
         raise LorakitError(
-            f"{folder} is quantized ({quantization.kind}): its weights are rounded\n"
-            "  give the unquantized base; or dequantize this one, which lorakit merge BASE ADAPTER OUT does"
+            f"{folder} is quantized ({quantization.kind}): its weights are rounded, and this needs those before\n"
+            "  give the unquantized checkpoint"
         )
     # the latter: diffusers' own config
     single, index = _weights_of(folder, _STEMS[::-1] if "_class_name" in config else _STEMS)

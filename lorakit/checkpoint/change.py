@@ -45,8 +45,8 @@ def update_for(
     """Build the change of a module's stored weight. `rows`: how its layout in the file differs from the module's
     (transposed, or its halves swapped: shift and scale of some norms).
 
-    Raises AdapterError if the shapes do not fit, for a DoRA with a weight other than 1, and for updates that cannot be
-    merged; LorakitError if the weight is quantized.
+    Raises AdapterError if the shapes do not fit, and for updates that cannot be merged; LorakitError if the weight is
+    quantized.
     """
     _check_stored(module, slot)
     swapped, file_transposed = (rows.swapped, rows.transposed) if rows is not None else (False, False)
@@ -63,10 +63,6 @@ def update_for(
             "  is it an adapter for another model, or one of another size?"
         )
     update = update.on_weight(slot.shape, transposed)
-    if update.needs_base and weight != 1:
-        raise AdapterError(
-            f"'{module}' is a DoRA, which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"
-        )
     return Change(module, update, weight, transposed, swapped)
 
 

@@ -1,6 +1,6 @@
 """The changes that several adapters make to a base's tensors: updates add up, saved weights replace, and never both.
 
-W' = W + Σ wᵢ ΔWᵢ
+W' = W + Σ wᵢ ΔWᵢ        each ΔWᵢ is that of the base alone, also where it depends on W (DoRA)
 """
 
 from __future__ import annotations
@@ -76,15 +76,6 @@ class Changes:
                 raise AdapterError(
                     f"the adapters change '{name}' twice: one replaces it, another one adds to it\n  merge one of them"
                 )
-        for by_rows in self.updates.values():
-            for updates in by_rows.values():
-                if len(updates) > 1 and any(change.update.needs_base for change in updates):
-                    kind = "has trained tokens" if any(c.update.variant == "tokens" for c in updates) else "is a DoRA"
-                    raise AdapterError(
-                        f"'{updates[0].module}' {kind} in one of the adapters, whose change depends on the weight "
-                        "it is added to\n"
-                        "  merge that adapter first, and the others into the result"
-                    )
 
     def _put(self, rows: WeightRows, update: Change) -> None:
         self.updates.setdefault(rows.tensor, {}).setdefault((rows.start, rows.stop), []).append(update)

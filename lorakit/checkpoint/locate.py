@@ -34,6 +34,21 @@ class Locations:
 _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
+_PACKED = ".in_proj_weight"  # of an nn.MultiheadAttention, which is a module without a `weight`
+
+
+def _weight_name(module: str, update: Update | None, attentions: Collection[str]) -> str:
+    """Return the name of a module's weight; with another prefix in the files, its last name tells an attention.
+
+    `attentions`: the names of such weights in the files.
+    """
+    last = f".{module.rpartition('.')[2]}{_PACKED}"
+    packed = f"{module}{_PACKED}" in attentions or any(name.endswith(last) for name in attentions)
+    if packed:
+        return f"{module}{_PACKED}"
+    return f"{module}.weight" if update is None else update.weight_name(module)
+
+
 def locate(base: Base, modules: Mapping[str, Update | None], saved: Collection[str] = ()) -> Locations:
     """Find all these modules. Raises TargetError if the base lacks one. `modules`: by name, with their updates, which
     know their weight's name (None: "weight"); `saved`: names of saved weights, used to find the renaming if there are
@@ -41,7 +56,8 @@ def locate(base: Base, modules: Mapping[str, Update | None], saved: Collection[s
     """
     if base.single_file:
         return _in_single_file(base, modules)
-    weights = {m: f"{m}.weight" if update is None else update.weight_name(m) for m, update in modules.items()}
+    attentions = {name for name in base.tensors if name.endswith(_PACKED)}
+    weights = {module: _weight_name(module, update, attentions) for module, update in modules.items()}
     targets = list(weights.values())
     lookups = targets or [n for n in saved if numbered(n)]
     # Only weights outside the numbered layers can be tied; transformers, a slow import, knows which are.

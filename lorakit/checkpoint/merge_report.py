@@ -95,7 +95,9 @@ class MergeReport:
 
     def outcome(self) -> str:
         """Return the result in one sentence."""
-        parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
+        # What rounding to a few values wrote says little about ΔW.
+        largest = max((t.asked for t in self.targets), default=0.0) if self.requantized else self.largest
+        parts = [f"{len(self.targets)} targets merged, largest |ΔW| {largest:.3g}"]
         parts += [
             f"{len(names)} weights {what}"
             for names, what in ((self.replaced, "replaced"), (self.added, "added"))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,10 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _show_own_warnings_as_notes()
+    # transformers imports torchao where it is installed. That warns of its kernels for GPUs that are not there, and
+    # torch of torchao's enums.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     code = run(sys.argv[1:] if args is None else args)
     if code == INTERRUPTED:
         # Not sys.exit: Python ends itself by SIGINT, so with another code, if Ctrl-C came inside any exec() (as in the

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     TAKES_ALPHA: tuple[str, ...]  # their files may lack alpha: the caller gives it
     TELLS_MODEL: tuple[str, ...]  # of diffusion models, told by names and widths or `model_type`
 
-FORMATS = ("peft", "loralib", "kohya", "diffusers", "comfyui", "cloneofsimo", "mlx", "gguf")
-# In the order in which they are asked whether a path is theirs. A file of ComfyUI's is read as diffusers'.
+FORMATS = ("peft", "adalora", "loralib", "kohya", "diffusers", "comfyui", "cloneofsimo", "mlx", "gguf")
+# In the order in which they are asked whether a path is theirs. A file of ComfyUI's is read as diffusers', and a
+# folder of AdaLoRA as PEFT's.
 DETECTED = ("peft", "gguf", "kohya", "cloneofsimo", "mlx", "diffusers", "loralib")
 _TRAITS = {"FOLDERS": "is_folder", "TAKES_ALPHA": "takes_alpha", "TELLS_MODEL": "tells_model"}
 
@@ -87,7 +88,7 @@ def save(
     base: Any = None,
     keep_alpha: bool = False,
 ) -> Path:
-    """Write an adapter and return the path: "peft" and "mlx" are folders, the others files.
+    """Write an adapter and return the path: "peft", "adalora" and "mlx" are folders, the others files.
 
     dtype: the precision to write (default: unchanged); "q8_0", blocks of 8 bits, is for "gguf" only.
     base: the base's folder or config, for "gguf".

@@ -36,7 +36,7 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_adalora, peft_loha, peft_lokr, peft_parameters, peft_tokens, peft_vera
+from . import peft_adalora, peft_attention, peft_loha, peft_lokr, peft_parameters, peft_tokens, peft_vera
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
@@ -111,6 +111,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     experts = peft_parameters.take(tensors, values, config, ours, PREFIX, weights)
     config = peft_parameters.resolved(config, experts, ours)
     halves, saved = sort(tensors, weights, bool(values.get("use_dora")), bool(values.get("lora_bias")))
+    halves = peft_attention.renamed(halves, weights)
     if enabled is not None:
         factors = {
             module: _merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()
@@ -119,12 +120,21 @@ def read(path: Path, started: bool = False) -> Adapter:
         return Adapter(
             config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
         ).check()
-    low: dict[str, Update] = {
-        module: _update(
-            module, pair, _factors(module, kind, pair, config, transposed, packed.get(module), weights), weights
+    given = {
+        module: _factors(
+            module,
+            kind,
+            pair,
+            config,
+            transposed,
+            packed.get(module),
+            weights,
+            peft_attention.attention_of(module, halves),
         )
         for module, (kind, pair) in halves.items()
     }
+    factors = peft_attention.as_applied(given, values)
+    low: dict[str, Update] = {module: _update(module, halves[module][1], f, weights) for module, f in factors.items()}
     return Adapter(config, {**low, **experts, **tokens}, saved, ours).check()
 
 
@@ -177,8 +187,9 @@ def write(adapter: Adapter, path: Path) -> Path:
     ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
     ours |= {} if kind is None else kind.ours(adapter)
     own_config = adapter.config.replace(save_modules=_save_modules(adapter))
+    own_config = peft_attention.with_targets(own_config, adapter.factors, ranks)
     values = to_peft(own_config, ranks, alphas, transposed, dora, experts)
-    values["lora_bias"] = bool(biases)
+    values |= {"lora_bias": bool(biases)} | peft_attention.fields(adapter.factors)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
     values = peft_tokens.to_peft(values, adapter) if kind is None else kind.fields(values, adapter)
     write_text(path / CONFIG, dumps(values))
@@ -204,18 +215,20 @@ def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], di
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for module, f in adapter.factors.items():
+    factors = peft_attention.as_written(adapter.factors)
+    for module, f in factors.items():
         A, B, alpha = _plain_pair(f)
         if f.rslora != adapter.config.rslora:  # PEFT's config has one rule for all modules
             alpha = f.scale * (math.sqrt(A.shape[0]) if adapter.config.rslora else A.shape[0])
-        ranks[module], alphas[module] = A.shape[0], alpha
+        if peft_attention.attention_of(module, factors) is None:
+            ranks[module], alphas[module] = A.shape[0], alpha
+        key = PREFIX + peft_attention.key_of(module, factors)
         infix, suffix = ("lora_embedding_", "") if f.kind == "embedding" else ("lora_", ".weight")
-        tensors[f"{PREFIX}{module}.{infix}A{suffix}"] = A
-        tensors[f"{PREFIX}{module}.{infix}B{suffix}"] = B
+        tensors[f"{key}.{infix}A{suffix}"], tensors[f"{key}.{infix}B{suffix}"] = A, B
         own = adapter.updates[module].tensors()
         if "magnitude" in own:
             shape = (1, -1, *[1] * (f.A.dim() - 2)) if f.kind == "conv" else (-1,)
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = own["magnitude"].reshape(shape)
+            tensors[f"{key}.lora_magnitude_vector"] = own["magnitude"].reshape(shape)
     return tensors, ranks, alphas
 
 
@@ -247,9 +260,11 @@ def _factors(
     transposed: bool,
     parts: tuple[bool, ...] | None,
     where: Path,
+    attention: str | None = None,
 ) -> Factors:
+    """`attention`: the one that has this module as out_proj, whose rank and alpha PEFT takes."""
     A, B = pair["A"], pair["B"]
-    rank, alpha = config.rank_of(module), config.alpha_of(module)
+    rank, alpha = config.rank_of(attention or module), config.alpha_of(attention or module)
     if A.dim() < 2 or B.dim() < 2 or A.shape[0] != rank:
         raise AdapterError(
             f"{where}: '{module}' has A {list(A.shape)}; its config says rank {rank}, so [{rank}, ...] was expected"
@@ -346,7 +361,8 @@ class Peft(Format):
         return write(adapter, path)
 
     def note(self, adapter: Adapter) -> str | None:
-        return note(misread(adapter), len(adapter.updates))
+        notes = (note(misread(adapter), len(adapter.updates)), peft_attention.note(adapter.factors))
+        return "\n".join(said for said in notes if said is not None) or None
 
     def stale(self, path: Path) -> list[str]:
         return [PICKLE]  # a reader may prefer it to the new weights

@@ -19,6 +19,7 @@ from ..adapter.lora import Factors
 from ..errors import AdapterError
 
 KIND = "ADALORA"
+EPSILON = 1e-5  # which PEFT adds to init_r
 _E = re.compile(r"(?P<module>.+)\.lora_E(\.[^.]+)?")
 _RAW = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.[^.]+)?")
 
@@ -47,7 +48,7 @@ def taken_apart(
     alpha = values.get("lora_alpha", 8)
     if not isinstance(first, int | float) or not isinstance(alpha, int | float) or not first > 0:
         raise AdapterError(f"{where}: init_r is {first!r} and lora_alpha {alpha!r}; expected positive numbers")
-    scale = (alpha if alpha > 0 else first) / (first + 1e-5)
+    scale = (alpha if alpha > 0 else first) / (first + EPSILON)
     return {m: _factors(m, found, scale, bool(values.get("fan_in_fan_out")), where) for m, found in parts.items()}, rest
 
 

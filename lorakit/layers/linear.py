@@ -98,7 +98,7 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
         active = module.lora_in_use()
     if len(active) > 1:
         return None
-    if not active:
+    if not active or not isinstance(module, LinearLayer):
         return Projection(weight, bias, None, None, 1.0), 0.0
     update, share = active[0]
     pair = update.pair(module)

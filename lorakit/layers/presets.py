@@ -33,7 +33,7 @@ def preset(name: str, names: Mapping[str, nn.Module], roots: Collection[str]) ->
     attention = [n for n, module in names.items() if _is_attention(module) and n not in roots]
     # What lies in a processor, such as IP-Adapter's projections, is another adapter's.
     inside = {n for a in attention for n in _below(a, names) if not n.startswith(f"{a}.processor.")}
-    chosen = {n for n in inside if is_linear(names[n])}
+    chosen = {n for n in {*inside, *attention} if is_linear(names[n])}
     if name != "attention":
         for a in attention:
             chosen |= _beside(a, names, attention)
@@ -44,6 +44,8 @@ def preset(name: str, names: Mapping[str, nn.Module], roots: Collection[str]) ->
 
 
 def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return is_linear(module)
     return callable(getattr(module, "set_processor", None)) or any(module._modules.keys() >= three for three in _QKV)
 
 

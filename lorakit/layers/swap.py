@@ -15,9 +15,14 @@ from .expert_weight import ExpertWeight
 from .experts import ExpertWeightLayer
 from .layer import COUNT, LoraLayer, adapted_class, mixin_and_base, rebind_hooked_forward
 from .linear import Conv1DLayer, LinearLayer
+from .multihead import MultiheadLayer, PackedMultiheadLayer
 from .packed import PackedConv1DLayer, PackedLayer
 
-_PACKED: dict[type[LoraLayer], type[PackedLayer]] = {LinearLayer: PackedLayer, Conv1DLayer: PackedConv1DLayer}
+_PACKED: dict[type[LoraLayer], type[PackedLayer]] = {
+    LinearLayer: PackedLayer,
+    Conv1DLayer: PackedConv1DLayer,
+    MultiheadLayer: PackedMultiheadLayer,
+}
 
 
 def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
@@ -28,6 +33,10 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
         return LinearLayer
     if isinstance(module, ExpertWeight):
         return ExpertWeightLayer
+    if isinstance(module, nn.MultiheadAttention):
+        own_forward = type(module).forward is nn.MultiheadAttention.forward
+        one_weight = module.in_proj_weight is not None and isinstance(module.out_proj, nn.Linear)
+        return MultiheadLayer if own_forward and one_weight else None
     if isinstance(module, nn.Embedding) and (
         type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     ):
@@ -42,7 +51,7 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this module is a linear."""
+    """Whether this module is a linear, or computes with one weight as linears do (torch's attention)."""
     mixin = mixin_for(module)
     return mixin is not None and issubclass(mixin, LinearLayer)
 

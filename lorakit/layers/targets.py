@@ -13,6 +13,7 @@ from ..bases.pipeline import PipelineModel, component_of, is_text_encoder
 from ..config import ALL_LINEAR, PRESETS, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
 from ..module_names import ends_with, matches, pattern_matches
+from . import attention_targets
 from .bases import base_of
 from .expert_targets import check_form, check_reachable, unadapted, with_expert_weights
 from .expert_weight import ExpertWeight, expert_weights, why_not
@@ -102,6 +103,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         elif isinstance(config.targets, list):
             missed = [t for t in config.targets if not any(ends_with(name, t) for name in names)]
             skipped |= dict.fromkeys(missed, "no module matches this target")
+    chosen = attention_targets.with_output(names, chosen)
     # A module that is trained in full needs no update (as in PEFT).
     skipped |= {name: "in save_modules" for name in chosen if _within(name, config.save_modules)}
     chosen = {name: module for name, module in chosen.items() if name not in skipped}
@@ -172,7 +174,7 @@ def _by_preset(
     if targets == ALL_LINEAR:
         check_all_known(names)
         of = [n for n, m in names.items() if is_linear(m) or isinstance(m, ExpertWeight)]
-        experts = unadapted(names, config)
+        experts = unadapted(names, config) | attention_targets.unadapted(names)
         of = [n for n in of if n not in experts]
     else:
         of = preset(targets, names, roots)
@@ -244,9 +246,8 @@ def called_by_weight(names: dict[str, nn.Module]) -> dict[str, str]:
     """Modules whose weight is read without calling them, so that an adapted forward would never run."""
     found = {}
     for name, module in names.items():
-        if isinstance(module, nn.MultiheadAttention):
+        if attention_targets.why_not(module) is not None:
             found[f"{name}.out_proj"] = "nn.MultiheadAttention reads its weight without calling it"
-            continue
         reads = reads_of(_own_class(module))
         for child in reads.read - reads.called:
             if child in module._modules:
@@ -285,6 +286,7 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
     `names`: all modules of the model; `chosen`: those to check.
     """
     not_called, fused = called_by_weight(names), fused_away(names)
+    attention_targets.check_output(names, chosen)
     for name, module in chosen.items():
         if name in fused:
             raise TargetError(f"'{name}' cannot be adapted: {fused[name]}\n  {FIX}")
@@ -301,10 +303,10 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
             check_known(name, module)
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
             fix = f"\n  it contains {listing(inside, 3)}" if inside else ""
-            why = why_not(module)
+            why = why_not(module) or attention_targets.why_not(module)
             raise TargetError(
                 f"'{name}' is a {type(module).__name__}, which has no low-rank update{f': {why}' if why else ''}\n"
-                f"  expected a Linear, Conv1D, Embedding or Conv1d/2d/3d{fix}"
+                f"  expected a Linear, Conv1D, Embedding, Conv1d/2d/3d or MultiheadAttention{fix}"
             )
 
 

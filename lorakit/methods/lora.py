@@ -144,7 +144,7 @@ def _check(model: Any, config: RunSettings, name: str) -> None:
 
     rate_factors(model, config, name)
     kind = cannot_average(as_module(model), name)
-    if kind is not None and getattr(config, "ema", 0):
+    if kind is not None and getattr(config, "ema", 0.0) > 0:
         raise ConfigError(
             f"ema: averages of {kind} over steps are not what was trained: it sets values to zero\n"
             "  omit ema, or use another variant"

@@ -129,14 +129,14 @@ def fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.M
     """
     values: dict[str, Tensor] = {}
     for name, module in find_saved(model, config).items():
-        own = {f"{name}.{n}": p for n, p in base_parameters(module)}
-        if not own:
-            raise TargetError(f"'{name}' has no parameters to train (LoraConfig.save_modules)")
         if quantized(module):
             raise TargetError(
                 f"'{name}' is quantized, and quantized weights cannot be trained (LoraConfig.save_modules)\n"
                 "  load the base with that module left unquantized, or adapt it: LoraConfig.targets"
             )
+        own = {f"{name}.{n}": p for n, p in base_parameters(module)}
+        if not own:
+            raise TargetError(f"'{name}' has no parameters to train (LoraConfig.save_modules)")
         buffers = [n for n, _ in module.named_buffers() if n in module.state_dict() and not is_adapter_key(n)]
         if buffers:
             raise TargetError(

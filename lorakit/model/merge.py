@@ -77,8 +77,11 @@ def unmerge(model: Any) -> None:
 
 
 def _weight(layer: LoraLayer) -> nn.Parameter | None:
-    """Return the layer's own weight; None if it has none of that name (some quantized linears have not)."""
-    return layer._parameters.get("weight")
+    """Return the layer's own weight (of torch's attention, that of q, k and v); None if it has none of that name, as
+    some quantized linears.
+    """
+    own = layer._parameters
+    return own.get("weight") if own.get("weight") is not None else own.get("in_proj_weight")
 
 
 def _is_tied(layer: LoraLayer) -> bool:
@@ -96,7 +99,8 @@ def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[st
     users: dict[int, list[str]] = {}
     for name, module in base_modules(model):
         for own, parameter in module._parameters.items():
-            users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
+            is_weight = parameter is getattr(module, "weight", None)  # an adapted attention's has another name
+            users.setdefault(id(parameter), []).append(name if is_weight else f"{name}.{own}" if name else own)
     found = {
         m: [n for n in users.get(id(weight), []) if n != m and not _together(layer, layers.get(n))]
         for m, layer in layers.items()
@@ -118,7 +122,8 @@ def _untie(model: nn.Module, layers: Mapping[str, LoraLayer], shared: Iterable[s
     untied = Untied({}, [])
     for m in shared:
         weight = _weight(layers[m])
-        if saved.saved_of(layers[m]) is not None or type(weight) is not nn.Parameter:
+        named = layers[m]._parameters.get("weight") is weight
+        if saved.saved_of(layers[m]) is not None or type(weight) is not nn.Parameter or not named:
             _tie(model, untied)
             raise StateError(
                 f"'{m}' shares its weight with another module and cannot be given one of its own, since an adapter "

@@ -12,6 +12,10 @@ from ..checkpoint.weights import open_weights
 from ..errors import ConfigError, LorakitError, did_you_mean
 from ..layers.bases import base_of
 
+_GIVE = (
+    "  give the unquantized checkpoint: attach(..., originals=FOLDER); to lorakit train as --model, quantized while it "
+    "is loaded (--quantize nf4)"
+)
 Originals = str | Path | Mapping[str, Tensor]
 
 
@@ -58,11 +62,11 @@ def _from_folder(
     try:
         weights = open_weights(path, dict.fromkeys(modules))
     except LorakitError as error:
-        raise ConfigError(
-            f"the weights before quantization cannot be read from {path}: {error}\n"
-            "  give the unquantized checkpoint: attach(..., originals=FOLDER)"
-        ) from error
-    return lambda name: torch.cat([block for _, block in weights.stored[name][0].slot.rows()])
+        raise ConfigError(f"the weights before quantization cannot be read from {path}: {error}\n{_GIVE}") from error
+    stored = {name: weights.stored[name][0] for name in modules}
+    if any(weight.base.config.get("quantization_config") for weight in stored.values()):
+        raise ConfigError(f"{path} is quantized itself, and init='loftq' needs its weights before that\n{_GIVE}")
+    return lambda name: torch.cat([block for _, block in stored[name].slot.rows()])
 
 
 def _own_checkpoint(model: nn.Module) -> Path:
@@ -71,10 +75,7 @@ def _own_checkpoint(model: nn.Module) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     where = f"{name!r} is not here" if name else "the model does not say where they are"
-    unknown = ConfigError(
-        f"init='loftq' needs the weights before quantization, and {where}\n"
-        "  give the unquantized checkpoint: attach(..., originals=FOLDER)"
-    )
+    unknown = ConfigError(f"init='loftq' needs the weights before quantization, and {where}\n{_GIVE}")
     if not name:
         raise unknown
     from huggingface_hub import snapshot_download

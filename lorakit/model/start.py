@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -95,7 +95,7 @@ def begin(
         return _restored(config, matrices, sources.ranks, start)
     if _without_values(matrices):
         return Started(config, dict.fromkeys(matrices), start.subtracted)
-    with _base_alone(model, state) if start.needs_batches else undisturbed(model), torch.no_grad():
+    with _base_alone(model, state) if start.needs_batches else nullcontext(), torch.no_grad():
         gathered = start.gather(matrices, config, _evidence(model, config, start, own, sources))
         config = gathered.config
         factors: dict[str, tuple[Tensor, Tensor] | None] = {}
@@ -120,10 +120,10 @@ def _factors(start: Start, name: str, matrix: Matrix, config: LoraConfig, found:
 def _check_kinds(matrices: Mapping[str, Matrix], start: Start, init: str) -> None:
     wrong = next((m for m, matrix in matrices.items() if matrix.kind not in start.kinds), None)
     if wrong is not None:
-        kind = type(matrices[wrong].module).__name__
+        kind, last = type(matrices[wrong].module).__name__, wrong.rpartition(".")[2]
         raise TargetError(
             f"'{wrong}' is a {kind}, for which init={init!r} is not defined; it is for layers of kind "
-            f"{' and '.join(sorted(start.kinds))}\n  remove it from the targets, or use another init"
+            f"{' and '.join(sorted(start.kinds))}\n  leave it out (exclude=['{last}']), or use another init"
         )
 
 

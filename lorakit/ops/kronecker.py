@@ -26,14 +26,20 @@ def apply(x: Tensor, first: Tensor, second: tuple[Tensor, ...], scale: float) ->
     first = first * scale  # the smallest of the tensors
     X = x.unflatten(-1, (i1, i2))
     if len(second) == 2:
-        Y = F.linear(_mixed(F.linear(X, second[1]), first), second[0])
+        Y = _product(_mixed(_product(X, second[1]), first), second[0])
     elif i1 * o2 * (i2 + o1) <= o1 * i2 * (i1 + o2):
-        Y = _mixed(F.linear(X, second[0]), first)
+        Y = _mixed(_product(X, second[0]), first)
     else:
-        Y = F.linear(_mixed(X, first), second[0])
+        Y = _product(_mixed(X, first), second[0])
     return Y.flatten(-2)
 
 
 def _mixed(X: Tensor, first: Tensor) -> Tensor:
     """Return W1 X: [..., o1, k]. X: [..., i1, k]."""
-    return F.linear(X.mT, first).mT
+    return _product(X.mT, first).mT
+
+
+def _product(X: Tensor, W: Tensor) -> Tensor:
+    """Return X Wᵀ, [..., out]. X: [..., in]."""
+    # As matrices: of more axes, torch multiplies in another way, which rounds differently, if gradients are needed.
+    return (X.reshape(-1, X.shape[-1]) @ W.T).view(*X.shape[:-1], W.shape[0])

@@ -203,15 +203,16 @@ def newest_ranks(folder: Path) -> dict[str, int] | None:
 
     None if there is no checkpoint that can be read, or a module's A is not among what is trained.
     """
-    end = f".{child_name(DEFAULT)}."
     for step in reversed(steps_in(folder)):
         try:
             shapes = read_shapes(folder / f"{PREFIX}{step}" / "trainable.safetensors")
         except AdapterError:
             continue  # `load_newest` says so
-        ranks = {n.removesuffix(f"{end}A"): shape[0] for n, shape in shapes.items() if n.endswith(f"{end}A")}
-        modules = {n.removesuffix(f"{end}B") for n in shapes if n.endswith(f"{end}B")}
-        return ranks if ranks and ranks.keys() == modules else None
+        ranks: dict[str, dict[str, int]] = {"A": {}, "B": {}}
+        for name, shape in shapes.items():
+            module, _, own = name.rpartition(f".{child_name(DEFAULT)}.")
+            ranks.setdefault(own.rpartition(".")[2], {})[module] = shape[0]  # "A", or "inner.A" of a DoRA
+        return ranks["A"] if ranks["A"] and ranks["A"].keys() == ranks["B"].keys() else None
     return None
 
 
@@ -303,7 +304,7 @@ def put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: st
 
 
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors |= {f"{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return tensors

@@ -44,7 +44,7 @@ def test_all_modules_share_one_copy_of_the_matrices_also_in_copies_and_captures(
     assert all(u.projection is own[0] for u in lk.capture(model).updates.values())
     again = pickle.loads(pickle.dumps(lk.capture(model)))
     assert len({id(u.projection) for u in again.updates.values()}) == 1
-    pairs = [m.lora_default.pair() for _, m in model.named_modules() if hasattr(m, "lora_default")]
+    pairs = [m.lora_default.pair(m) for _, m in model.named_modules() if hasattr(m, "lora_default")]
     assert len({pair.A.untyped_storage().data_ptr() for pair in pairs}) == 1
     assert {n.rpartition(".")[2] for n in model.state_dict() if ".lora_" in n} == {"d", "b"}
 

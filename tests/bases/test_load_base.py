@@ -231,7 +231,7 @@ def test_a_base_that_is_quantized_already_says_what_it_is(folder, tmp_path):
     "kind, message",
     [
         ("nf4", r"needs bitsandbytes, which is not installed\n  pip install 'lorakit\[quant\]'"),
-        ("torchao-int8", r"needs torchao, which is not installed\n  pip install torchao"),
+        ("torchao-int8", r"needs torchao, which is not installed\n  pip install 'lorakit\[quant\]'"),
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(folder, monkeypatch, kind, message):

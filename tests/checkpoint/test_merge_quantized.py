@@ -97,29 +97,48 @@ def test_dora_takes_the_norm_of_the_dequantized_weight(tmp_path):
     torch.testing.assert_close(written, W / W.norm(dim=1, keepdim=True) * magnitude[:, None], atol=1e-5, rtol=0)
 
 
-def test_gpt2_is_written_in_the_layout_of_its_class(tmp_path):
+def test_more_kinds_of_updates(tmp_path):
+    """LoKr on a quantized weight, changed rows of the embedding and of a quantized output layer."""
+    from lorakit.adapter.lokr import Lokr
+    from lorakit.adapter.tokens import Tokens
+
+    made = torch.Generator().manual_seed(0)
+    name = "model.layers.1.mlp.down_proj"
+    lokr = Lokr(2.0, w1=torch.randn(8, 8, generator=made), w2=torch.randn(8, 16, generator=made) * 0.02)
+    rows = torch.randn(2, 64, generator=made)
+    tokens = {
+        "model.embed_tokens": Tokens((3, 7), rows),
+        "model.layers.0.mlp.up_proj": Tokens((0, 100), rows, "linear"),
+    }
+    adapter = replace(bases.adapter(targets=["q_proj"]), updates={name: lokr, **tokens})
+    merge_checkpoint(bases.packed("nf4"), adapter, tmp_path / "out", dtype=torch.float32)
+    written, before = load_file(tmp_path / "out" / "model.safetensors"), bases.dense("nf4").state_dict()
+    torch.testing.assert_close(written[f"{name}.weight"], before[f"{name}.weight"] + lokr.delta(), atol=1e-6, rtol=0)
+    for module, update in tokens.items():
+        expected = before[f"{module}.weight"].clone()
+        expected[list(update.ids)] = rows
+        torch.testing.assert_close(written[f"{module}.weight"], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_gpt2_is_written_in_the_layout_of_its_class(bias, tmp_path):
     from transformers import AutoModelForCausalLM
 
     quantized.gpt2().save_pretrained(tmp_path / "dense")
     loaded = quantized.in_4_bits(tmp_path / "dense", bnb_4bit_compute_dtype=torch.float32)
     loaded.save_pretrained(tmp_path / "packed")
-    adapter = bases.adapter(model=loaded, targets=["c_attn", "c_proj", "c_fc"])
+    adapter = bases.adapter(model=loaded, targets=["c_attn", "c_proj", "c_fc"], bias=bias)
+    assert bool(adapter.saved) == (bias == "lora_only")
     expected = bases.logits(loaded)
     merge_checkpoint(tmp_path / "packed", adapter, tmp_path / "out", dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert merged.transformer.h[0].mlp.c_fc.weight.shape == (64, 256)
     torch.testing.assert_close(bases.logits(merged), expected, atol=2e-5, rtol=0)
-    report = merge_checkpoint(
-        tmp_path / "packed", adapter, tmp_path / "again", requantize="same", onto=tmp_path / "dense"
-    )
-    assert len(report.requantized) == 8
-    again = quantized_logits(tmp_path / "again")
+    onto = {"onto": tmp_path / "dense", "requantize": "same"}
+    assert len(merge_checkpoint(tmp_path / "packed", adapter, tmp_path / "again", **onto).requantized) == 8
+    again = bases.logits(bases.load(tmp_path / "again"))
     lk.attach(dense := quantized.gpt2(), adapter, force=True)
     assert (again - bases.logits(dense)).norm() < 0.5 * (again - bases.logits(quantized.gpt2())).norm()
-
-
-def quantized_logits(folder):
-    return bases.logits(bases.load(folder))
 
 
 def test_tied_and_sharded_files_and_a_settings_file(tmp_path):
@@ -152,6 +171,30 @@ def test_tied_and_sharded_files_and_a_settings_file(tmp_path):
     assert index["weight_map"] == {name: every[name].name for name in every}
     assert again.tensors == len(every)
     assert bool(bases.logits(bases.load(tmp_path / "again")).isfinite().all())
+
+
+def test_the_config_of_a_nested_language_model_may_say_how_it_is_quantized(tmp_path):
+    folder = shutil.copytree(bases.packed("nf4"), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] = {"quantization_config": config.pop("quantization_config"), "hidden_size": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert merge_checkpoint(folder, bases.adapter(), tmp_path / "out").dequantized == 14
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] == {"hidden_size": 64}
+    merge_checkpoint(folder, bases.adapter(), tmp_path / "again", requantize="int8")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "quantization_config" not in written["text_config"]
+    assert written["quantization_config"]["load_in_8bit"]
+
+
+@pytest.mark.parametrize("requantize", [None, "same"])
+def test_an_interrupted_merge_leaves_nothing(requantize, tmp_path):
+    def stop(name: str, done: int, total: int) -> None:
+        if done > total // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(bases.packed("nf4"), bases.adapter(), tmp_path / "out", requantize=requantize, on_tensor=stop)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_library_is_imported(tmp_path):
@@ -219,7 +262,7 @@ def test_an_adapter_that_starts_from_the_bases_weights_needs_the_unquantized_one
         quantized.llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", r=4)
     )
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(lk.LorakitError, match=r"is quantized(.|\n)*give the unquantized base"):
+    with pytest.raises(lk.LorakitError, match=r"is quantized(.|\n)*give the unquantized checkpoint"):
         merge_checkpoint(bases.packed("nf4"), tmp_path / "adapter", tmp_path / "out")
 
 

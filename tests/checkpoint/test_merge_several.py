@@ -99,11 +99,22 @@ def test_a_weight_that_one_replaces_and_one_changes_is_refused(base, tmp_path):
     assert f"'{name}' twice" in refused(base, tmp_path, [whole, adapter(2)])
 
 
-def test_a_dora_is_not_added_to_what_another_adapter_changes(base, tmp_path):
+def test_doras_are_scaled_and_added_as_a_live_model_does(base, tmp_path):
     plain = adapter(1)
-    dora = replace(plain, updates={m: Dora(f, torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()})
-    assert "merge that adapter first" in refused(base, tmp_path, [plain, dora])
-    assert "its weight is 0.5" in refused(base, tmp_path, [dora], weights=[0.5])
+    first, second = (
+        replace(plain, updates={m: Dora(f, size * torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()})
+        for size in (1.0, 0.3)
+    )
+    several, weights = [first, plain, second], [0.5, 2.0, -0.7]
+    merge_checkpoint(base, several, tmp_path / "out", weights=weights)
+    model = tiny.llama()
+    for name, each in zip("abc", several, strict=True):
+        lk.attach(model, each, name=name)
+    lk.activate(model, dict(zip("abc", weights, strict=True)))
+    lk.merge(model)
+    expected = lk.detach(model, merged="keep").state_dict()
+    for name, tensor in tensors(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize(

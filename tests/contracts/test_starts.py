@@ -142,6 +142,33 @@ def test_captured_and_attached_again_it_is_the_same(init, layer):
     assert all(torch.equal(t, twice.tensors()[name]) for name, t in value.updates["0"].tensors().items())
 
 
+@pytest.mark.parametrize("layer", ["linear", "Conv1D", "conv2d", "embedding"])
+@pytest.mark.parametrize("init", STARTS)
+def test_a_dora_starts_from_it_with_the_weights_own_magnitude(init, layer):
+    if layer not in STARTS[init].layers:
+        pytest.skip(f"{init} is not for this layer")
+    model, x = on(layer)
+    before = model(x)
+    attach(model, init, layer, variant="dora")
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    W = model[0].weight.detach()
+    rows = W.T if model[0].lora_transposed else W.flatten(1)
+    torch.testing.assert_close(child(model).magnitude.detach().flatten(), rows.norm(dim=1), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        child(model).inner.A.mul_(1.2)
+        child(model).magnitude.mul_(1.1)
+    update = child(model).inner
+    A0, B0 = (update.A0, update.B0) if STARTS[init].zero and init != "eva" else (update.A, torch.zeros_like(update.B))
+    change = update.scale * (update.B.flatten(1) @ update.A.flatten(1) - B0.flatten(1) @ A0.flatten(1))
+    direction = rows + change
+    expected = child(model).magnitude.flatten()[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    changed, _ = on(layer)
+    with torch.no_grad():
+        changed[0].weight.copy_((expected.T if model[0].lora_transposed else expected).reshape(W.shape))
+    torch.testing.assert_close(model(x), changed(x), rtol=1e-4, atol=1e-5)
+    assert lk.capture(model).updates["0"].inner.rank == (2 if init == "eva" else 4)
+
+
 @pytest.mark.parametrize("init, layer", [pair for pair in PAIRS if pair[1] != "quantized"])
 def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(init, layer):
     model, x = on(layer)

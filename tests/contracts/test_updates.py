@@ -17,6 +17,7 @@ import lorakit as lk
 from lorakit.adapter.biased import Biased
 from lorakit.adapter.dense import Dense, with_halves_swapped
 from lorakit.adapter.dora import Dora
+from lorakit.adapter.experts import ExpertFactors
 from lorakit.adapter.loha import Loha
 from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
@@ -128,6 +129,14 @@ VALUES = {
         lambda u, W: u.b[:, None] * u.projection.B[:8].double() @ (u.d[:, None] * u.projection.A[:, :10].double()),
     ),
     "lora beside a bias": Value(Biased(LOW, randn(8)), (8, 10), lambda u, W: product(u.inner, W)),
+    "experts": Value(
+        ExpertFactors(randn(2, 3, 10), randn(2, 8, 3), 6.0), (2, 8, 10), lambda u, W: 2 * (u.B @ u.A).flatten(1)
+    ),
+    "experts, transposed": Value(
+        ExpertFactors(randn(2, 3, 10), randn(2, 8, 3), 6.0, transposed=True),
+        (2, 10, 8),
+        lambda u, W: 2 * (u.B @ u.A).mT.flatten(1),
+    ),
     "trained tokens": Value(Tokens((1, 4, 9), randn(3, 8)), (8, 10), replaced),
     "whole": Value(Dense(randn(8, 10)), (8, 10), lambda u, W: u.weight),
 }
@@ -205,13 +214,13 @@ def test_rows_are_its_equation_block_by_block(value, step, transposed):
             (slice(i, min(i + step, len(stored))), stored[i : i + step].flatten(1)) for i in range(0, len(stored), step)
         ]
 
+    transposed = transposed or getattr(value.update, "transposed", False)
     change = value.update.rows(tuple(stored.shape), transposed, read=blocks)
     torch.testing.assert_close(torch.cat([change(*block).double() for block in blocks()]), wanted, rtol=1e-5, atol=1e-5)
-    if not value.update.needs_base:
-        half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
-        torch.testing.assert_close(
-            torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
-        )
+    half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
+    torch.testing.assert_close(
+        torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
@@ -225,6 +234,14 @@ def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
         torch.testing.assert_close(found.left @ found.right, wanted, rtol=1e-5, atol=1e-5)
     S = torch.cat([svd.S.double() for svd in value.update.singular_values()])
     torch.testing.assert_close(S.square().sum().sqrt(), wanted.norm(), rtol=1e-5, atol=1e-5)
+    matrices = value.update.matrices()
+    if matrices is not None:
+        with pytest.raises(AdapterError, match="'m' has factors for each of 2 experts"):
+            value.update.factor_shapes("m")
+        back = value.update.of_matrices(matrices)
+        assert all(torch.equal(t, value.update.tensors()[name]) for name, t in back.tensors().items())
+        torch.testing.assert_close(back.matrix().double(), wanted, rtol=1e-5, atol=1e-5)
+        return
     form = value.update.factor_shapes("m")
     assert (form.inner, form.axes) == (value.shape[1:], len(value.shape))
 
@@ -264,11 +281,12 @@ def test_its_factors_are_those_of_its_delta_without_the_base(value):
 
 
 def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
-    assert value.update.sizes == value.shape[:2]
+    matrices = value.update.matrices()
+    assert value.update.sizes == (value.shape[:2] if matrices is None else matrices[0].sizes)
     outputs = value.update.output_tensors()
     if outputs is None:
-        # Trained tokens have rows of tokens, and VeRA's rows of B are shared.
-        assert "t1" in value.update.tensors() or value.update.variant in ("tokens", "vera")
+        # Trained tokens have rows of tokens, experts those of experts, and VeRA's rows of B are shared.
+        assert "t1" in value.update.tensors() or value.update.variant in ("tokens", "vera") or matrices is not None
         return
     assert all(len(t) * value.update.output_block >= value.shape[0] for t in outputs.values())
     assert outputs.keys() <= value.update.tensors().keys()
@@ -283,7 +301,7 @@ def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
 
 
 def test_it_knows_the_weights_that_it_is_for(value):
-    assert value.update.layout(value.shape) is False
+    assert value.update.layout(value.shape) is bool(getattr(value.update, "transposed", False))
     assert value.update.layout((9, *value.shape[1:])) is None
     assert value.update.unmergeable() is None
     if len(value.shape) == 2:
@@ -416,6 +434,17 @@ def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(varian
     lk.unmerge(model)
     assert torch.equal(model[0].weight, before)
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_twenty_merges_leave_every_bit(variant, layer):
+    model, _ = on(layer)
+    before = model[0].weight.detach().clone()
+    randomise(lk.attach(model, config(variant)), size=0.5)
+    for _ in range(20):
+        lk.merge(model)
+        lk.unmerge(model)
+    assert torch.equal(model[0].weight, before)
 
 
 @pytest.mark.parametrize("grad", [False, True])

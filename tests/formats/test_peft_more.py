@@ -153,3 +153,31 @@ def test_layer_zero_and_alpha_zero_are_numbers_and_no_falsy_values(tmp_path):
     edited(tmp_path, lora_alpha=0)
     with pytest.raises(AdapterError, match=r"LoraConfig\.alpha"):
         lk.Adapter.load(tmp_path)
+
+
+def test_a_lora_written_as_adalora_computes_the_same_in_pefts_adalora(tmp_path):
+    """With modules of several ranks and scales, and entries that are zero."""
+    config = lk.LoraConfig(rank=4, alpha=3, targets=["q_proj", "down_proj"], rank_pattern={"down_proj": 2})
+    ours = tiny.randomise_factors(lk.attach(tiny.llama(), config))
+    with torch.no_grad():
+        next(p for n, p in ours.named_parameters() if n.endswith("lora_default.B"))[:, 1] = 0
+    adapter = lk.capture(ours)
+    folder = adapter.save(tmp_path / "adalora", format="adalora")
+    theirs = peft.PeftModel.from_pretrained(tiny.llama(), folder).eval()
+    assert type(theirs.base_model).__name__ == "AdaLoraModel"
+    torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, atol=1e-5, rtol=1e-5)
+    for name, parameter in theirs.named_parameters():
+        if "lora_A" in name:
+            torch.testing.assert_close(parameter.norm(dim=1), torch.ones(len(parameter)))
+    again = lk.Adapter.load(folder)
+    assert {m: f.rank for m, f in again.factors.items()} == {m: f.rank for m, f in adapter.factors.items()}
+    for module, f in adapter.factors.items():
+        torch.testing.assert_close(again.factors[module].delta(), f.delta(), atol=1e-6, rtol=1e-5)
+
+
+def test_what_pefts_adalora_cannot_hold_is_named_and_nothing_written(tmp_path):
+    config = lk.LoraConfig(rank=2, targets=["embed_tokens"])
+    adapter = lk.capture(tiny.randomise_factors(lk.attach(tiny.llama(), config)))
+    with pytest.raises(AdapterError, match=r"convolutions or embeddings \(model\.embed_tokens\)"):
+        adapter.save(tmp_path / "no", format="adalora")
+    assert not (tmp_path / "no").exists()

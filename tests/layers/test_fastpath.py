@@ -46,16 +46,26 @@ def test_an_adapted_encoder_computes_the_same_in_eval_with_padding():
     assert not torch.allclose(fast[~PAD], base[~PAD], atol=1e-3)
 
 
-def test_all_linear_leaves_out_what_multihead_attention_does_not_call():
+def test_all_linear_includes_multihead_attention_and_computes_with_it_in_eval():
     model = encoder()
-    lk.attach(model, lk.LoraConfig(rank=2))
-    assert {m.rsplit(".", 1)[-1] for m in lk.capture(model).factors} == {"linear1", "linear2"}
-    assert "layers.0.self_attn.out_proj" in lk.summary(model).skipped
+    base = model(X, src_key_padding_mask=PAD)
+    tiny.randomise_factors(lk.attach(model, lk.LoraConfig(rank=2)))
+    assert {m.split(".", 2)[-1] for m in lk.capture(model).factors} == {
+        "self_attn",
+        "self_attn.out_proj",
+        "linear1",
+        "linear2",
+    }
+    with torch.inference_mode():
+        fast = model(X, src_key_padding_mask=PAD)
+    kept = ~PAD  # the others are not computed on torch's own fast path
+    torch.testing.assert_close(fast[kept], model.train()(X, src_key_padding_mask=PAD)[kept])
+    assert not torch.allclose(fast[kept], base[kept], atol=1e-3)
 
 
 def test_naming_the_output_projection_of_multihead_attention_is_refused():
     with pytest.raises(
-        TargetError, match=r"out_proj' cannot be adapted: nn.MultiheadAttention reads its weight without calling it"
+        TargetError, match=r"(?s)out_proj' cannot be adapted alone: nn.MultiheadAttention reads.*name the attention"
     ):
         lk.attach(encoder(), lk.LoraConfig(rank=2, targets=["linear1", "out_proj"]))
 

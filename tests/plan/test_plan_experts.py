@@ -94,3 +94,13 @@ def test_a_step_on_shapes_sees_what_a_real_step_makes(architecture, monkeypatch)
 def test_16_bits_are_planned_too(architecture):
     planned = planned_of(architecture, torch.bfloat16)
     assert training_step(planned, batch(), summed_loss, False).flops > 0
+
+
+@pytest.mark.parametrize("architecture", MOE)
+def test_the_factors_of_experts_are_counted(architecture):
+    planned = planned_of(architecture, torch.float32)
+    real = attach(causal_lm(architecture), LoraConfig(rank=4))
+    trained = {name: p for name, p in real.named_parameters() if p.requires_grad}
+    assert any(".experts." in name for name in trained)
+    assert planned.trained_parameters == sum(p.numel() for p in trained.values())
+    assert planned.added_bytes == sum(p.numel() * p.element_size() for p in trained.values())

@@ -38,7 +38,7 @@ class PackedWeight:
         return {name: (slot.dtype, slot.shape) for name, slot in self.slots.items()}
 
     def rows(self, start: int = 0, stop: int | None = None, most: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
-        """Yield outputs `start` to `stop` of W in the blocks of `row_blocks`: (rows from `start` on, W's in float32)."""
+        """Yield outputs `start` to `stop` in the blocks of `row_blocks`: (rows after `start`, W's in float32)."""
         opened = self.format.opened(self.read())
         stop = self.shape[0] if stop is None else stop
         for rows in row_blocks((stop - start, self.shape[1]), most):
@@ -97,7 +97,7 @@ class PackedSlot(Slot):
     def elements(self, at: Sequence[int]) -> Tensor:
         return self.sampled(torch.tensor(at))[0]
 
-    def with_tensors(self, format: Format, settings: Any, own: Mapping[str, Tensor] | Mapping[str, Slot]) -> PackedSlot:
+    def with_tensors(self, format: Format, settings: Any, own: Mapping[str, Tensor | Slot]) -> PackedSlot:
         """Return the same weight as other tensors hold it, in memory or in files, by their own names."""
         slots = {name: t for name, t in own.items() if isinstance(t, Slot)}
         read = partial(read_all, slots) if slots else lambda: {n: t for n, t in own.items() if isinstance(t, Tensor)}

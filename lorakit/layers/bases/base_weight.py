@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ...errors import StateError
 
 MERGE = (
-    "  keep the adapter unmerged; or merge the files: lorakit merge BASE ADAPTER OUT, where BASE is the unquantized base, "
-    "or a bitsandbytes, GPTQ or AWQ folder, which becomes an ordinary one (with --requantize it stays quantized)"
+    "  keep the adapter unmerged; or merge the files: lorakit merge BASE ADAPTER OUT takes the unquantized base, or a\n"
+    "  bitsandbytes, GPTQ or AWQ folder, which becomes an ordinary one (with --requantize it stays quantized)"
 )
 
 

@@ -17,6 +17,7 @@ class Dense:
     """The module's `weight`; in a parametrized module, the one computed from its parameters."""
 
     quantization: ClassVar[str | None] = None
+    parameter: ClassVar[str] = "weight"
 
     def owns(self, module: nn.Module) -> bool:
         return True
@@ -28,16 +29,16 @@ class Dense:
         return ("weight",)
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
-        return tuple(_weight(module).shape)
+        return tuple(self._weight(module).shape)
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        return _weight(module).dtype
+        return self._weight(module).dtype
 
     def device(self, module: nn.Module) -> torch.device:
-        return _weight(module).device
+        return self._weight(module).device
 
     def dense(self, module: nn.Module) -> Tensor:
-        return _weight(module).detach()
+        return self._weight(module).detach()
 
     def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
         values = self.dense(module).flatten()[at.to(self.device(module))].float()
@@ -47,8 +48,8 @@ class Dense:
         return False
 
     def writable(self, module: nn.Module, name: str) -> Tensor:
-        weight = _weight(module)
-        if "weight" not in module._parameters:
+        weight = self._weight(module)
+        if self.parameter not in module._parameters:
             raise StateError(
                 f"the weight of '{name}' is computed from other parameters (a parametrization such as weight_norm), so "
                 "ΔW cannot be added to it\n"
@@ -76,11 +77,10 @@ class Dense:
     def restore(self, module: nn.Module) -> None:
         """Do nothing, as `prepare`."""
 
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    def _weight(self, module: nn.Module) -> Tensor:
+        weight = getattr(module, self.parameter)
+        assert isinstance(weight, Tensor)
+        return weight
 
 
 KINDS: tuple[BaseWeight, ...] = (Dense(),)

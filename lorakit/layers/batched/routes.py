@@ -215,6 +215,28 @@ class Routing:
         found: Tensor = self._shared[key]
         return found
 
+    def by_choice(self, layer: LoraLayer, rows: int, device: torch.device) -> list[tuple[Choice, Tensor]]:
+        """Return the different choices of a batch, each with the indices of its rows.
+
+        Raises StateError for another number of rows than there are choices, and for choices per token.
+        """
+        if self.per_token:
+            raise StateError(
+                f"'{self._name(layer)}' is an attention, whose weights are for all tokens of a row, so its adapters "
+                "cannot be chosen per token\n"
+                "  put each adapter's tokens into a separate row: lorakit.route(model, choices) without `per`"
+            )
+        if rows not in (len(self.choices) * self.repeat, len(self.choices)):
+            raise self._wrong_rows(layer, rows)
+        times = rows // max(len(self.choices), 1)
+        key = ("by choice", times, device)
+        if key not in self._shared:
+            of: dict[Choice, list[int]] = {}
+            for n, choice in enumerate(self.choices):
+                of.setdefault(choice, []).extend(range(n * times, (n + 1) * times))
+            self._shared[key] = [(choice, torch.tensor(index, device=device)) for choice, index in of.items()]
+        return self._shared[key]
+
     def add_updates(
         self,
         layer: LoraLayer,
@@ -239,7 +261,7 @@ class Routing:
             rows, weights = self.rows_using(child, layer, x, y.dtype)
             pair = update.pair(layer)
             own_x, own_y0 = x.index_select(0, rows), y0.index_select(0, rows)
-            if bias is not None:  # as if all rows had the module's own
+            if bias is not None and layer.bias is not None:  # as if all rows had the module's own
                 own_y0 = own_y0 - layer.lora_by_output(bias.index_select(0, rows) - layer.bias, own_y0)
             if pair is None:
                 change = update.change(layer, own_x, own_y0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -68,7 +68,7 @@ class Snapshot:
     def __init__(self, update: LiveUpdate, pair: Pair):
         self.gained = (update, pair) if pair.gain is not None else None
         # None of a pair's is None. A frozen start is in buffers.
-        self.registered = [update._parameters, *([update._buffers] if update._buffers else [])]
+        self.registered: list[Mapping[str, Any]] = [update._parameters, *([update._buffers] if update._buffers else [])]
         self.parameters = cast("list[Tensor]", [t for each in self.registered for t in each.values()])
         # Never trusted: inference tensors, which have no version counter, and trained parameters, since some optimizers
         # write without increasing it.

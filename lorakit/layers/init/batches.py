@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, TargetError
 from ...ops import IGNORE_INDEX
 
 Loss = Callable[[Any, Any], Tensor]
@@ -84,6 +84,18 @@ class FirstBatches:
                 "  give batches with labels, or loss=lambda model, batch: ..., to attach"
             )
         return loss
+
+
+def input_of(name: str, args: Sequence[Any], y: Any) -> Tensor:
+    """Return the input of a module that was called with `args` and returned y. Raises TargetError for one that does not
+    map one tensor to one, such as nn.MultiheadAttention.
+    """
+    if not isinstance(y, Tensor) or not args or not isinstance(args[0], Tensor):
+        raise TargetError(
+            f"'{name}' does not map one tensor to another, so no start can be made from its inputs and outputs "
+            f"(LoraConfig.init)\n  leave it out (exclude=['{name.rpartition('.')[2]}']), or use another init"
+        )
+    return args[0]
 
 
 def trained_positions(batch: Any, shape: Sequence[int]) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...adapter.algebra.svd import matrix_svd
 from ...config import LoraConfig
 from ...errors import StateError, listing
-from .batches import FirstBatches, trained_positions
+from .batches import FirstBatches, input_of, trained_positions
 from .matrix import Matrix
 from .ranks import redistributed
 from .start import WITH_CONV, Evidence, Gathered, Part, Start
@@ -124,24 +124,24 @@ def _spreads(matrices: Mapping[str, Matrix], batches: FirstBatches, most: int) -
     latest: tuple[Tensor, Spread | None, Spread] | None = None  # input, the SVD before it, and after
 
     def hook_of(name: str, matrix: Matrix) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
             nonlocal latest
             if not torch.is_grad_enabled():
                 return
-            x, before = args[0].detach(), found.get(name)
-            if latest is not None and latest[0] is args[0] and latest[1] is before:
+            x, before = input_of(name, args, y), found.get(name)
+            if latest is not None and latest[0] is x and latest[1] is before:
                 found[name] = latest[2]
                 return
-            rows = _counted(matrix, x, batch)
+            rows = _counted(matrix, x.detach(), batch)
             if not len(rows):
                 return
             kept = min(max(SPARE * most, LEAST), rows.shape[1])
             found[name] = spread(before, rows.to(torch.promote_types(rows.dtype, torch.float32)), kept)
-            latest = args[0], before, found[name]
+            latest = x, before, found[name]
 
         return hook
 
-    handles = [matrix.module.register_forward_pre_hook(hook_of(name, matrix)) for name, matrix in matrices.items()]
+    handles = [matrix.module.register_forward_hook(hook_of(name, matrix)) for name, matrix in matrices.items()]
     try:
         for each in batches.forward():
             batch, latest = each, None

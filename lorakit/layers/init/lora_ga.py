@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...config import LoraConfig
 from ...errors import StateError, listing
-from .batches import FirstBatches
+from .batches import FirstBatches, input_of
 from .matrix import Matrix
 from .start import WITH_CONV, Evidence, Gathered, Part, Start
 from .svd import first, is_finite
@@ -99,7 +99,7 @@ def _gradients(matrices: Mapping[str, Matrix], batches: FirstBatches) -> dict[st
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            x = args[0].detach()
+            x = input_of(name, args, y).detach()
             if not y.requires_grad:
                 y = y.detach().requires_grad_()  # nothing before it has gradients: start here
             if y.is_leaf or y._is_view():

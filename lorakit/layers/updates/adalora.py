@@ -120,7 +120,7 @@ class AdaLoraFactors(LiveUpdate):
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.rslora)
 
-    def pair(self) -> Product:
+    def pair(self, layer: LoraLayer) -> Product:
         return Product(self.A, self._scaled(self.B), self.scale, self.dropout)
 
     def _scaled(self, B: Tensor) -> Tensor:

@@ -40,10 +40,9 @@ class LoraFactors(LiveUpdate):
     """One adapter's A and B on one module, with their scale and dropout. `A0`, `B0`: the frozen pair, if it has one."""
 
     starts = True
+    gain = None
     A0: Tensor | None
     B0: Tensor | None
-
-    gain = None
 
     def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
         super().__init__()
@@ -53,7 +52,7 @@ class LoraFactors(LiveUpdate):
         self.rank = B.shape[-1] if self.is_packed else A.shape[0]
         self.width = A.shape[0]
         self.A0 = self.B0 = None
-        self._shifted: tuple[tuple[int, ...], Shifted] | None = None  # of a frozen update, with its tensors' versions
+        self._shifted: tuple[tuple[int, ...], Shifted] | None = None  # with the versions of its tensors
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -117,12 +116,16 @@ class LoraFactors(LiveUpdate):
         if self.A0 is None or self.B0 is None:
             return self
         A, B, A0, B0 = self.A, self.B, self.A0, self.B0
-        # A trained parameter is never known to be unchanged: some optimizers write without increasing its version.
-        if A.requires_grad or B.requires_grad or A.is_inference() or torch.compiler.is_compiling():
+        # Some optimizers write parameters without counting it. But a step needs gradients, so a forward that makes some
+        # comes before it, and forgets.
+        trains = (self.training or torch.is_grad_enabled()) and (A.requires_grad or B.requires_grad)
+        if trains or A.is_inference() or torch.compiler.is_compiling():
+            self._shifted = None
             return self._subtracted(A, B, A0, B0)
         key = tuple(number for t in (A, B, A0, B0) for number in (t._version, t.data_ptr()))
         if self._shifted is None or self._shifted[0] != key:
-            self._shifted = key, self._subtracted(A, B, A0, B0)
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the call, which may be in inference mode
+                self._shifted = key, self._subtracted(A, B, A0, B0)
         return self._shifted[1]
 
     def _subtracted(self, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Shifted:

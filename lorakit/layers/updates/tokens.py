@@ -134,6 +134,8 @@ class TiedRows(LiveUpdate):
 
 def _vocabulary(layer: LoraLayer, name: str) -> int:
     shape = base_of(layer).shape(layer)
+    if isinstance(layer, nn.MultiheadAttention):
+        raise TargetError(f"'{name}' is an attention, which has no row for each token (trainable_tokens)")
     if layer.lora_kind == "conv" or (layer.lora_kind == "linear" and layer.lora_transposed):
         raise TargetError(
             f"'{name}' has no row for each token: it is neither an embedding nor an output layer (trainable_tokens)"

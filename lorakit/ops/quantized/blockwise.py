@@ -172,9 +172,7 @@ def packed_tensors(
         }
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset.item()}
     text = json.dumps(state).encode()
-    tensors[STATE + settings.kind] = torch.tensor(
-        list(text.ljust(length or 0)), dtype=torch.uint8
-    )  # as text, always on the CPU
+    tensors[STATE + settings.kind] = torch.tensor(list(text.ljust(length or 0)), dtype=torch.uint8)  # on the CPU
     return tensors
 
 

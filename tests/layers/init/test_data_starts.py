@@ -279,7 +279,7 @@ def test_a_base_in_4_bits_starts_as_its_dequantized_weights_do_and_can_be_traine
     packed.train()(**batch()).loss.backward()
     first = packed.model.layers[0].self_attn.q_proj
     assert first.lora_default.B.grad.any()
-    base_of(first).check(first, "q_proj")
+    base_of(first).check(first, "q_proj", True)
 
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
@@ -328,6 +328,17 @@ def test_modules_that_the_batches_do_not_reach_are_refused():
                 batches=[torch.randn(20, 6)],
                 loss=lambda m, x: m["used"](x).square().sum(),
             )
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_module_of_several_inputs_is_refused(init):
+    class Two(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = nn.Sequential(Two(6, 6))
+    with pytest.raises(TargetError, match="'0' does not map one tensor to another"):
+        lk.attach(model, config(init, targets=["0"]), batches=[torch.randn(9, 6)], loss=lambda m, x: m(x)[0].sum())
 
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga", "loftq"])

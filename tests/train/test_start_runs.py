@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import quantized
+import tiny_pictures
 import torch
 
 import lorakit as lk
 from lorakit.bases.load import load_model
-from lorakit.errors import ConfigError
+from lorakit.errors import AdapterError, ConfigError
 from lorakit.model import start
 from lorakit.plan.planner import Planner
 from lorakit.train import resume
@@ -111,3 +113,26 @@ def test_memory_is_planned_without_weights_and_data(make_config, init):
     random = planner_for(make_config(**settings("default")), torch.float32, CPU)
     more = planner.estimate(1, 8).total - random.estimate(1, 8).total
     assert more > 0 if init in ("pissa", "milora", "olora", "lora_ga") else more == 0
+
+
+def test_loftq_of_a_base_that_is_quantized_while_loading(make_config, tmp_path):
+    dense, packed = quantized.save(tmp_path)
+    config = make_config(model=dense, **settings("loftq", quantize="nf4", save_every=2, keep=3))
+    result = train(config, QUIET)
+    adapter = lk.Adapter.load(result.adapter)
+    assert adapter.metadata["only_on_quantized"] == "bitsandbytes, 4 bits"
+    with pytest.raises(AdapterError, match="quantized in that way only"):
+        lk.attach(load_model(str(dense), torch.float32, CPU), adapter)
+    with pytest.raises(ConfigError, match="give the unquantized checkpoint"):
+        train(make_config(model=packed, out=tmp_path / "other", **settings("loftq")), QUIET)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "pissa"])
+def test_a_run_on_pictures_starts_so_too(tmp_path, init):
+    model = tiny_pictures.save_pipeline(tmp_path / "sd1")
+    data = tiny_pictures.write_pictures(tmp_path / "pictures", 4)
+    own = {"init_batches": 2} if init != "pissa" else {}
+    config = tiny_pictures.config(model, data, tmp_path / "run", init=init, targets=["to_q", "conv1"], steps=2, **own)
+    result = train(config, QUIET)
+    ranks = {f.rank for f in lk.Adapter.load(result.adapter).factors.values()}
+    assert ranks == {4} or init == "eva"
