@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import lorakit as lk
 
 from .measure import in_turn, kept_bytes
+from .suite import need
 
 TITLE = (
-    "LoRA on a mixture of experts (Mixtral's layout, float32, two layers, each token to 2 experts), rank 4 on attention "
-    "and experts:\n"
+    "LoRA on a mixture of experts (Mixtral's layout, float32, two layers, each token to 2 experts), rank 4 on "
+    "attention and experts:\n"
     "one token without gradients, and a training step; over PEFT below 1 is faster"
 )
 RANK = 4
@@ -53,12 +54,8 @@ def mixtral(experts: int, hidden: int) -> nn.Module:
 
 def measure(experts: int, hidden: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Measure one row. A single token is decoded without gradients; more are a training step."""
-    from .suite import MissingPeer
-
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingPeer("peft") from None
+    need("peft")
+    from peft import LoraConfig, get_peft_model
 
     ours, base = mixtral(experts, hidden), mixtral(experts, hidden).requires_grad_(False)
     lk.attach(ours, lk.LoraConfig(rank=RANK, alpha=2 * RANK))

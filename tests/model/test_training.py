@@ -148,3 +148,12 @@ def test_kinds_without_a_penalty_add_nothing(tiny_llama):
     assert lk.capture(tiny_llama).digest() == before
     with pytest.raises(StateError):
         lk.penalty(tiny.llama())
+
+
+def test_lora_plus_of_dora_trains_the_magnitude_at_bs_rate_as_peft_does(tiny_llama, tmp_path):
+    lk.attach(tiny_llama, lk.LoraConfig(rank=4, targets=TARGETS, variant="dora"))
+    tiny.randomise_factors(tiny_llama)
+    theirs = in_peft(tiny_llama, tmp_path / "start")
+    ours = trained_here(tiny_llama, torch.optim.AdamW(lk.parameter_groups(tiny_llama, 1e-4, 8), weight_decay=0.0))
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=8)
+    assert_close(ours, trained_there(theirs, optimizer, tmp_path / "end"))

@@ -7,6 +7,7 @@ import pickle
 
 import peft
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -52,7 +53,7 @@ def config(**settings) -> lk.LoraConfig:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
 
 
 # ---------------------------------------------------------------------------------- PEFT
@@ -105,6 +106,38 @@ def test_dropout_is_of_the_update_alone_where_peft_drops_inputs_of_the_base_too(
     torch.testing.assert_close(ours(x), base(x) + 0.5 * linear)
     assert relative(theirs(x), base(x) + 0.5 * linear) > 0.1
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_a_language_models_gradients_are_pefts(tmp_path):
+    """Also through the gated MLP, which is one node."""
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]
+    theirs = peft.get_peft_model(
+        tiny.llama(dtype=torch.float64), peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8, use_dora=True)
+    )
+    theirs.double().train()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.copy_(p * (1 + 0.3 * torch.randn_like(p)) if "magnitude" in name else 0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    ours = lk.attach(tiny.llama(dtype=torch.float64), lk.Adapter.load(tmp_path), trainable=True).train()
+    ids = torch.randint(3, tiny.VOCAB, (2, 12))
+    for model in (ours, theirs):
+        model(ids, labels=ids).loss.backward()
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", "").replace(".weight", ""): p.grad
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            key = name.replace("lora_default.inner.", "lora_").replace(
+                "lora_default.magnitude", "lora_magnitude_vector"
+            )
+            key = key.replace(
+                "embed_tokens.lora_", "embed_tokens.lora_embedding_" if key[-1] in "AB" else "embed_tokens.lora_"
+            )
+            assert relative(p.grad.flatten(), gradients[key].flatten()) < 1e-10, name
 
 
 # ---------------------------------------------------------------------------------- its equation
