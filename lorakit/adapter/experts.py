@@ -110,13 +110,18 @@ class ExpertFactors(Update):
         factors = [f for f in found if f is not None and f.A.dim() == 2]
         if len(factors) != self.experts or len({f.sizes for f in factors}) > 1:
             raise AdapterError(f"{len(updates)} updates make no stack of {self.experts} experts of one size")
+        return ExpertFactors.of_experts(factors, self.transposed)
+
+    @classmethod
+    def of_experts(cls, factors: Sequence[Factors], transposed: bool) -> ExpertFactors:
+        """Stack the factors of all experts, of one size each; the ranks are padded to the largest."""
         rank, scale = max(f.rank for f in factors), factors[0].scale
         if any(f.scale != scale for f in factors):
             factors = [replace(f, B=(f.B * f.scale).to(f.B.dtype), alpha=float(f.rank), rslora=False) for f in factors]
             scale = 1.0
         A = torch.stack([F.pad(f.A, (0, 0, 0, rank - f.rank)) for f in factors])
         B = torch.stack([F.pad(f.B, (0, rank - f.rank)) for f in factors])
-        return ExpertFactors(A, B, scale * rank, False, self.transposed)
+        return cls(A, B, scale * rank, False, transposed)
 
     def factor_shapes(self, module: str) -> FactorShapes:
         """Raise AdapterError: each of its `matrices` has shapes of its own."""
@@ -141,7 +146,3 @@ class ExpertFactors(Update):
     def _product(self, experts: slice, scale: float, transposed: bool) -> Tensor:
         A, B = wide(self.A[experts]), wide(self.B[experts]) * scale
         return torch.bmm(A.mT, B.mT) if transposed else torch.bmm(B, A)
-
-    def output_tensors(self) -> None:
-        """None: its tensors have the experts first."""
-        return

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Kinds of update that are not LoRA, as one calls them.
-KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense", "tokens": "tokens"}
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "vera": "VeRA", "dense": "dense", "tokens": "tokens"}
 LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from .tables import Table
 if TYPE_CHECKING:
     from ..checkpoint.merge_report import MergeReport, TargetReport
 
+_EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")  # all experts of a layer are one kind
 GROUPED = "targets by kind of module (--modules lists each)"
 WORST = 8  # how many weights are listed of those that lost most
 
@@ -21,7 +23,7 @@ def tables(report: MergeReport, every_module: bool = False) -> Iterator[Table]:
     """Tables of the merged targets and of the weights that the adapter saved in full."""
     groups: dict[tuple[str, tuple[int, ...], int], list[TargetReport]] = {}
     for target in report.targets:
-        name = target.module if every_module else kind_of_module(target.module)
+        name = target.module if every_module else _EXPERT.sub("*", kind_of_module(target.module))
         groups.setdefault((name, target.shape, target.rank), []).append(target)
     rows = [
         [

@@ -82,14 +82,14 @@ class FrozenQuantLinear(nn.Module):
 class GptqLinear(FrozenQuantLinear):
     """See `ops.quantized.gptq`."""
 
-    codec = gptq
+    codec: ClassVar[ModuleType] = gptq
     settings: gptq.Settings
 
 
 class AwqLinear(FrozenQuantLinear):
     """See `ops.quantized.awq`."""
 
-    codec = awq
+    codec: ClassVar[ModuleType] = awq
     settings: awq.Settings
 
 

@@ -73,6 +73,8 @@ class _Config(QuantizationConfigMixin):
 class _Quantizer(HfQuantizer):
     """transformers' interface to a way of loading quantized weights."""
 
+    quantization_config: _Config
+
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
         replace_linears(model, self.quantization_config.original, kwargs["checkpoint_files"])
 
@@ -107,7 +109,7 @@ def replace_linears(model: nn.Module, how: Mapping[str, Any], files: Sequence[st
         at = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
         own = None if at is None else modules[at]
         was_conv1d = type(own).__name__ == "Conv1D"
-        if at is None or not (isinstance(own, nn.Linear) or was_conv1d):
+        if at is None or own is None or not (isinstance(own, nn.Linear) or was_conv1d):
             raise LorakitError(
                 f"the checkpoint has packed weights for '{name}', which is "
                 f"{'no module' if own is None else f'a {type(own).__name__}'} of {type(model).__name__}\n"

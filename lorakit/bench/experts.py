@@ -7,6 +7,7 @@ copy of the experts in each forward; lorakit multiplies the tokens that are rout
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 import lorakit as lk
 
 from .measure import in_turn, kept_bytes
+from .suite import need
 
 TITLE = (
-    "LoRA on a mixture of experts (Mixtral's layout, float32, two layers, each token to 2 experts), rank 4 on attention "
-    "and experts:\n"
+    "LoRA on a mixture of experts (Mixtral's layout, float32, two layers, each token to 2 experts), rank 4 on "
+    "attention and experts:\n"
     "one token without gradients, and a training step; over PEFT below 1 is faster"
 )
 RANK = 4
@@ -53,12 +55,8 @@ def mixtral(experts: int, hidden: int) -> nn.Module:
 
 def measure(experts: int, hidden: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Measure one row. A single token is decoded without gradients; more are a training step."""
-    from .suite import MissingPeer
-
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingPeer("peft") from None
+    need("peft")
+    from peft import LoraConfig, get_peft_model
 
     ours, base = mixtral(experts, hidden), mixtral(experts, hidden).requires_grad_(False)
     lk.attach(ours, lk.LoraConfig(rank=RANK, alpha=2 * RANK))
@@ -86,11 +84,8 @@ def measure(experts: int, hidden: int, tokens: int, rounds: int) -> dict[str, An
         "frozen base ms": round(ms["base"], 2),
         "over PEFT": round(ms["lorakit"] / ms["PEFT"], 2),
     }
-    kept = {} if tokens == 1 else {n: kept_bytes(m, lambda m=m: _loss(m, ids)) for n, m in (("o", ours), ("t", theirs))}
-    return row | {
-        "kept MB": round(kept["o"] / 1e6, 2) if kept else None,
-        "PEFT kept MB": round(kept["t"] / 1e6, 2) if kept else None,
-    }
+    kept = [None if tokens == 1 else round(kept_bytes(m, partial(_loss, m, ids)) / 1e6, 2) for m in (ours, theirs)]
+    return row | {"kept MB": kept[0], "PEFT kept MB": kept[1]}
 
 
 def _decode(model: nn.Module, ids: Tensor) -> Callable[[], object]:

@@ -33,6 +33,8 @@ NAMES = {
     "latency": "base, merged, unmerged and bottleneck adapters (Hu et al. 2021, table 1)",
     "experts": "LoRA on a mixture of experts, against PEFT",
     "dora": "DoRA against LoRA, lorakit's and PEFT's",
+    "starts": "PiSSA and OLoRA, lorakit's and PEFT's",
+    "products": "LoHa, LoKr, VeRA and adapted attention, lorakit's and PEFT's",
     "plan": "predicted against measured memory",
     "requantize": "what is left of an adapter when merged weights are quantized again, against PEFT",
 }

@@ -20,6 +20,7 @@ onto.py          a quantized base and the one it was made from: whether it is th
 merge_plan.py    what OUT will hold: each tensor, and how it is made
 write.py         writes the tensors block by block and reads them back
 out.py           checks OUT, and puts the result in place atomically
+out_config.py    OUT's config and index
 conversation.py  the chat template and the end tokens of a merged language model
 merge.py         `merge_checkpoint`: all of that
 merge_report.py  `MergeReport`: what was merged, measured on the written files

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,20 +24,20 @@ from ..io.atomic import write_text
 from ..io.staging import resolved, staged
 from ..io.stream import MERGEABLE, NAMES
 from ..version import VERSION
-from .base import CONFIG, Base
+from .base import Base
 from .changes import check_mergeable
 from .conversation import keep_conversation
 from .merge_plan import Plan, make_plan
 from .merge_report import Difference, MergeReport, TargetReport
 from .onto import check_pairs, differences, open_pairs
 from .out import NOTE, check_out, check_space, copy, other_files, without_settings
+from .out_config import new_quantization, write_config
 from .parts import Part
 from .renaming import Renaming
-from .requantize import Requantize, check_kept, not_quantized, requantized_as
+from .requantize import check_kept, not_quantized, requantized_as
 from .residual import load_on, started_as
 from .same_base import compare_with_files
-from .tied_weights import untied
-from .vocabulary import keep_tokens, with_vocabulary
+from .vocabulary import keep_tokens
 from .write import Reports, in_order, read_back, write_file
 
 Source = Adapter | Path | str
@@ -94,25 +93,21 @@ def merge_checkpoint(
     for each in inputs:
         check_out(resolved(each), _read_only(sources), target, force)
     values, warnings = _values(sources, factors, inputs[-1], alpha, force_base, model_type)
-    plans: list[tuple[Part, Plan]] = []
-    apart: list[Difference] = []
     names = [n for a in values for n in (*a.updates, *a.saved)]
     pairs = open_pairs(given, original, names, everything=dtype is not None)
     if not force_base:
         check_pairs(pairs)
-    for quantized, unquantized in pairs:
-        part = unquantized if unquantized is not None and requantize is None else quantized
-        how = None if requantize is None else _requantize(requantize, quantized, unquantized)
-        own = [(w, mine) for w, a in zip(factors, values, strict=True) if (mine := part.own(a)) is not None]
-        plans.append((part, make_plan(part.base, own, dtype, untie, how)))
-        for (_, mine), rename in zip(own, plans[-1][1].renames, strict=True):
-            warnings += [] if force_base else check_base((unquantized or part).base, mine, rename)
-        if unquantized is not None:
-            apart += differences(quantized, unquantized.base, plans[-1][1].entries, force_base)
+    plans = [_plan(pair, values, factors, dtype, untie, requantize) for pair in pairs]
     if requantize is not None and all(plan.requantize is None for _, plan in plans):
         raise not_quantized(path)
+    apart: list[Difference] = []
+    for (quantized, unquantized), (part, plan) in zip(pairs, plans, strict=True):
+        if not force_base:
+            warnings += _check_bases(unquantized or part, values, plan)
+        if unquantized is not None:
+            apart += differences(quantized, unquantized.base, plan.entries, force_base)
     copies, left_out = other_files(path, [part for part, _ in plans]) if path.is_dir() else ({}, [])
-    copies, stale = without_settings(copies, any(_new_quantization(part, plan) is not None for part, plan in plans))
+    copies, stale = without_settings(copies, any(new_quantization(part, plan) is not None for part, plan in plans))
     warnings += stale
     size = sum(e.nbytes for _, plan in plans for e in plan.entries)
     # Notes in the checkpoint must not reveal the user's folders. They have no times: equal merges write equal files.
@@ -133,7 +128,7 @@ def merge_checkpoint(
         check_kept(reports.requantized, keep_at_least, original is not None)
         warnings += _check_changed(reports.targets, plans)
         for part, plan in plans:
-            _write_config(part, plan, folder / part.name, dtype)
+            write_config(part, plan, folder / part.name, dtype)
         first = next((part.base for part, plan in plans if any(e.updates for e in plan.entries)), plans[0][0].base)
         report = MergeReport(
             base=str(base),
@@ -176,15 +171,27 @@ def _check_settings(dtype: torch.dtype | None, requantize: str | None, keep_at_l
         raise ConfigError(f"keep_at_least is {keep_at_least:g}; expected a share of ΔW, from 0 to 1")
 
 
-def _requantize(kind: str, part: Part, original: Part | None) -> Requantize | None:
-    return requantized_as(kind, part.base, None if original is None else original.base.tensors)
+def _plan(
+    pair: tuple[Part, Part | None],
+    values: Sequence[Adapter],
+    factors: Sequence[float],
+    dtype: torch.dtype | None,
+    untie: bool,
+    requantize: str | None,
+) -> tuple[Part, Plan]:
+    """Return the part that OUT is made from, and its plan. `pair`: a part, and the same before it was quantized."""
+    quantized, unquantized = pair
+    part = unquantized if unquantized is not None and requantize is None else quantized
+    weights = None if unquantized is None else unquantized.base.tensors
+    how = None if requantize is None else requantized_as(requantize, quantized.base, weights)
+    own = [(w, mine) for w, a in zip(factors, values, strict=True) if (mine := part.own(a)) is not None]
+    return part, make_plan(part.base, own, dtype, untie, how)
 
 
-def _new_quantization(part: Part, plan: Plan) -> Mapping[str, Any] | None:
-    """Return the `quantization_config` that OUT gets instead of the base's, empty for none; None if it keeps that."""
-    if part.base.quantization is None:
-        return None
-    return {} if plan.requantize is None else plan.requantize.config
+def _check_bases(part: Part, values: Sequence[Adapter], plan: Plan) -> list[str]:
+    """Raise AdapterError if an adapter was trained on another base than this part. Returns warnings."""
+    own = [mine for a in values if (mine := part.own(a)) is not None]
+    return [w for mine, rename in zip(own, plan.renames, strict=True) for w in check_base(part.base, mine, rename)]
 
 
 def _dtype_name(base: Base, dtype: torch.dtype | None, plans: Sequence[tuple[Part, Plan]]) -> str:
@@ -298,45 +305,6 @@ def _write_tensors(
     return reports
 
 
-def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a part's config and index if they changed."""
-    base = part.base
-    config = untied(base.config, base.folder) if plan.untied else dict(base.config)
-    if plan.grown is not None:
-        config = with_vocabulary(config, *plan.grown)
-    quantization = _new_quantization(part, plan)
-    if quantization is not None:
-        config = _with_quantization(config, quantization)
-    if dtype is not None and config:
-        # A pipeline's component may leave out its dtype, a transformers model never does.
-        has_dtype = part.name or "torch_dtype" in config
-        config = _with_dtype(config if has_dtype else {"dtype": "", **config}, str(dtype).removeprefix("torch."))
-    if config != base.config:
-        write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    if base.index is not None:
-        index = _index(base, plan, {e.file: part.file(e.file, dtype is not None) for e in plan.entries})
-        write_text(folder / part.file(base.index_name, dtype is not None), json.dumps(index, indent=2) + "\n")
-
-
-def _with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with another `quantization_config`, none if that is empty; also where a nested config has it."""
-    made = {k: v for k, v in config.items() if k != "quantization_config"}
-    text = made.get("text_config")
-    if isinstance(text, dict):
-        made["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    return {**made, "quantization_config": dict(quantization)} if quantization else made
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a config with its dtype changed, and the dtype of nested configs."""
-    inner = {
-        key: _with_dtype(value, dtype)
-        for key, value in config.items()
-        if key.endswith("_config") and isinstance(value, dict)
-    }
-    return {**config, **inner, **{key: dtype for key in ("dtype", "torch_dtype") if key in config}}
-
-
 @contextmanager
 def _one_thread():
     """Use one thread: small blocks are bound by memory and disk, and threads only wait for each other.
@@ -349,21 +317,6 @@ def _one_thread():
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _index(base: Base, plan: Plan, files: Mapping[str, str]) -> dict[str, Any]:
-    assert base.index is not None
-    metadata = dict(base.index.get("metadata") or {})
-    metadata["total_size"] = sum(e.nbytes for e in plan.entries)
-    if "total_parameters" in metadata and plan.dequantized:
-        metadata["total_parameters"] = sum(math.prod(e.shape) for e in plan.entries)
-    elif "total_parameters" in metadata:
-        extra = [e for e in plan.entries if e.name not in base.tensors]
-        metadata["total_parameters"] += sum(torch.Size(e.shape).numel() for e in extra)
-    return {
-        "metadata": metadata,
-        "weight_map": dict(sorted((name, files[e.file]) for e in plan.entries for name in e.layout)),
-    }
 
 
 def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:

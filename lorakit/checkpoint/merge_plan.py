@@ -161,8 +161,8 @@ def make_plan(
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
     for weight, given in adapters:
-        stored = as_stored(base, given.updates)
-        adapter = replace(given, updates={m: u for own in stored.values() for m, u in own.items()})
+        by_module = as_stored(base, given.updates)
+        adapter = replace(given, updates={m: u for own in by_module.values() for m, u in own.items()})
         locations = locate(base, adapter.updates, adapter.saved)
         changes.add(weight, adapter, locations)
         renames.append(locations.rename)

@@ -5,8 +5,8 @@
     saved weights        replaced; tied weights are untied first
 
 One float32 model is in memory (4 bytes per parameter): the adapter is attached, run and detached, then the weights are
-changed in place, one at a time. A DoRA cannot be attached to a live model yet: its reference is the same maths on the
-adapter's own factors, and the base is read twice. If part of the adapter was merged into a copy of the base, the
+changed in place, one at a time. A whole ΔW cannot be attached to a live model: the reference is then the same maths on
+the adapter's own tensors, and the base is read twice. If part of the adapter was merged into a copy of the base, the
 reference is base + adapter, and the file's content is added to the copy. (Only files of image models contain bias
 changes.)
 """
@@ -28,6 +28,8 @@ from ..bases.load import load_config, load_model
 from ..checkpoint.base import open_base
 from ..errors import AdapterError, LorakitError
 from ..io.stream import read_header
+from ..layers.expert_weight import ExpertWeight
+from ..layers.targets import module_names
 from ..model.attach import attach
 from ..model.detach import detach
 from ..model.fit import is_live
@@ -164,7 +166,11 @@ def apply(model: nn.Module, content: Content) -> None:
                 f"'{name}' is {list(value.shape)}, but the base's is {'missing' if old is None else list(old.shape)}"
             )
         _put(module, last, torch.from_numpy(np.array(value)))
+    stacks = {name: module for name, module in module_names(model).items() if isinstance(module, ExpertWeight)}
     for name, effect in content.effects.items():
+        if (stack := stacks.get(name)) is not None:
+            _put(stack.experts, stack.parameter, _changed_stack(name, stack, effect))
+            continue
         module = _module(model, name)
         weight = module._parameters.get("weight")
         if weight is None:
@@ -190,6 +196,16 @@ def _changed(name: str, module: nn.Module, weight: Tensor, effect: Effect) -> Te
             raise AdapterError(f"'{name}' has a magnitude of {list(m.shape)}, but its weight is {list(W.shape)}")
         V = V * torch.where(norm > 0, m / norm, 0)  # a zero row stays zero, as in `merge`
     return (V.T if transposed else V).reshape(weight.shape)
+
+
+def _changed_stack(name: str, stack: ExpertWeight, effect: Effect) -> Tensor:
+    """Compute W' of experts, whose ΔW are below each other. Raises AdapterError for a shape that does not fit."""
+    W = stack.weight.mT if stack.is_transposed else stack.weight  # [E, out, in]
+    delta = torch.from_numpy(effect.delta()) if effect.delta is not None else torch.zeros_like(W).flatten(0, 1)
+    if tuple(delta.shape) != (W.shape[0] * W.shape[1], W.shape[2]):
+        raise AdapterError(f"'{name}' has a ΔW of {list(delta.shape)}, but the base's weight is {list(W.shape)}")
+    V = W.double() + delta.view_as(W)
+    return V.mT if stack.is_transposed else V
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

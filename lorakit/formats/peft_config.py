@@ -97,7 +97,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
             "--to peft --base FOLDER\n"
             "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    values = peft_parameters.as_targets(values)
+    values = peft_parameters.as_targets(values, where)
     ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if given(values.get(theirs))}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)

@@ -29,11 +29,11 @@ _DROPOUT = "dropout"  # in lorakit.json: PEFT takes none beside target_parameter
 _KEY = re.compile(r"(?P<holder>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
 
 
-def as_targets(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def as_targets(values: Mapping[str, Any], where: Path | str) -> Mapping[str, Any]:
     """Return the fields with `target_parameters` among `target_modules`, as lorakit names them; a pattern for modules
-    is resolved once their names are known (`resolved`).
+    is resolved once their names are known (`resolved`). Raises AdapterError if they are no names.
     """
-    named = _named(values)
+    named = _named(values, where)
     if not named:
         return values
     targets = values.get("target_modules") or []
@@ -41,10 +41,12 @@ def as_targets(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "target_modules": both}
 
 
-def _named(values: Mapping[str, Any]) -> list[str]:
+def _named(values: Mapping[str, Any], where: Path | str) -> list[str]:
     """The entries that are no module's `weight`: PEFT treats those as it treats the module."""
     entries = values.get("target_parameters") or []
-    return [e for e in entries if isinstance(e, str) and e.rpartition(".")[2] != "weight"]
+    if not isinstance(entries, list) or not all(isinstance(e, str) and e for e in entries):
+        raise AdapterError(f"{where}: target_parameters is {entries!r}; expected a list of parameters' names")
+    return [e for e in entries if e.rpartition(".")[2] != "weight"]
 
 
 def take(
@@ -60,7 +62,7 @@ def take(
     values: of adapter_config.json; ours: of lorakit.json. Raises AdapterError, naming the key, for factors whose
     parameter is not known, or whose shapes do not fit.
     """
-    entries = _named(values)
+    entries = _named(values, where)
     if not entries:
         return {}
     modules = values.get("target_modules") or []
@@ -78,8 +80,8 @@ def take(
         parameters = _in_order(holder, _parameters(holder, entries), where)
         if sorted(by_depth) != list(range(len(parameters))):
             raise AdapterError(
-                f"{where}: '{holder}' has factors of {len(by_depth)} parameters, and target_parameters names "
-                f"{len(parameters)} of it: {parameters}"
+                f"{where}: '{holder}' has {len(by_depth)} pairs of factors for its parameters, and target_parameters "
+                f"names {parameters} of it"
             )
         for depth, parameter in enumerate(reversed(parameters)):
             name = f"{holder}.{parameter}"
@@ -90,6 +92,9 @@ def take(
             A, B = tensors.pop(keys["A"]), tensors.pop(keys["B"])
             across = isinstance(transposed, list) and name in transposed
             result[name] = _factors(name, A, B, config, across, where)
+    idle = [e for e in entries if not any(ends_with(name, e) for name in result)]
+    if idle:
+        raise AdapterError(f"{where}: target_parameters names '{idle[0]}', and no key has its factors")
     return result
 
 
@@ -187,7 +192,7 @@ def losses(adapter: Adapter) -> list[str]:
     if dora:
         lost.append(f"DoRA's magnitude of {dora[0]} beside factors of experts: PEFT takes no DoRA with parameters")
     for name in experts:
-        holder, _, parameter = name.rpartition(".")
+        holder = name.rpartition(".")[0]
         several = [n.rpartition(".")[2] for n in experts if n.rpartition(".")[0] == holder]
         if len(several) > 2 or (len(several) == 2 and OUTERMOST not in several):
             lost.append(f"'{name}': PEFT's keys do not tell {sorted(several)} of one module from each other")

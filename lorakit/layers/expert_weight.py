@@ -4,9 +4,9 @@
     gate_up_proj [E, h, 2·i]   down_proj [E, i, h]        transposed: gpt-oss, Aria
     up_proj      [E, i, h]     down_proj [E, h, i]        without a gate: Nemotron-H
 
-`transformers.integrations.moe.use_experts_implementation` gives such a module the attributes is_transposed, has_bias and
-has_gate, which say its layout; it is known by them. An adapter may change each of its parameters, which is a layer of
-its own to the rest of lorakit: `model.layers.0.mlp.experts.down_proj` has a weight, updates, targets and a rank.
+`transformers.integrations.moe.use_experts_implementation` gives such a module the attributes is_transposed, has_bias
+and has_gate, which say its layout; it is known by them. An adapter may change each of its parameters, which is a layer
+of its own to the rest of lorakit: `model.layers.0.mlp.experts.down_proj` has a weight, updates and a rank.
 """
 
 from __future__ import annotations
@@ -30,20 +30,26 @@ class ExpertWeight(Own):
 
     def __init__(self, experts: nn.Module, parameter: str):
         super().__init__()
-        self.__dict__["experts"] = experts  # not as a child, which would be a cycle
+        self.__dict__["_experts"] = experts  # not as a child, which would be a cycle
         self.parameter = parameter
         self.training = experts.training
 
     @property
+    def experts(self) -> nn.Module:
+        """The module that has the parameter."""
+        found: nn.Module = self.__dict__["_experts"]
+        return found
+
+    @property
     def weight(self) -> Tensor:
         """[E, out, in], or [E, in, out] if transposed."""
-        weight: Tensor = getattr(self.__dict__["experts"], self.parameter)
+        weight: Tensor = getattr(self.experts, self.parameter)
         return weight
 
     @property
     def is_transposed(self) -> bool:
         """Whether the weight is [E, in, out]."""
-        return bool(self.__dict__["experts"].is_transposed)
+        return bool(self.experts.is_transposed)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}={list(self.weight.shape)}"

@@ -6,7 +6,7 @@
 
 `ExpertsLayer` is in front of the experts' own class. Without an active adapter its forward is the base's own, whichever
 implementation the model's config names; otherwise it computes what transformers' experts interface says, by what its
-attributes say: projection up, gate, projection down, the router's weights. `ExpertWeightLayer` is one of its parameters.
+attributes say: projection up, gate, projection down, the router's weights. `ExpertWeightLayer` is one parameter.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import EXPERTS
-from ..errors import StateError
+from ..errors import StateError, TargetError
 from ..ops.experts import Routed, low_rank, product
 from .bases import base_of
 from .expert_weight import ExpertWeight, child_of, parameters_of
-from .layer import LoraLayer, Shapes, Swapped, adapted_class, init_a, mixin_and_base
+from .layer import LoraLayer, Shapes, Swapped, adapted_class, init_a, mixin_and_base, rebind_hooked_forward
 
 
 class ExpertWeightLayer(LoraLayer):
     """The mixin for one parameter of an experts module; it is no module that a model calls."""
 
     lora_kind = "experts"
+    experts: Any  # the module
     parameter: str
     is_transposed: bool
 
@@ -65,16 +66,19 @@ class ExpertWeightLayer(LoraLayer):
 
     def lora_adopted(self) -> None:
         """Become a child of the experts, and give them their adapted class."""
-        experts: nn.Module = self.__dict__["experts"]
+        experts = self.experts
         experts._modules[child_of(self.parameter)] = self
         if not isinstance(experts, ExpertsLayer):
             experts.__class__ = adapted_class(ExpertsLayer, type(experts))
+            rebind_hooked_forward(experts)
+            experts.lora_check()
 
     def lora_released(self) -> None:
-        experts: Any = self.__dict__["experts"]
+        experts = self.experts
         experts._modules.pop(child_of(self.parameter), None)
         if not any(isinstance(child, ExpertWeight) for child in experts._modules.values()):
             experts.__class__ = mixin_and_base(type(experts))[1]
+            rebind_hooked_forward(experts)
 
     def lora_of_pairs(self, y: Tensor, x: Tensor, routed: Routed, tokens: int) -> Tensor:
         """Return y [S, out] plus the updates in use. x: [S, in], of the pairs `routed`; `tokens`: before routing."""
@@ -84,12 +88,12 @@ class ExpertWeightLayer(LoraLayer):
             return y
         routing = self.lora_route
         for child in routing.children:
-            update = self._modules.get(child)
-            if update is None:
+            own = self._modules.get(child)
+            if own is None:
                 continue
             weights = routing.weights_of_tokens(child, self, tokens, x)[routed.token]  # [S]
             chosen = weights.nonzero().flatten()
-            change = self._branch(update.pair(self), x[chosen], 1.0, routed.of_pairs(chosen))  # [n, out]
+            change = self._branch(own.pair(self), x[chosen], 1.0, routed.of_pairs(chosen))  # [n, out]
             y = y.index_add(0, chosen, change * weights[chosen].to(y.dtype).unsqueeze(-1))
         return y
 
@@ -117,6 +121,31 @@ class ExpertsLayer(Swapped):
             return out
         return self.lora_computed(hidden_states, *_routing(args, kwargs))
 
+    @torch.no_grad()
+    def lora_check(self) -> None:
+        """Raise TargetError if the module's own forward computes something else than the interface says; tried once for
+        each class and implementation, on three tokens.
+        """
+        key = type(self), getattr(getattr(self, "config", None), "_experts_implementation", None)
+        up, down = (getattr(self, name) for name in parameters_of(self))
+        if key in _checked or up.is_meta or down.is_meta:
+            return
+        size = up.shape[1 if self.is_transposed else 2]
+        x = torch.linspace(-1, 1, 3 * size, dtype=up.dtype, device=up.device).view(3, size)
+        index = torch.arange(3, device=up.device).view(3, 1) % up.shape[0]
+        weights = torch.full((3, 1), 0.5, dtype=up.dtype, device=up.device)
+        own, ours = super().forward(x, index, weights), self.lora_computed(x, index, weights)
+        largest = own.abs().max()
+        if not bool(largest.isfinite()):
+            return  # weights without values say nothing
+        if own.shape != ours.shape or float((own - ours).abs().max()) > 0.05 * float(largest):
+            raise TargetError(
+                f"a {mixin_and_base(type(self))[1].__name__} computes something else than transformers' experts "
+                "interface says, so its experts cannot be adapted\n"
+                "  exclude them: LoraConfig(exclude=['experts'])"
+            )
+        _checked.add(key)
+
     def lora_computed(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute what the experts interface says, with the updates in use: [tokens, h]. hidden_states: [tokens, h];
         `index`, `weights`: [tokens, k], each token's experts and their weights.
@@ -137,8 +166,11 @@ class ExpertsLayer(Swapped):
         y = product(x, W, routed, self.is_transposed)
         if self.has_bias:
             y = y + getattr(self, f"{parameter}_bias")[routed.expert]
-        own = self._modules.get(child_of(parameter))
-        return y if own is None else own.lora_of_pairs(y, x, routed, tokens)
+        layer = self._modules.get(child_of(parameter))
+        return layer.lora_of_pairs(y, x, routed, tokens) if isinstance(layer, ExpertWeightLayer) else y
+
+
+_checked: set[tuple[type, str | None]] = set()
 
 
 def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ _RESERVED = frozenset(
         "released",
         "of_pairs",
         "computed",
+        "check",
     }
 )
 

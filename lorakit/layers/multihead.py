@@ -134,7 +134,9 @@ def _delta(layer: LoraLayer, update: LiveUpdate, share: float, weight: Tensor) -
     with torch.autocast(weight.device.type, enabled=False):
         if pair is None:  # any other kind: its change of the identity
             identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-            return share * update.change(layer, identity, weight.detach().T).T
+            bias = getattr(layer, "bias", None)  # part of the output that an update sees
+            y0 = weight.detach().T if bias is None else weight.detach().T + bias.detach()
+            return share * update.change(layer, identity, y0).T
         A, B = pair.A, pair.B
         if isinstance(layer, PackedLayer) and B.dim() == 3:
             B = expand_packed(B, layer.lora_parts)

@@ -13,8 +13,8 @@ from .layer import COUNT, Own
 
 
 def base_modules(model: nn.Module, every_name: bool = False) -> list[tuple[str, nn.Module]]:
-    """List the base's own modules with their names, in the model's order; the model itself is ''. Weights of experts that
-    are adapted are among them (`expert_weight`).
+    """List the base's own modules with their names, in the model's order; the model itself is ''. Adapted weights of
+    experts are among them (`expert_weight`).
 
     `every_name`: list a module that is registered several times under all of its names rather than the first.
     """

@@ -28,6 +28,7 @@ from ..layers.updates.update import LiveUpdate, live
 from . import save_pretrained
 from .activate import set_active, use_saved
 from .embeddings import embeddings_for, put_in_place
+from .expert_updates import stacked
 from .fit import fresh_saved, modules_for, saved_for
 from .known_base import base_fingerprint, check_base, check_quantization
 from .naming import live_names, renamed
@@ -234,12 +235,12 @@ def _begun(model: nn.Module, state: State, plan: _Plan, sources: Sources) -> _Pl
 
 
 def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _Plan:
-    adapter.check()
+    adapter = stacked(model, adapter.check())
     live = live_names(model, adapter)
     check_base(model, adapter, force, live)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
-    check_quantization(modules, adapter, force)
+    check_quantization(model, modules, adapter, force)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
     embeddings = {t: adapter.embeddings[t] for t in embeddings_for(model, adapter, strict, skipped)}
     tokens = {m: u for m, u in adapter.updates.items() if isinstance(u, Tokens) and m in modules}

@@ -17,12 +17,16 @@ from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import (
     ONLY_ON,
     SAMPLED,
+    Quantized,
     Weight,
+    alike,
     components_in,
     differences,
     fingerprint,
+    is_sound,
     needs_quantized,
     of_components,
+    sample_positions,
 )
 from ..adapter.tokens import Tokens
 from ..bases.pipeline import TEXT_LEVEL, PipelineModel, component_of, is_text_encoder
@@ -85,7 +89,9 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool, names: Mapping[s
         )
 
 
-def check_quantization(modules: Mapping[str, nn.Module], adapter: Adapter, force: bool) -> None:
+def check_quantization(
+    model: nn.Module, modules: Mapping[str, nn.Module], adapter: Adapter, force: bool = False
+) -> None:
     """Raise AdapterError if the adapter repairs what quantization lost (LoftQ) and the base is not quantized so, unless
     `force`. `modules`: those that it changes.
     """
@@ -93,12 +99,31 @@ def check_quantization(modules: Mapping[str, nn.Module], adapter: Adapter, force
     if not expected or force:
         return
     kinds = {base_of(module).quantization for module in modules.values()}
-    if expected not in kinds:
-        found = listing(sorted(kind or "not quantized" for kind in kinds))
-        raise AdapterError(
-            f"{needs_quantized(expected)}: this base's are {found}\n"
-            "  load the base quantized in that way, or skip this check: attach(..., force=True)"
-        )
+    found = listing(sorted(kind or "not quantized" for kind in kinds))
+    if expected in kinds:
+        other = _rounded_otherwise(model, adapter.metadata.get("fingerprint"))
+        if other is None:
+            return
+        found = f"rounded to other values, such as those of {other}"
+    raise AdapterError(
+        f"{needs_quantized(expected)}: this base's are {found}\n"
+        "  load the base quantized in that way, or skip this check: attach(..., force=True)"
+    )
+
+
+def _rounded_otherwise(model: nn.Module, known: Any) -> str | None:
+    """Return a quantized weight that holds other values than a fingerprint has of it, rounding included; None if none
+    is known to (nf4 and fp4, or a block of another size, differ).
+    """
+    if not is_sound(known):
+        return None
+    exact = {"samples": known["samples"]}
+    for name, weight in base_weights(model).items():
+        if name in exact["samples"] and isinstance(weight, Quantized) and not weight.is_meta:
+            values, _ = weight.read(torch.tensor(sample_positions(weight.numel())))
+            if not alike(exact, {"samples": {name: values.tolist()}}, name):
+                return name
+    return None
 
 
 def _compare_alone(model: nn.Module, weights: Mapping[str, Weight], expected: Any, live: Collection[str]) -> list[str]:

@@ -80,7 +80,7 @@ class Block:
 
 @dataclass
 class Undo:
-    """What `subtract_` needs to restore the weight. `checksum`: of the original bits."""
+    """What `subtract_` needs to restore the weight. `blocks`: the changed ones; `checksum`: of their original bits."""
 
     checksum: int
     blocks: list[Block] = field(default_factory=list)
@@ -99,6 +99,8 @@ def add_(weight: Tensor, change: Change, where: str | None = None) -> Undo:
     undo = Undo(0)
     for rows in row_blocks(weight.shape):
         own = change(rows)
+        if isinstance(own, Added) and not own.added.any():
+            continue  # most of an embedding, of which some rows are trained
         original = weight[rows].reshape(own.added.shape)
         undo.checksum += _checksum(original)
         merged = own.there(original)

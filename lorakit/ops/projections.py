@@ -8,7 +8,7 @@ x and for their gradients, and all input gradients are summed in one buffer. Sav
 products, and the packed dropout mask. The float32 master factors are cast to x's dtype for the matmuls; activations are
 never upcast.
 
-A projection may have a gain h [out], which multiplies x W_iᵀ by 1 + h (see `gain`); `project` alone computes those.
+A projection may have a gain h [out], which multiplies x W_iᵀ by 1 + h (see `gain`).
 
 In a batch that trains G adapters at once (see `lorakit.route`), with equally many rows each, adapter by adapter, A is
 [G, r, in], B is [G, out, r], and every low-rank product is a batched one over `groups` of rows.
@@ -99,9 +99,22 @@ def unflat(tensors: Sequence[Tensor | None], scales: Sequence[float], dropout: f
     return found
 
 
-def forward(x: Tensor, dropped: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], Tensor | None]:
-    """Return the outputs [N, out_i] and the low-rank products, concatenated to [N, Σ r]. x and dropped: [N, in]."""
-    outs = [F.linear(x, p.W, p.bias) for p in projections]
+def forward(
+    x: Tensor, dropped: Tensor, projections: Sequence[Projection], linears: list[Tensor | None] | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return the outputs [N, out_i] and the low-rank products, concatenated to [N, Σ r]. x and dropped: [N, in].
+
+    linears: gets what each gain multiplies, x W_iᵀ; None without a gain.
+    """
+    outs = []
+    for p in projections:
+        out, linear = F.linear(x, p.W, p.bias), None
+        if p.h is not None:
+            linear = out if p.bias is None else out - p.bias
+            out = torch.addcmul(out, linear, p.h.to(out.dtype))
+        outs.append(out)
+        if linears is not None:
+            linears.append(linear)
     factors = _stacked(projections, x.dtype)
     if factors is None:
         return outs, None
@@ -134,7 +147,7 @@ def backward(
     projections: Sequence[Projection],
     needs: NeedsGrad,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradient of x, and those of W, bias, A, B of each projection (None for W and bias).
+    """Return the gradient of x, and those of W, bias, A, B of each projection (None for W and bias), but not of gains.
 
     grads: [N, out_i], dropped: x after dropout, down: the low-rank products of `forward`.
     """
@@ -160,8 +173,9 @@ def backward(
         gradients += [None, None, of_A, of_B]
     if not needs.x:
         return None, gradients
-    dx = grads[0] @ projections[0].W  # [N, in]; later terms are added to this buffer
-    for g, p in zip(grads[1:], projections[1:]):
+    gained = [g if p.h is None else times_gain(g, p.h) for g, p in zip(grads, projections)]
+    dx = gained[0] @ projections[0].W  # [N, in]; later terms are added to this buffer
+    for g, p in zip(gained[1:], projections[1:]):
         dx.addmm_(g, p.W)
     if inner is not None:
         factors = _stacked(projections, dtype)

@@ -46,6 +46,7 @@ class PackedLinear(nn.Linear):
     """A linear that holds `packed_bytes` in place of its weight."""
 
     packed_bytes: int
+    packing: Packing
 
     @classmethod
     def of(cls, module: nn.Module, packing: Packing) -> PackedLinear:

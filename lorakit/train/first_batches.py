@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import LoraSettings, part
 from ..data.batches import batch_order
 from ..data.dataset import groups_of, sizes_of
 from ..methods.method import StartData
@@ -46,10 +47,10 @@ def start_data(base: Base, data: Data, parallel: Parallel) -> StartData:
         task.prepare(base, data.train)
         longest = max(sizes_of(data.train))
         rows = defaults.micro_batch(config, longest, parallel.device, parallel.world).value
-        for batch in epoch_batches(config, data, 0)[: config.init_batches]:
+        for batch in epoch_batches(config, data, 0)[: part(config, LoraSettings).init_batches]:
             items: list[Item] = [task.drawn(data.train[i], config.seed, 0) for i in batch]
-            for part in micro_batches([items], Limit([rows], None, None, 0)):
-                yield task.collate(part.items, base, packed=task.packs(config))
+            for micro in micro_batches([items], Limit([rows], None, None, 0)):
+                yield task.collate(micro.items, base, packed=task.packs(config))
 
     def loss(model: Any, batch: dict[str, Any]) -> Tensor:
         """Return the sum over all trained positions, so that each counts equally."""

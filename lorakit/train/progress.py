@@ -180,7 +180,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
 
 
 def _reached(job: Job) -> list[tuple[str, str]]:
-    """Say which experts are adapted, which share of the base no target reaches, and what other programs would not load."""
+    """Say which experts are adapted, what share of the base no target reaches, and what others would not load."""
     if not job.method.keeps_base:
         return []
     found = summary(job.model)

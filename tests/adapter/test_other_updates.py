@@ -148,12 +148,11 @@ def test_models_and_checkpoints_do_not_take_them_in_silence(tmp_path):
     import tiny
 
     model = tiny.mlp()
-    adapter = lk.Adapter(lk.LoraConfig(), {"lin0": Lokr(1.0, **WHOLE)})
-    with pytest.raises(AdapterError, match=r"an update of kind 'lokr'.*\n.*resize"):
-        lk.attach(model, adapter)
-    dora = Dora(lk.Factors(torch.ones(1, 10), torch.ones(20, 1), 1.0), torch.ones(20, 1))
-    with pytest.raises(AdapterError, match="DoRA"):
-        lk.attach(model, lk.Adapter(lk.LoraConfig(), {"lin0": dora}))
+    whole = Dense(torch.ones(20, 10))
+    with pytest.raises(AdapterError, match=r"an update of kind 'dense'.*\n.*resize"):
+        lk.attach(model, lk.Adapter(lk.LoraConfig(), {"lin0": whole}))
+    with pytest.raises(AdapterError, match=r"a DoRA over an update of kind 'dense'.*\n.*lorakit merge"):
+        lk.attach(model, lk.Adapter(lk.LoraConfig(), {"lin0": Dora(whole, torch.ones(20, 1))}))
 
 
 @pytest.mark.parametrize("shape, fine", [((5, 1), True), ((1, 6), True), ((5,), False), ((6, 1), False)])

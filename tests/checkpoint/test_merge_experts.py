@@ -102,6 +102,30 @@ def test_inspect_measures_them_against_the_base(tmp_path):
     by_name = {m.name: m for m in facts.modules}
     for name, update in adapter.updates.items():
         W = moe("mixtral").get_parameter(update.weight_name(name))
-        wanted = update.delta().norm() / W.norm()
+        wanted = update.delta().norm() / W.detach().norm()
         assert by_name[name].relative == pytest.approx(float(wanted), rel=1e-4)
     assert not facts.unlike_base
+
+
+def test_the_table_has_one_line_for_all_experts_of_a_kind(tmp_path):
+    from lorakit.analysis.merge_tables import tables
+
+    moe("mixtral").save_pretrained(tmp_path / "base")
+    report = merge_checkpoint(tmp_path / "base", lk.capture(adapted("mixtral")), tmp_path / "merged")
+    (table, *_) = tables(report)
+    rows = {row[0]: row[1] for row in table.cells}
+    assert {name: count for name, count in rows.items() if "experts" in name} == {
+        f"block_sparse_moe.experts.*.{w}": "8" for w in ("w1", "w2", "w3")
+    }
+
+
+def test_what_extract_finds_between_two_checkpoints_attaches_to_the_stacks(tmp_path):
+    from lorakit.checkpoint.extract import extract
+
+    moe("mixtral").save_pretrained(tmp_path / "base")
+    model = adapted("mixtral")
+    merge_checkpoint(tmp_path / "base", lk.capture(model), tmp_path / "tuned")
+    found = extract(tmp_path / "base", tmp_path / "tuned", rank=3)
+    assert found.captured > 0.9999
+    again = lk.attach(moe("mixtral"), found.adapter, force=True)
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-3, rtol=0)

@@ -20,6 +20,7 @@ from lorakit.adapter.lora import Factors
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError, TargetError
 from lorakit.formats import kohya, names
+from lorakit.ops.quantized import blockwise
 
 MODELS = ("sd1", "sdxl", "flux", "sd3")
 NOTE = "lorakit_merge.json"
@@ -332,6 +333,42 @@ def test_quantized_components_are_refused(sd1, tmp_path):
     }
     (base / "unet/config.json").write_text(json.dumps(config))
     assert "quantized (bitsandbytes)" in refused(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("requantize", [None, "same"])
+def test_a_component_quantized_in_4_bits_is_dequantized_or_quantized_again(requantize, sd1, tmp_path):
+    pipe, original = sd1
+    adapter = tiny.low_rank(tiny.targets({"unet": pipe.unet}, lambda name: ".attn1.to_" in name))
+    for name in ("nf4", "dense"):
+        shutil.copytree(original, tmp_path / name)
+    dense = load_file(original / "unet/diffusion_pytorch_model.safetensors")
+    packed = dict(dense)
+    for name in [n for n in dense if ".attn1.to_q.weight" in n]:
+        made = blockwise.quantized(packed.pop(name), blockwise.Blockwise("nf4", dtype=torch.float32))
+        packed |= {f"{name.removesuffix('.weight')}.{own}": tensor for own, tensor in made.items()}
+        dense[name] = blockwise.dequantized(made)
+    for folder, tensors in (("nf4", packed), ("dense", dense)):
+        save_file(tensors, tmp_path / folder / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    config = json.loads((original / "unet/config.json").read_text())
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "nf4/unet/config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    if requantize is None:
+        for name in ("nf4", "dense"):
+            merge_checkpoint(tmp_path / name, adapter, tmp_path / f"{name}-out", dtype=torch.float32)
+        first, second = (tmp_path / f"{name}-out" / "unet" for name in ("nf4", "dense"))
+        ours, expected = (load_file(each / "diffusion_pytorch_model.safetensors") for each in (first, second))
+        assert all(torch.equal(ours[n], expected[n]) for n in expected)
+        assert "quantization_config" not in json.loads((first / "config.json").read_text())
+        diffusers.UNet2DConditionModel.from_pretrained(first)
+        return
+    report = merge_checkpoint(
+        tmp_path / "nf4", adapter, tmp_path / "out", requantize=requantize, onto=tmp_path / "dense", keep_at_least=0
+    )
+    assert {each.module for each in report.requantized} == {each.module for each in report.differences}
+    assert all(each.module.startswith("unet.") for each in report.requantized)
+    written = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    assert written.keys() == packed.keys()
+    assert json.loads((tmp_path / "out/unet/config.json").read_text())["quantization_config"] == how
 
 
 def test_out_must_be_new_and_outside_the_base(sd1, tmp_path):

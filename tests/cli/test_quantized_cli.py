@@ -298,3 +298,10 @@ def test_what_cannot_be_quantized_is_refused(lorakit, folders, model, data, tmp_
     code, _, error = lorakit(*run, "--task", "text_to_image")
     assert (code, "task text_to_image does not have it" in error) == (2, True)
     assert not (tmp_path / "run" / "config.yaml").exists() or error
+
+
+def test_loftq_finds_the_weights_from_before_quantization(lorakit, folders, data, tmp_path):
+    """It starts from what rounding has changed: from the checkpoint that --quantize read."""
+    run = ["train", "--model", folders[0], "--data", data, "--out", tmp_path / "run", *tiny_lm.FLAGS, "--quiet"]
+    code, _, error = lorakit(*run, "--quantize", "nf4", "--init", "loftq")
+    assert code == 0, error

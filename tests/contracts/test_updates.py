@@ -436,6 +436,17 @@ def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(varian
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_twenty_merges_leave_every_bit(variant, layer):
+    model, _ = on(layer)
+    before = model[0].weight.detach().clone()
+    randomise(lk.attach(model, config(variant)), size=0.5)
+    for _ in range(20):
+        lk.merge(model)
+        lk.unmerge(model)
+    assert torch.equal(model[0].weight, before)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("other", LIVE)
 @pytest.mark.parametrize("variant, layer", PAIRS)

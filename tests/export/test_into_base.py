@@ -14,6 +14,7 @@ import torch
 from tiny import logits, randomise_factors
 
 import lorakit as lk
+from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError
@@ -138,7 +139,9 @@ def damaged(name, change, monkeypatch):
 def test_logits_are_compared_with_the_full_adapter_on_the_original_base(adapter, tmp_path, monkeypatch, dtype):
     tiny.llama().to(dtype).save_pretrained(tmp_path / "base")
     plain = replace(adapter, updates=adapter.factors)
-    for value, live in ((plain, True), (adapter, False)):  # a DoRA cannot be attached
+    name, f = next(iter(adapter.factors.items()))
+    whole = replace(adapter, updates={**adapter.updates, name: Dense(f.delta())})
+    for value, live in ((plain, True), (adapter, True), (whole, False)):  # a whole update cannot be attached
         done = export(value, tmp_path / "out", "vllm", fix=True, verify=True, base=tmp_path / "base", force=True)
         assert done.logits.live == live
         assert done.logits.relative < {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]

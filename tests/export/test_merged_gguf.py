@@ -16,6 +16,7 @@ from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit as lk
+from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Loha
 from lorakit.bases.load import embedded_folder
@@ -115,14 +116,17 @@ def test_saved_modules_are_merged(tmp_path):
     torch.testing.assert_close(logits(loaded(path)), logits(live), atol=2e-5, rtol=0)
 
 
-def test_dora_and_loha_are_merged(tmp_path):
+def test_dora_loha_and_whole_updates_are_merged(tmp_path):
     base, adapter, live = base_adapter_model(tmp_path, model_of("llama"))
     lk.detach(live)
     w = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(0))
     loha = Loha(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
     name = "model.layers.0.self_attn.o_proj"
     dora = Dora(adapter.factors[name], torch.rand(32, 1) + 0.5)
-    odd = replace(adapter, updates={name: dora, "model.layers.1.self_attn.o_proj": loha})
+    norm = "model.layers.1.post_attention_layernorm"
+    known = replace(adapter, updates={name: dora, "model.layers.1.self_attn.o_proj": loha})
+    assert not export_merged(known, base, tmp_path / "y.gguf", dtype="f32", verify=True).verified.note
+    odd = replace(known, updates={**known.updates, norm: Dense(torch.rand(32))})
     done = export_merged(odd, base, tmp_path / "x.gguf", dtype="f32", verify=True)
     assert done.verified.logits < 1e-5
     assert "a live model takes only kinds of update that lorakit trains" in done.verified.note
@@ -130,6 +134,8 @@ def test_dora_and_loha_are_merged(tmp_path):
     V = live.get_submodule(name).weight.detach() + dora.inner.delta()
     wanted = dora.magnitude * V / V.norm(dim=1, keepdim=True)
     np.testing.assert_allclose(there["blk.0.attn_output.weight"], wanted.numpy(), atol=1e-6)
+    wanted = live.get_submodule(norm).weight.detach() + odd.updates[norm].delta()
+    np.testing.assert_allclose(there["blk.1.ffn_norm.weight"], wanted.numpy(), atol=1e-6)
     wanted = live.model.layers[1].self_attn.o_proj.weight.detach() + loha.delta()
     np.testing.assert_allclose(there["blk.1.attn_output.weight"], wanted.numpy(), atol=1e-5)
 

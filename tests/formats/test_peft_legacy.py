@@ -187,7 +187,6 @@ def test_loha_and_lokr_of_peft_are_read_with_the_change_that_peft_makes(case, tm
             peft.IA3Config(target_modules=["lin0"], feedforward_modules=["lin0"]),
             r"'IA3'.*\n  IA3 rescales activations: merge it",
         ),
-        (peft.VeraConfig(target_modules=["lin0"], r=2), r"'VERA'.*\n  VeRA shares random matrices .*merge it"),
         (peft.OFTConfig(target_modules=["lin0"], r=2, oft_block_size=0), r"'OFT'.*\n  OFT rotates weights: merge it"),
         (peft.LNTuningConfig(target_modules=["norm"]), r"'LN_TUNING'.*\n  it trains norms"),
     ],

@@ -108,10 +108,13 @@ def test_a_parameter_called_weight_is_its_modules(folder):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"target_parameters": [f"{EXPERTS}.down_proj"]}, r"factors of 2 parameters, and target_parameters names 1"),
+        (
+            {"target_parameters": [f"{EXPERTS}.down_proj"]},
+            r"2 pairs of factors for its parameters, and target_parameters names \['down_proj'\]",
+        ),
         ({"target_parameters": [f"{EXPERTS}.a", f"{EXPERTS}.b"]}, r"names \['a', 'b'\].*does not say which"),
         ({"r": 5}, r"'.*' has A .*its config says rank 5"),
-        ({"target_parameters": ["other.down_proj"]}, r"target_parameters names 0"),
+        ({"target_parameters": ["other.down_proj"]}, r"target_parameters names \[\] of it"),
     ],
     ids=str,
 )
@@ -163,3 +166,27 @@ def test_programs_that_have_no_place_for_them_are_named_with_what_to_do(saved, r
     found = [f for f in findings(adapter, receiver) if "factors of each expert" in str(f)]
     assert len(found) == 1
     assert set(found[0].into_base) == {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"}
+
+
+def test_an_export_for_peft_compares_the_logits(tmp_path):
+    from lorakit.export.export import export
+
+    moe("gpt_oss").save_pretrained(tmp_path / "base")
+    adapter = lk.capture(adapted("gpt_oss"))
+    result = export(adapter, tmp_path / "out", "peft", base=tmp_path / "base", verify=True)
+    assert result.logits.relative < 1e-5
+    assert result.logits.moved > 1e-3
+
+
+def test_an_export_for_vllm_merges_the_experts_into_a_copy_of_the_base(tmp_path):
+    """vLLM reads LoRA of linears: with --fix the experts' part goes into OUT-base, the rest stays an adapter."""
+    from lorakit.export.export import export
+
+    moe("mixtral").save_pretrained(tmp_path / "base")
+    adapter = lk.capture(adapted("mixtral", rank=8))
+    with pytest.raises(AdapterError, match=r"vllm does not accept .*\n.*factors of each expert"):
+        export(adapter, tmp_path / "out", "vllm", base=tmp_path / "base")
+    result = export(adapter, tmp_path / "out", "vllm", base=tmp_path / "base", fix=True, verify=True)
+    assert result.logits.relative < 1e-5
+    rest = lk.Adapter.load(tmp_path / "out")
+    assert {n.rpartition(".")[2] for n in rest.updates} == {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -441,6 +441,41 @@ def test_experts_without_the_interface_are_listed_with_the_reason():
     assert any("experts.gate_up_proj" in n for n in found.unreached.names)
 
 
+def test_a_module_that_computes_something_else_is_refused_and_left_alone():
+    model = moe("mixtral")
+    experts = model.model.layers[0].mlp.experts
+
+    class Scaled(type(experts)):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    experts.__class__ = Scaled
+    before = logits(model)
+    with pytest.raises(TargetError, match="a Scaled computes something else"):
+        lk.attach(model, lk.LoraConfig(rank=2, targets=["experts"]))
+    assert type(experts) is Scaled
+    assert not [n for n, _ in model.named_modules() if "lora_" in n]
+    assert torch.equal(logits(model), before)
+
+
+def test_an_offloading_hook_stays_around_the_adapted_forward():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = moe("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    weights = {n: p.detach().clone() for n, p in experts.named_parameters()}
+    add_hook_to_module(experts, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+    assert experts.down_proj.is_meta
+    base = logits(model)
+    randomise(lk.attach(model, lk.LoraConfig(rank=3, alpha=6.0)))
+    close(logits(model), logits(adapted("mixtral")))
+    assert experts.down_proj.is_meta
+    with pytest.raises(StateError, match="is offloaded"):
+        lk.merge(model)
+    lk.detach(model)
+    assert torch.equal(logits(model), base)
+
+
 def test_quantized_experts_are_listed_with_the_reason_and_refused_by_name():
     model = moe("mixtral")
     experts = model.model.layers[0].mlp.experts
@@ -493,3 +528,18 @@ def test_a_module_called_in_another_way_says_so():
     model = adapted("mixtral", targets=["experts"])
     with pytest.raises(StateError, match=r"called with 1 tensors"):
         model.model.layers[0].mlp.experts(torch.randn(2, 32), torch.tensor([[0], [1]]))
+
+
+@pytest.mark.parametrize("architecture", LAYOUTS)
+def test_save_pretrained_writes_the_base_and_the_adapter_beside_it(architecture, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(architecture, targets=["q_proj", "experts"])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not torch.equal(logits(again), logits(moe(architecture)))
+    close(logits(again), logits(model))
+    lk.merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=0)

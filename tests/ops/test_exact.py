@@ -178,3 +178,18 @@ def test_rows_of_delta_are_the_rows_of_the_whole(rank, size_out, size_in, transp
     torch.testing.assert_close(whole.double(), exact.T if transposed else exact, atol=1e-5, rtol=1e-5)
     for rows in row_blocks(shape, most=2 * shape[1]):
         torch.testing.assert_close(delta_rows(A, B, 0.5, rows, transposed), whole[rows])
+
+
+def test_blocks_without_a_change_take_no_memory_and_keep_their_bits():
+    weight = torch.randn(3000, 4096)
+    weight[0, :2] = torch.tensor([-0.0, float("nan")])
+    before = weight.clone()
+    delta = torch.zeros_like(weight)
+    delta[2500] = 1.0
+    change = adding(lambda rows: delta[rows])
+    undo = add_(weight, change)
+    assert len(undo.blocks) == 1
+    assert undo.nbytes() < 2 * (1 << 20)
+    assert torch.equal(weight[:2000].view(torch.int32), before[:2000].view(torch.int32))
+    subtract_(weight, change, undo, "it")
+    assert torch.equal(weight.view(torch.int32), before.view(torch.int32))

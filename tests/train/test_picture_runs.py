@@ -102,6 +102,18 @@ def test_loha_is_trained_on_attention_and_convolutions_and_written_as_lycoris_ha
     assert not torch.allclose(draw(lk.attach(base, written)), before, atol=1e-3)
 
 
+def test_dora_is_trained_on_attention_and_convolutions_and_written_with_its_magnitudes(make):
+    config = make(variant="dora", targets="locon", steps=6, learning_rate=2e-2)
+    result = train(config, QUIET)
+    written = lk.Adapter.load(result.adapter)
+    assert {update.variant for update in written.updates.values()} == {"dora"}
+    assert {factors.kind for factors in written.factors.values()} == {"linear", "conv"}
+    assert any(key.endswith("dora_scale") for key in load_file(weights(result.adapter)))
+    base = load_pipeline(config.model, torch.float32, torch.device("cpu"))
+    before = draw(base)
+    assert not torch.allclose(draw(lk.attach(base, written)), before, atol=1e-3)
+
+
 def test_a_run_killed_twice_at_step_7_of_20_ends_with_the_bits_of_one_that_was_not(make, pictures, tmp_path):
     config = partial(
         make,

@@ -29,13 +29,16 @@ FULL_SVD_MAX_SIZE, LARGEST_VALUES = 1024, 64
 
 @dataclass(frozen=True)
 class Spectrum:
-    """U [out, r], S [r] (descending), V [in, r] of an update. `norm`: ‖ΔW‖_F; `complete`: whether S has all values."""
+    """U [out, r], S [r] (descending), V [in, r] of an update. `norm`: ‖ΔW‖_F; `complete`: whether S has all values;
+    `matrices`: how many matrices these are the values of.
+    """
 
     U: Tensor
     S: Tensor
     V: Tensor
     norm: float
     complete: bool = True
+    matrices: int = 1
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -50,7 +53,7 @@ class Spectrum:
     @property
     def effective_rank(self) -> float | None:
         """exp(-Σ p log p) with p = σ²/Σσ²: the number of directions that share the energy ‖ΔW‖². Between 1 and the
-        rank; 0 if ΔW = 0.
+        rank; 0 if ΔW = 0. Of a stack, all directions over the number of its matrices: matrices without energy count.
 
         The entropy of Roy and Vetterli (2007), who take p = σ/Σσ; the squares count energy, as the stable rank does.
         None if not all singular values are known.
@@ -60,12 +63,14 @@ class Spectrum:
         if self.norm == 0:
             return 0.0
         p = (self.S / self.S.norm()).square()
-        return math.exp(float(torch.special.entr(p).sum()))
+        return math.exp(float(torch.special.entr(p).sum())) / self.matrices
 
     @property
     def stable_rank(self) -> float:
-        """‖ΔW‖_F² / σ₁² (Rudelson and Vershynin 2007). Between 1 and the rank; 0 if ΔW = 0."""
-        return (self.norm / float(self.S[0])) ** 2 if self.norm > 0 else 0.0
+        """‖ΔW‖_F² / σ₁² (Rudelson and Vershynin 2007). Between 1 and the rank; 0 if ΔW = 0. Of a stack, over the
+        number of its matrices.
+        """
+        return (self.norm / float(self.S[0])) ** 2 / self.matrices if self.norm > 0 else 0.0
 
     def strongest(self, rank: int | None = None) -> Spectrum:
         """Return the first directions: those above rounding, at most `rank`."""
@@ -82,9 +87,8 @@ def spectrum(update: Update) -> Spectrum:
         return decompose(matrix(update))
     each = [decompose(matrix(u)) for u in matrices]
     S = torch.cat([s.S for s in each]).sort(descending=True).values
-    return Spectrum(
-        each[0].U[:, :0], S, each[0].V[:, :0], math.hypot(*(s.norm for s in each)), all(s.complete for s in each)
-    )
+    size, complete = math.hypot(*(s.norm for s in each)), all(s.complete for s in each)
+    return Spectrum(each[0].U[:, :0], S, each[0].V[:, :0], size, complete, len(each))
 
 
 def decompose(delta: LowRank | Tensor) -> Spectrum:

@@ -7,9 +7,11 @@ other, and the fingerprint says so.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from types import ModuleType
 from typing import Any, ClassVar
 
-from ...bases.own_linear import AwqLinear
+from ...bases.own_linear import AwqLinear, FrozenQuantLinear
 from ...ops.quantized import awq
 from .base_weight import BaseWeight
 from .packed_weight import PackedWeight
@@ -19,9 +21,12 @@ class Awq(PackedWeight):
     """lorakit's `AwqLinear`, gptqmodel's modules in plain torch, and AutoAWQ's."""
 
     quantization: ClassVar[str | None] = "AWQ"
-    codec, own = awq, AwqLinear
-    classes = frozenset({"AwqTorchLinear", "TorchAtenAwqLinear", "TorchFusedAwqLinear", "WQLinear_GEMM"})
-    rounding = 0.5  # to the nearest code
+    codec: ClassVar[ModuleType] = awq
+    own: ClassVar[type[FrozenQuantLinear]] = AwqLinear
+    classes: ClassVar[Collection[str]] = frozenset(
+        {"AwqTorchLinear", "TorchAtenAwqLinear", "TorchFusedAwqLinear", "WQLinear_GEMM"}
+    )
+    rounding: ClassVar[float] = 0.5  # to the nearest code
 
     def settings(self, module: Any) -> awq.Settings:
         return awq.Settings(module.group_size)

@@ -30,7 +30,9 @@ class FourBit(QuantizedWeight):
 
     def owns(self, module: nn.Module) -> bool:
         weight: Any = module._parameters.get("weight")
-        return _is(weight, "Params4bit") and weight.quant_state is not None  # without a state it is not quantized yet
+        # Without a state it is not quantized yet. Of a pickled module it is a plain parameter, with the state.
+        known = _is(weight, "Params4bit") or _is(module, "Linear4bit")
+        return known and getattr(weight, "quant_state", None) is not None
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(_state(module).shape)
@@ -99,7 +101,8 @@ class EightBit(QuantizedWeight):
 
     def owns(self, module: nn.Module) -> bool:
         weight: Any = module._parameters.get("weight")
-        return _is(weight, "Int8Params") and weight.dtype == torch.int8
+        known = _is(weight, "Int8Params") or _is(module, "Linear8bitLt")  # the latter for a pickled module
+        return known and weight is not None and weight.dtype == torch.int8
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(_weight(module).shape)
@@ -143,9 +146,9 @@ def _state(module: nn.Module) -> Any:
     return _weight(module).quant_state
 
 
-def _is(weight: Any, cls: str) -> bool:
+def _is(value: Any, cls: str) -> bool:
     library = sys.modules.get("bitsandbytes.nn")
-    return library is not None and isinstance(weight, getattr(library, cls, ()))
+    return library is not None and isinstance(value, getattr(library, cls, ()))
 
 
 def _functional() -> Any:

@@ -16,6 +16,9 @@ class ExpertStack(Dense):
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, ExpertWeight)
 
+    def stored(self, module: nn.Module) -> tuple[str, ...]:
+        return ()  # the experts', not its own
+
     def writable(self, module: nn.Module, name: str) -> Tensor:
         assert isinstance(module, ExpertWeight)
         weight = module.weight

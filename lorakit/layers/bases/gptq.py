@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from types import ModuleType
 from typing import Any, ClassVar
 
-from ...bases.own_linear import GptqLinear
+from ...bases.own_linear import FrozenQuantLinear, GptqLinear
 from ...ops.quantized import gptq
 from .base_weight import BaseWeight
 from .packed_weight import PackedWeight
@@ -14,12 +16,13 @@ class Gptq(PackedWeight):
     """lorakit's `GptqLinear`, and gptqmodel's modules in plain torch and triton."""
 
     quantization: ClassVar[str | None] = "GPTQ"
-    codec, own = gptq, GptqLinear
-    classes = frozenset({"TorchLinear", "TorchAtenLinear", "TorchFusedLinear"})
+    codec: ClassVar[ModuleType] = gptq
+    own: ClassVar[type[FrozenQuantLinear]] = GptqLinear
+    classes: ClassVar[Collection[str]] = frozenset({"TorchLinear", "TorchAtenLinear", "TorchFusedLinear"})
     # GPTQ rounds to the nearest code what is left after it has made up for the rounding of earlier inputs. Of 49,000
     # elements, 99.9 % ended within 1.7 to 2.6 steps of their own value, all within 4.6 (2 to 8 bits, with and without
     # activation order, correlated inputs of different sizes).
-    rounding = 3.0
+    rounding: ClassVar[float] = 3.0
 
     def owns(self, module: Any) -> bool:
         # "planar" is another layout, of the format gptq_p; its embeddings are a class derived from TorchLinear.

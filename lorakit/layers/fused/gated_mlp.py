@@ -84,7 +84,7 @@ def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], flo
         if fusible is None:
             return None
         projection, dropout = fusible
-        if projection.h is not None:
+        if projection.h is not None and projection.h.dim() > 1:  # of groups
             return None
         projections.append(projection)
         if projection.A is not None:

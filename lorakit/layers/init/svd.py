@@ -1,20 +1,24 @@
-"""Singular vectors of a base's weight: the first, to the accuracy of float32, and the last."""
+"""Singular vectors of a weight, a gradient or an error: the first, and the last."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...adapter.algebra.svd import Svd, full_svd, matrix_svd
+from ...adapter.algebra.svd import OVERSAMPLE, Svd, full_svd, random_svd
 
-# The randomized SVD iterates until a pass gains less than this share. 1e-9 gives the first vectors of a flat spectrum
-# about as exactly as the full SVD in float32.
-ACCURACY = 1e-9
+# Up to this size of the smaller side the first vectors are LAPACK's (float32, one EPYC core: 0.4 s for 1,024 x 1,024,
+# 2.6 s for 2,048 x 2,048, eight times as long for twice the size). Beyond, subspace iteration with twice the columns:
+# of Gaussian noise, which has no decay, it finds 99 % of the energy of the best 16, of a decaying spectrum nearly all.
+# (PEFT's `pissa_niter_N` is the same with N passes; its `pissa` takes LAPACK's at any size.)
+EXACT_UP_TO = 2048
 
 
 def first(W: Tensor, rank: int) -> Svd:
     """Return the `rank` largest singular values of W."""
-    return matrix_svd(W, rank, accuracy=ACCURACY)
+    if min(W.shape) <= EXACT_UP_TO:
+        return full_svd(W).cut(rank)
+    return random_svd(W, rank, accuracy=0.0, oversample=max(OVERSAMPLE, rank))
 
 
 def last(W: Tensor, rank: int) -> Svd:

@@ -107,7 +107,9 @@ class DoraFactors(LiveUpdate):
             self.magnitude.copy_(self.norm(layer).view(-1, 1))  # D may not be zero any more (LoftQ)
 
     def faster(self, layer: LoraLayer) -> tuple[str, ...]:
-        return tuple(f"inner.{name}" for name in self.inner.faster(layer))
+        """Those of D, and the magnitude, as PEFT has it."""
+        inner = self.inner.faster(layer)
+        return (*(f"inner.{name}" for name in inner), "magnitude") if inner else ()
 
     def freeze_a(self, layer: LoraLayer, name: str) -> None:
         self.inner.freeze_a(layer, name)
@@ -116,14 +118,6 @@ class DoraFactors(LiveUpdate):
         return Dora(self.inner.value(layer), self.magnitude.detach())
 
     # The forward
-
-    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
-        """Those of D, and the magnitude, as PEFT has it."""
-        inner = self.inner.faster(layer)
-        return (*(f"inner.{name}" for name in inner), "magnitude") if inner else ()
-
-    def freeze_a(self, layer: LoraLayer, name: str) -> None:
-        self.inner.freeze_a(layer, name)
 
     def pair(self, layer: LoraLayer) -> Pair | None:
         if not self.width:
@@ -267,7 +261,7 @@ def _is_stored(layer: LoraLayer) -> bool:
     """Whether the layer's tensors show every change of its weight: it is not computed from another module's, as
     parametrizations do, and not trained.
     """
-    weight: Tensor | None = layer._parameters.get("weight")
-    if weight is None:
-        return base_of(layer).quantization is not None
-    return not weight.requires_grad
+    if base_of(layer).quantization is not None:
+        return True
+    weight = layer.weight
+    return not weight.requires_grad and any(own is weight for own in layer._parameters.values())

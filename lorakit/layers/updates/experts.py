@@ -5,7 +5,7 @@ A layer's own choice for `variant="lora"` (`LoraLayer.lora_live`), so that a con
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class LiveExperts(LiveUpdate):
 
 def _device(layer: LoraLayer) -> torch.device:
     """The device that the experts compute on: with accelerate's offload, the hook is theirs."""
-    experts = layer.__dict__["experts"]
+    experts: Any = layer.experts
     return device_of(experts) if "_hf_hook" in experts.__dict__ else device_of(layer)
 
 

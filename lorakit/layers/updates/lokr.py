@@ -52,8 +52,8 @@ class LokrFactors(LiveUpdate):
             value = factors.get(name)
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trainable))
         self.shape, self.alpha, self.dropout = shape, alpha, dropout
-        value = self._value()
-        self.rank, self.scale = value.rank, value.scale
+        own = self._value()
+        self.rank, self.scale = own.rank, own.scale
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:

@@ -6,7 +6,7 @@ d starts at `vera_start`, b at zero. One pair of matrices, for the largest sizes
 (`adapter.vera`), and drawn from `vera_seed` as PEFT draws it. There is no scale: alpha has no effect.
 
 The pair that the layers apply is A and B' = diag(b) B diag(d), computed in each forward. A needs no gradient, and what
-is kept for backward is x A and B', but no output of B.
+is kept for backward is x Aᵀ and B', but no output of B.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...adapter.vera import Projection, Vera
 from ...config import LoraConfig
 from ...errors import AdapterError, TargetError
+from ...ops.scaled import scaled
 from .update import LiveUpdate, device_of, master_dtype
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ class VeraVectors(LiveUpdate):
         if config.rslora or config.alpha_of(name) != config.alpha:
             raise TargetError("VeRA has no scale (LoraConfig.rslora, alpha_pattern)\n  remove these settings")
         size_in, size_out = layer.lora_sizes()
-        like = {"dtype": master_dtype(layer), "device": device_of(layer)}
-        d, b = torch.full((config.rank,), config.vera_start, **like), torch.zeros(size_out, **like)
+        dtype, device = master_dtype(layer), device_of(layer)
+        d = torch.full((config.rank,), config.vera_start, dtype=dtype, device=device)
+        b = torch.zeros(size_out, dtype=dtype, device=device)
         return cls(d, b, Projection(config.vera_seed), size_in, config.dropout, trainable)
 
     @classmethod
@@ -101,7 +103,7 @@ class VeraVectors(LiveUpdate):
 
     def pair(self, layer: LoraLayer) -> ScaledPair:
         A, B = self.projection.on(self.b.device)
-        return ScaledPair(A[:, : self.size_in], self.b[:, None] * B[: self.b.shape[0]] * self.d, self.dropout)
+        return ScaledPair(A[:, : self.size_in], scaled(B[: self.b.shape[0]], self.b, self.d), self.dropout)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, d={list(self.d.shape)}, b={list(self.b.shape)}, seed={self.projection.seed}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import LorakitError
 from . import gptq
-from .int32 import pack, unpack
+from .int32 import pack
 
 BITS, PER_WORD = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies at each place of a word
@@ -106,5 +106,6 @@ def packed(codes: Tensor) -> Tensor:
 
 def unpacked(words: Tensor) -> Tensor:
     """Return the codes in words of eight outputs [n, out / 8]: [n, out] uint8."""
-    places = [ORDER.index(output) for output in range(PER_WORD)]
-    return unpack(words.T, BITS).T.unflatten(1, (-1, PER_WORD))[:, :, places].flatten(1)
+    shifts = torch.tensor([BITS * ORDER.index(output) for output in range(PER_WORD)], dtype=torch.int32)
+    codes = words.unsqueeze(2) >> shifts.to(words.device) & 2**BITS - 1
+    return codes.to(torch.uint8).flatten(1)

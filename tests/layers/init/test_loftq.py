@@ -106,6 +106,8 @@ def test_it_is_refused_on_the_unquantized_base(dense, tmp_path):
         merge_checkpoint(dense, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     lk.attach(plain, value, force=True)
+    with pytest.raises(AdapterError, match="rounded to other values, such as those of model"):
+        lk.attach(quantized.in_4_bits(dense, kind="fp4"), value)
     again = lk.attach(quantized.in_4_bits(dense), value)
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-5)
 

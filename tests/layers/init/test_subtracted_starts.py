@@ -11,6 +11,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import ConfigError, TargetError
+from lorakit.layers.init import svd
 from lorakit.layers.layer import child_name
 
 STARTS = ("pissa", "milora", "olora")
@@ -231,9 +232,10 @@ def test_a_rank_beyond_the_weights_is_refused_with_one_that_fits():
     assert not lk.adapters(model)
 
 
-def test_other_kinds_of_update_are_refused():
-    with pytest.raises(ConfigError, match="variant='loha' has others"):
-        lk.attach(tiny.mlp(), lk.LoraConfig(rank=2, targets=["lin0"], init="pissa", variant="loha"))
+@pytest.mark.parametrize("variant", ["loha", "lokr", "vera", "adalora"])
+def test_other_kinds_of_update_are_refused(variant):
+    with pytest.raises(ConfigError, match=f"variant='{variant}' has others"):
+        lk.attach(tiny.mlp(), lk.LoraConfig(rank=2, targets=["lin0"], init="pissa", variant=variant))
 
 
 def test_weights_that_are_not_finite_are_refused():
@@ -242,3 +244,13 @@ def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(lk.LorakitError, match="lin0"):
         lk.attach(model, lk.LoraConfig(rank=2, targets=["lin0"], init="olora"))
     assert type(model.lin0) is nn.Linear
+
+
+def test_of_a_large_weight_the_first_singular_values_are_found_almost_all(monkeypatch):
+    monkeypatch.setattr(svd, "EXACT_UP_TO", 10)
+    made = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(300, 300, generator=made))[0] for _ in range(2))
+    S = torch.logspace(0, -3, 300)
+    found = svd.first(U * S @ V.T, 8)
+    torch.testing.assert_close(found.S, S[:8], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.U * found.S @ found.Vt, U[:, :8] * S[:8] @ V[:, :8].T, atol=2e-2, rtol=0)
