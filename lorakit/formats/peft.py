@@ -147,7 +147,7 @@ def losses(adapter: Adapter) -> list[str]:
     low_rank = {m: unbiased.updates[m] for m in unbiased.factors}
     lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora", EXPERTS) + embeddings(adapter)
     lost += peft_parameters.losses(adapter)
-    lost += part_dora(low_rank, "PEFT") + peft_tokens.losses(adapter)
+    lost += part_dora(low_rank, "PEFT") + peft_attention.losses(unbiased.updates) + peft_tokens.losses(adapter)
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
     strange = [m for m in biases if unbiased.updates[m].variant != "lora" or unbiased.factors[m].kind == "embedding"]
     if strange:
@@ -183,7 +183,8 @@ def write(adapter: Adapter, path: Path) -> Path:
     tensors |= peft_parameters.tensors_of(experts, PREFIX)
     transposed = any(f.transposed for f in adapter.factors.values())
     dora = any(u.variant == "dora" for u in adapter.updates.values())
-    packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
+    written = peft_attention.as_written(adapter.factors)  # of another rank, parts are no longer to be seen
+    packed = {m: list(f.parts) for m, f in adapter.factors.items() if f.parts and f.A.shape == written[m].A.shape}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
     ours |= {} if kind is None else kind.ours(adapter)
     own_config = adapter.config.replace(save_modules=_save_modules(adapter))

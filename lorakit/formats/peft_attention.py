@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from .scale import folded
@@ -91,6 +92,13 @@ def note(factors: Mapping[str, Factors]) -> str | None:
         f"the factors of {listing(inside, 2)} are written halved, since PEFT {_VERSION} applies them twice\n"
         "  lorakit reads them back as they are; a PEFT in which that is mended (pull request 3774) would apply half"
     )
+
+
+def losses(updates: Mapping[str, Update]) -> list[str]:
+    """Return what PEFT's folder cannot hold of attentions, one line each."""
+    inside = {m: holder for m in updates if (holder := attention_of(m, updates)) is not None}
+    dora = [m for m in (*inside, *inside.values()) if updates[m].variant == "dora"]
+    return [f"DoRA's magnitude of {listing(dora, 2)}: PEFT takes none for an nn.MultiheadAttention"] if dora else []
 
 
 def as_written(factors: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -150,6 +150,19 @@ def test_files_of_a_later_peft_are_taken_at_their_word(tmp_path):
         assert torch.equal(found.B, factor * adapter.updates["attn.out_proj"].B)
 
 
+def test_a_rank_of_its_own_and_a_dora_are_written_exactly_or_said(tmp_path):
+    settings = {"targets": ["attn"], "packed": {"attn": [True, False, True]}, "rank_pattern": {"out_proj": 7}}
+    model = randomise(lk.attach(made(), config(**settings)))
+    lk.capture(model).save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(made(), tmp_path).eval()
+    torch.testing.assert_close(theirs(given()), model(given()), atol=1e-5, rtol=1e-5)
+    back = lk.attach(made(), lk.Adapter.load(tmp_path)).eval()
+    torch.testing.assert_close(back(given()), model(given()), atol=1e-5, rtol=1e-5)
+    dora = lk.capture(lk.attach(made(), config(targets=["attn"], variant="dora")))
+    with pytest.raises(AdapterError, match=r"DoRA's magnitude of attn.*nn\.MultiheadAttention"):
+        dora.save(tmp_path / "dora")
+
+
 def test_an_output_without_its_attention_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
