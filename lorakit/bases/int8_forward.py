@@ -11,6 +11,7 @@ are the second. PEFT and transformers leave the difference.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,7 @@ def _is_held(state: Any) -> bool:
 
 
 @functools.cache
-def _held(cls: type) -> type:
+def _held(cls: Hashable) -> type:
     """Return a subclass of bitsandbytes' state that is always in training, whatever its module sets."""
 
     def reduce(self: Any) -> tuple[Any, ...]:
@@ -63,7 +64,8 @@ def _held(cls: type) -> type:
 
     # The module assigns its own mode before each forward.
     always = property(lambda self: True, lambda self, value: None)
-    return type(cls.__name__, (cls,), {"is_training": always, "__reduce__": reduce, "__slots__": ()})
+    own: Any = cls
+    return type(own.__name__, (own,), {"is_training": always, "__reduce__": reduce, "__slots__": ()})
 
 
 def _of(cls: type, values: dict[str, Any]) -> Any:
@@ -72,6 +74,6 @@ def _of(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _as(cls: type, values: dict[str, Any]) -> Any:
-    state = cls.__new__(cls)
+    state: Any = object.__new__(cls)
     state.__dict__.update(values)
     return state

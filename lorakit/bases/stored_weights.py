@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..config import Quantization
 
@@ -36,9 +36,10 @@ class Storage:
 
     method: as a config names it; title: in words; size: the bytes of one weight, None where this is not known;
     quantizer: the value of `quantize` that gives this storage; new: whether it is quantized only while loading; kept:
-    names of modules that stay unquantized, None for the rule of `quantize.linears_of`; keeps_input: whether the forward
-    keeps its input for a backward that does not need it (bitsandbytes' int8 on a CPU); in_blocks: whether only decoder
-    layers are quantized; compute: the name of the dtype that weights are multiplied in, None for the base's.
+    names of modules that stay unquantized, None for the rule of `quantize.linears_of`; keeps: what a forward keeps
+    until its backward though it need not, its input (bitsandbytes' int8 on a CPU) or the dense weight (torchao);
+    in_blocks: whether only decoder layers are quantized; compute: the name of the dtype that weights are multiplied in,
+    None for the base's.
     """
 
     method: str
@@ -47,7 +48,7 @@ class Storage:
     quantizer: str | None = None
     new: bool = False
     kept: tuple[str, ...] | None = None
-    keeps_input: bool = False
+    keeps: Literal["input", "weight"] | None = None
     in_blocks: bool = False
     compute: str | None = None
 
@@ -57,9 +58,9 @@ def storage(how: Quantization) -> Storage | None:
     if how.quantize is None:
         return None
     if how.quantize == "int8":
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, True, keeps_input=True)
+        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, True, keeps="input")
     if how.quantize == "torchao-int8":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize, True)
+        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize, True, keeps="weight")
     return Storage(
         "bitsandbytes",
         _four_bit_title(how.quantize, how.double),
@@ -125,7 +126,7 @@ def _grouped(bits: int, group: int | None, by_input: int = 0, zeros: float | Non
 def _bitsandbytes(how: Mapping[str, Any]) -> Storage:
     kept = None if how.get("llm_int8_skip_modules") is None else tuple(how["llm_int8_skip_modules"])
     if how.get("load_in_8bit") or how.get("_load_in_8bit"):
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, "int8", kept=kept, keeps_input=True)
+        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, "int8", kept=kept, keeps="input")
     kind, double = how.get("bnb_4bit_quant_type", "fp4"), bool(how.get("bnb_4bit_use_double_quant"))
     compute = str(how.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
     return Storage("bitsandbytes", _four_bit_title(kind, double), _four_bits(double), kind, kept=kept, compute=compute)
@@ -178,7 +179,7 @@ def _torchao_config(how: Mapping[str, Any]) -> Storage:
     kind = (how.get("quant_type") or {}).get("default") or {}
     name, kept = str(kind.get("_type", "")), tuple(how.get("modules_to_not_convert") or ())
     if name == "Int8WeightOnlyConfig":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept=kept)
+        return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept=kept, keeps="weight")
     return Storage("torchao", f"torchao {name.removesuffix('Config')}".strip(), None, kept=kept)
 
 

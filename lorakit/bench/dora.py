@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ TITLE = (
     "same without adapters."
 )
 RANK = 16
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA, DORA, PEFT_LORA, PEFT_DORA, PEFT_CACHED = "LoRA", "DoRA", "PEFT LoRA", "PEFT DoRA", "PEFT DoRA, cached"
 
 
@@ -85,11 +87,11 @@ def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> 
         models = sides(linear(width, dtype, device), ["0"])
         x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
         shape = {"dtype": str(dtype)[6:], "model": f"linear {width} x {width}"}
-        rows.append(shape | {"what": f"step of {tokens}"} | _step(models, lambda model, x=x: model(x), rounds))
+        rows.append(shape | {"what": f"step of {tokens}"} | _step(models, _output(x), rounds))
         rows.append(shape | {"what": "one token"} | _one_token(models, x[:1].detach(), rounds))
         rows.append(shape | {"what": "merge"} | _undo(models))
         size, layers = (64, 1) if quick else (512, 3)
-        models = sides(llama(size, layers, dtype, device), _PROJECTIONS)
+        models = sides(llama(size, layers, dtype, device), PROJECTIONS)
         ids = torch.randint(0, 256, (2, tokens), device=device)
         shape = {"dtype": str(dtype)[6:], "model": f"Llama {layers} x {size}"}
         forward = _last_hidden(ids)
@@ -97,7 +99,8 @@ def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> 
     return rows
 
 
-_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+def _output(x: Tensor) -> Callable[[Any], Tensor]:
+    return lambda model: model(x)
 
 
 def _last_hidden(ids: Tensor) -> Callable[[Any], Tensor]:
@@ -119,7 +122,7 @@ def _step(models: Mapping[str, Any], forward: Callable[[Any], Tensor], rounds: i
     row = _ratios(in_turn({name: step(model) for name, model in models.items()}, rounds))
     for name, model in models.items():
         if name != "base":
-            row[f"{name} kept MB"] = kept_bytes(model, lambda model=model: forward(model)) / 1e6
+            row[f"{name} kept MB"] = kept_bytes(model, partial(forward, model)) / 1e6
     return row
 
 

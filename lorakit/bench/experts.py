@@ -7,6 +7,7 @@ copy of the experts in each forward; lorakit multiplies the tokens that are rout
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,11 +84,8 @@ def measure(experts: int, hidden: int, tokens: int, rounds: int) -> dict[str, An
         "frozen base ms": round(ms["base"], 2),
         "over PEFT": round(ms["lorakit"] / ms["PEFT"], 2),
     }
-    kept = {} if tokens == 1 else {n: kept_bytes(m, lambda m=m: _loss(m, ids)) for n, m in (("o", ours), ("t", theirs))}
-    return row | {
-        "kept MB": round(kept["o"] / 1e6, 2) if kept else None,
-        "PEFT kept MB": round(kept["t"] / 1e6, 2) if kept else None,
-    }
+    kept = [None if tokens == 1 else round(kept_bytes(m, partial(_loss, m, ids)) / 1e6, 2) for m in (ours, theirs)]
+    return row | {"kept MB": kept[0], "PEFT kept MB": kept[1]}
 
 
 def _decode(model: nn.Module, ids: Tensor) -> Callable[[], object]:

@@ -199,7 +199,7 @@ def _model(case: Case, folder: Path) -> str:
         return EMBEDDED
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = folder / f"llama-{case.hidden}-{str(case.dtype).removeprefix('torch.')}"
+    path = folder / f"llama-{case.hidden}x{case.layers}-{str(case.dtype).removeprefix('torch.')}"
     if not path.exists():
         config = LlamaConfig(
             vocab_size=VOCABULARY,

@@ -19,6 +19,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,15 @@ def _experts(tensors: Arrays, config: Mapping[str, Any]) -> dict[str, Effect]:
             front = holder + inside * ".base_layer"
             A, B = tensors.pop(f"{front}.lora_A.weight"), tensors.pop(f"{front}.lora_B.weight")
             module = f"{holder}.{parameter}"
-            rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
-            experts = len(A) // rank
-            scale = _scale(module, A[:rank], config)
-            effects[module] = Effect(
-                lambda A=A, B=B, r=rank, E=experts, s=scale: np.concatenate(
-                    [low_rank(B[:, e::E], A[e * r : (e + 1) * r], s) for e in range(E)]
-                )
-            )
+            rank = int(_by_pattern(config.get("rank_pattern") or {}, module, config["r"]))
+            effects[module] = Effect(partial(_of_experts, A, B, rank, _scale(module, A[:rank], config)))
     return effects
+
+
+def _of_experts(A: np.ndarray, B: np.ndarray, rank: int, scale: float) -> np.ndarray:
+    """Return each expert's ΔW below the one before. The rows of A are sorted by expert, the columns of B by rank."""
+    experts = len(A) // rank
+    return np.concatenate([low_rank(B[:, e::experts], A[e * rank : (e + 1) * rank], scale) for e in range(experts)])
 
 
 def _token_rows(module: str, rows: np.ndarray, config: Mapping[str, Any]) -> Effect:

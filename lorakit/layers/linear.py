@@ -18,7 +18,7 @@ from ..ops.linear import add_low_rank, needs_plain, reference
 from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
 from .bases import base_of
-from .batched import routes
+from .batched import linears
 from .batched.groups import group
 from .frozen import frozen_linear
 from .layer import LoraLayer, Shapes
@@ -59,7 +59,7 @@ class LinearLayer(LoraLayer):
             projection, dropout = fusible
             return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
-            return routes.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)
+            return linears.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)
         return self.lora_updated(super(LoraLayer, self).forward(x, *args, **kwargs), x, active)
 
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:

@@ -7,8 +7,9 @@ import time
 import torch
 
 # Bytes of a training process before the base is loaded, and what code and kernel buffers add during the first steps
-# (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA needs more.
-PROCESS, KERNELS = 365_000_000, 42_000_000
+# (torch 2.13 for CPUs: 400 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA needs more.
+PROCESS, KERNELS = 400_000_000, 42_000_000
+LIBRARIES = {"bitsandbytes": 45_000_000}  # what a quantizer's library adds when it is imported, measured likewise
 # The CUDA context with cuBLAS's workspace, in the device's memory: an estimate, not measured.
 CUDA_CONTEXT = 600_000_000
 

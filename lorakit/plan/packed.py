@@ -4,7 +4,8 @@
     backward    g Ŵ                 and again
 
 What they keep throughout is the packed weight. GPTQ and AWQ, which lorakit dequantizes itself, make Ŵ in float32 and
-convert it; bitsandbytes' int8 keeps the input of each linear until its backward, though it needs only Ŵ there.
+convert it. bitsandbytes' int8 keeps the input of each linear until its backward, though it needs only Ŵ there; torchao
+keeps the Ŵ of all linears, as its forward is an ordinary product that autograd records.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class PackedLinear(nn.Linear):
     """A linear that holds `packed_bytes` in place of its weight."""
 
     packed_bytes: int
+    packing: Packing
 
     @classmethod
     def of(cls, module: nn.Module, packing: Packing) -> PackedLinear:
@@ -71,23 +73,24 @@ class PackedLinear(nn.Linear):
         """x: [..., in] -> [..., out], in x's dtype."""
         storage, compute = self.packing.storage, self.packing.compute or x.dtype
         own = storage.method in ("gptq", "awq")
-        y = _Multiply.apply(x.to(compute), self.weight, self.bias, own, storage.keeps_input)
+        y = _Multiply.apply(x.to(compute), self.weight, self.bias, own, storage.keeps)
         return y.to(x.dtype)
 
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, in_float32: bool, keeps_input: bool) -> Tensor:
-        return F.linear(x, _dequantized(weight, x.dtype, in_float32), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.weight, _, ctx.in_float32, keeps_input = inputs
-        ctx.x = x if keeps_input else None
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, in_float32: bool, keeps: str | None
+    ) -> Tensor:
+        W = _dequantized(weight, x.dtype, in_float32)
+        ctx.weight, ctx.in_float32 = weight, in_float32
+        ctx.input, ctx.dense = x if keeps == "input" else None, W if keeps == "weight" else None
+        return F.linear(x, W, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return g @ _dequantized(ctx.weight, g.dtype, ctx.in_float32), None, None, None, None
+        W = _dequantized(ctx.weight, g.dtype, ctx.in_float32) if ctx.dense is None else ctx.dense
+        return g @ W, None, None, None, None
 
 
 def _dequantized(weight: Tensor, dtype: torch.dtype, in_float32: bool) -> Tensor:

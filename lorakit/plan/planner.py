@@ -23,6 +23,7 @@ from ..tasks.task import Task
 from .estimate import Estimate
 from .largest import largest
 from .live import SMALL
+from .machine import LIBRARIES
 from .packed import Packing
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
@@ -31,6 +32,8 @@ from .weightless import MOST_TOKENS
 # Blocks below glibc's largest mmap threshold (32 MiB) are allocated on one heap, which fragments and never shrinks. Its
 # size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).
 HEAP = 1.47
+# On a quantized base each linear's temporary dense weight lies between tensors that are kept: 1.7 to 2.2 measured.
+HEAP_PACKED = 1.85
 HEAP_CHECKPOINTING = 2.3  # kept tensors are scattered between a layer's temporary ones; 2.4 was measured
 MOST_ROWS = 256  # where the search for the largest batch ends
 COLUMNS = 8  # batches are padded to a multiple of this
@@ -125,9 +128,23 @@ class Planner:
             "weights": weights,
             "adapter": shell.added_bytes,
             "optimizer": self.optimizer_bytes,
-            "overhead": settings.overhead,
+            "overhead": settings.overhead + self._library(),
             "best": size if settings.device.type == "cpu" and settings.validation else 0,
         }
+
+    def _heap(self) -> float:
+        """Return the size of the C library's heap relative to the most bytes in use there."""
+        packing = self.settings.packing
+        if self.settings.checkpointing:
+            return HEAP_CHECKPOINTING
+        return HEAP if packing is None or packing.storage.keeps == "weight" else HEAP_PACKED
+
+    def _library(self) -> int:
+        """Return the bytes of the library that the base's linears need; on a GPU it is not in the device's memory."""
+        packing = self.settings.packing
+        if packing is None or self.settings.device.type != "cpu":
+            return 0
+        return LIBRARIES.get(packing.storage.method, 0)
 
     def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
         settings, shell = self.settings, self.shell
@@ -142,14 +159,7 @@ class Planner:
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
-        heap = (
-            int(
-                (HEAP_CHECKPOINTING if settings.checkpointing else HEAP)
-                * max(parts.get(SMALL, 0) for parts in stretches)
-            )
-            if on_cpu
-            else 0
-        )
+        heap = int(self._heap() * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
         moments = {"step": _moment(resting, step.stretches, heap)}
         if held_out:
             moments["evaluation"] = _moment(resting, held_out, heap)

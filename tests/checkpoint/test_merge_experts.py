@@ -117,3 +117,15 @@ def test_the_table_has_one_line_for_all_experts_of_a_kind(tmp_path):
     assert {name: count for name, count in rows.items() if "experts" in name} == {
         f"block_sparse_moe.experts.*.{w}": "8" for w in ("w1", "w2", "w3")
     }
+
+
+def test_what_extract_finds_between_two_checkpoints_attaches_to_the_stacks(tmp_path):
+    from lorakit.checkpoint.extract import extract
+
+    moe("mixtral").save_pretrained(tmp_path / "base")
+    model = adapted("mixtral")
+    merge_checkpoint(tmp_path / "base", lk.capture(model), tmp_path / "tuned")
+    found = extract(tmp_path / "base", tmp_path / "tuned", rank=3)
+    assert found.captured > 0.9999
+    again = lk.attach(moe("mixtral"), found.adapter, force=True)
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-3, rtol=0)

@@ -154,14 +154,14 @@ def test_storage_of_unknown_size_is_said_and_not_guessed(folder, tmp_path):
         planned(tmp_path)
 
 
-def test_a_step_has_one_dense_weight_at_a_time_and_int8_the_inputs_too(folder):
+def test_a_step_has_one_dense_weight_at_a_time_int8_the_inputs_too_and_torchao_all_weights(folder):
     rows, length = 4, 64
 
     def stretches(kind):
         planner = planned(folder, quantize=kind, targets=["q_proj"])
         return training_step(planner.shell, planner._batch(rows, length), planner._loss, False).stretches
 
-    dense, nf4, int8 = map(stretches, (None, "nf4", "int8"))
+    dense, nf4, int8, torchao = map(stretches, (None, "nf4", "int8", "torchao-int8"))
     largest = 4 * 64 * 128  # bytes of the gate's and the others' weight, made again in backward
     assert nf4["layers"]["working"] >= largest
     assert nf4["loss"]["activations"] >= dense["loss"]["activations"]
@@ -169,6 +169,8 @@ def test_a_step_has_one_dense_weight_at_a_time_and_int8_the_inputs_too(folder):
     # The output projection's and the MLP's last one's are kept for nothing else; norms keep their input, not their
     # output, which the others' is.
     assert 2 * 4 * rows * length * 64 <= kept <= 2 * 4 * rows * length * (3 * 64 + 128)
+    weights = torchao["loss"]["activations"] - nf4["loss"]["activations"]
+    assert weights == 4 * (LINEARS - 64 * 64 - 2 * 32 * 64)  # the first q, k and v have an input without gradient
 
 
 def test_a_run_that_does_not_fit_is_told_that_it_would_quantized(tmp_path):

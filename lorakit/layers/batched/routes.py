@@ -4,13 +4,13 @@
 
 `Routing` has one batch's choices, and what layers derive from them once and share. `Routes` has what outlives a batch:
 the layers, their stacks (see `stacks`), and the last batches' routings. With choices per token, each token is a row
-here.
+here. Linears have faster ways than `Routing.add_updates`, see `linears`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,16 +20,12 @@ from ...errors import StateError
 from ...ops.batched import sampled, stacked
 from ...ops.batched.sampled import Pattern, add_sampled
 from ...ops.batched.schedule import Row, Schedule, in_place, runs, schedule_rows
-from ...ops.batched.segments import Segments, add_segments, segments
-from ...ops.linear import add_low_rank, needs_plain
-from ...ops.shared_mask import mask_for
-from ..frozen import frozen_linear
-from .groups import group
+from ...ops.batched.segments import Segments, segments
 from .stacks import Order, Stack, Stacks, Uses
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
-    from ..updates.update import LiveUpdate, Pair
+    from ..updates.update import LiveUpdate
 
 Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () is the base
 
@@ -289,27 +285,15 @@ class Routing:
         """Return g [out] of each adapter of the batch that has one, as they were when `stack` returned."""
         return self._uses[layer].gains
 
-    def gain(self, layer: LoraLayer, gains: Mapping[str, Tensor], y: Tensor) -> Tensor:
-        """Return Σ weight · (g - 1) of each choice: [choices, out], in y's dtype. `gains`: g [out] of each adapter with
-        one.
-        """
-        excesses = torch.stack(list(gains.values())) - 1  # [adapters, out]
-        key = ("gain", tuple(gains), excesses.dtype, y.device)
+    def weights(self, children: Sequence[str], like: Tensor) -> Tensor:
+        """Return the weights of these adapters in each choice: [choices, adapters], in the dtype of `like`."""
+        key = ("weights", tuple(children), like.dtype, like.device)
         if key not in self._shared:
-            weights = {choice: [dict(choice).get(child, 0.0) for child in gains] for choice in set(self.choices)}
-            rows = [weights[choice] for choice in self.choices]
-            self._shared[key] = torch.tensor(rows, dtype=excesses.dtype, device=y.device)
-        return self._shared[key] @ excesses
-
-    def add_gains(
-        self, layer: LoraLayer, gains: Mapping[str, Tensor], tokens: int, y: Tensor, y0: Tensor | None = None
-    ) -> Tensor:
-        """Return y plus each row's (g - 1)(y0 - b), as a new contiguous tensor. y0: the base's output, y itself if
-        None; `tokens`: of each choice.
-        """
-        h = self.gain(layer, gains, y)
-        rows = y.reshape(len(h), tokens, y.shape[-1])
-        return layer.lora_gained(rows, rows if y0 is None else y0.reshape(rows.shape), h).view(y.shape)
+            of = {choice: [dict(choice).get(child, 0.0) for child in children] for choice in set(self.choices)}
+            rows = [of[choice] for choice in self.choices]
+            self._shared[key] = torch.tensor(rows, dtype=like.dtype, device=like.device)
+        found: Tensor = self._shared[key]
+        return found
 
     def add(self, stack: Stack, tokens: int, y: Tensor, x: Tensor) -> None:
         """Add the updates to y in place. y: [N, out], contiguous, x: [N, in]; `tokens`: of each row."""
@@ -369,77 +353,3 @@ def _groups(choices: tuple[Choice, ...]) -> Choice:
     if not single or len({rows for _, rows in runs}) > 1 or len({choice[0][0] for choice, _ in runs}) < len(runs):
         return ()
     return tuple(choice[0] for choice, _ in runs)
-
-
-def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
-    """Compute a routed linear's output. `base`: the module's own forward."""
-    routing = layer.lora_route
-    assert routing is not None
-    tokens = routing.tokens(layer, x)
-    if not tokens:
-        return base(x, *args, **kwargs)
-    unpaired = routing.unpaired(layer)
-    if not unpaired:
-        return _pairs(layer, routing, tokens, base, x, *args, **kwargs)
-    y0 = base(x, *args, **kwargs)
-    y = _pairs(layer, routing, tokens, lambda *_, **__: y0.clone(), x, *args, **kwargs)  # a clone, to be written into
-    return routing.add_updates(layer, y, x, unpaired, y0)
-
-
-def _pairs(
-    layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., Tensor], x: Tensor, *args, **kwargs
-) -> Tensor:
-    """Compute the output with the updates that are pairs of matrices."""
-    plain = needs_plain()
-    if not (plain or layer.training or torch.is_grad_enabled()):
-        return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
-    grouped = None if plain else group(layer, x)
-    if grouped is not None and grouped.A is not None and grouped.B is not None:
-        mask = mask_for(x, grouped.dropout, layer) if grouped.dropout else None
-        y = _writable(layer, base(x, *args, **kwargs))
-        if grouped.h is not None:
-            rows = y.view(len(grouped.h), -1, y.shape[-1])
-            y = layer.lora_gained(rows, rows, grouped.h).view(y.shape)
-        return add_low_rank(y, x, grouped.A, grouped.B, grouped.scale, mask)
-    modules = layer._modules
-    pairs: dict[str, Pair] = {
-        c: pair for c in routing.children if c in modules and (pair := modules[c].pair(layer)) is not None
-    }
-    if not pairs:
-        return base(x, *args, **kwargs)
-    if plain or (layer.training and any(f.dropout for f in pairs.values())):
-        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(pairs))
-    if not (
-        torch.is_grad_enabled()
-        and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in pairs.values()))
-    ):
-        return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
-    if any(f.B.dim() == 3 for f in pairs.values()):  # packed
-        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(pairs))
-    parts = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(pairs.items())}, tokens, x)
-    factors = [(f.A, f.B) for f in pairs.values()]
-    gains = {c: f.gain for c, f in pairs.items() if f.gain is not None}
-    frozen = frozen_linear(layer, x) if not gains and not args and not kwargs and layer.lora_plain else None
-    if frozen is not None:
-        return add_segments(None, x, *frozen, parts, factors)
-    y = base(x, *args, **kwargs)
-    y = routing.add_gains(layer, gains, tokens, y) if gains else _writable(layer, y)
-    return add_segments(y, x, None, None, parts, factors)
-
-
-def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tensor) -> Tensor:
-    """Add the updates from the layer's stack, without gradients."""
-    stack = routing.stack(layer, y)
-    if stack is None:
-        return y
-    gains = routing.stacked_gains(layer)
-    with torch.no_grad():
-        y = routing.add_gains(layer, gains, tokens, y) if gains else _writable(layer, y)
-        routing.add(stack, tokens, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype))
-    return y
-
-
-def _writable(layer: LoraLayer, y: Tensor) -> Tensor:
-    """Return y as a contiguous tensor that may be written into."""
-    fresh = layer.lora_fresh_output and not (y.requires_grad and y.is_leaf)
-    return y.contiguous() if fresh else y.clone(memory_format=torch.contiguous_format)

@@ -106,11 +106,6 @@ class DoraFactors(LiveUpdate):
         with torch.no_grad():
             self.magnitude.copy_(self.norm(layer).view(-1, 1))  # D may not be zero any more (LoftQ)
 
-    def value(self, layer: LoraLayer) -> Dora:
-        return Dora(self.inner.value(layer), self.magnitude.detach())
-
-    # The forward
-
     def faster(self, layer: LoraLayer) -> tuple[str, ...]:
         """Those of D, and the magnitude, as PEFT has it."""
         inner = self.inner.faster(layer)
@@ -118,6 +113,11 @@ class DoraFactors(LiveUpdate):
 
     def freeze_a(self, layer: LoraLayer, name: str) -> None:
         self.inner.freeze_a(layer, name)
+
+    def value(self, layer: LoraLayer) -> Dora:
+        return Dora(self.inner.value(layer), self.magnitude.detach())
+
+    # The forward
 
     def pair(self, layer: LoraLayer) -> Pair | None:
         if not self.width:
@@ -158,8 +158,6 @@ class DoraFactors(LiveUpdate):
 
     def _known(self, layer: LoraLayer) -> _Kept | None:
         """Return g and the pair from the last call, or computed now to be kept; None if they must not be kept."""
-        # Some optimizers write parameters without counting it. But a step needs gradients, so a forward that makes some
-        # comes before it, and forgets.
         trains = self.training or torch.is_grad_enabled()
         if torch.compiler.is_compiling() or (trains and any(p.requires_grad for p in self.parameters())):
             self._kept = None

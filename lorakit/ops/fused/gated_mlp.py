@@ -142,7 +142,7 @@ class _GatedMlp(torch.autograd.Function):
         dh, gradients_down = p.backward([g], h, dropped, mask, low_down, [down], ctx.needs_down)
         of_gains: list[Tensor | None] = [None] * (count + 1)
         if ctx.needs_gains[-1]:
-            of_gains[-1] = gradient_of_gain(g, linears[-1], down.h)
+            of_gains[-1] = gradient_of_gain(g, linears[-1], _gain(down))
         if dh is None:
             return (*[None] * (7 + 4 * count), *gradients_down, *of_gains)
         del h, dropped
@@ -152,12 +152,12 @@ class _GatedMlp(torch.autograd.Function):
         mask = None if state is None else Mask(ctx.dropout, state)
         dx, gradients = p.backward(grads, x, _dropped(x, ctx.dropout, state), mask, low, gate_up, ctx.needs)
         for i, (grad, linear) in enumerate(zip(grads, linears)):
-            if ctx.needs_gains[i]:
-                of_gains[i] = (
-                    _from_output(grad, outs[i], gate_up[i], gradients[4 * i + 3])
-                    if linear is None
-                    else gradient_of_gain(grad, linear, gate_up[i].h)
-                )
+            if not ctx.needs_gains[i]:
+                continue
+            if linear is None:
+                of_gains[i] = _from_output(grad, outs[i], gate_up[i], gradients[4 * i + 3])
+            else:
+                of_gains[i] = gradient_of_gain(grad, linear, _gain(gate_up[i]))
         dx = dx.view(ctx.shape) if dx is not None else None
         return (dx, *[None] * 6, *gradients, *gradients_down, *of_gains)
 
@@ -169,10 +169,14 @@ def _unflat(tensors: Sequence[Tensor | None], scales: Sequence[float], dropout: 
     return [one._replace(h=h) for one, h in zip(rebuilt, gains, strict=True)]
 
 
+def _gain(projection: Projection) -> Tensor:
+    assert projection.h is not None
+    return projection.h
+
+
 def _from_output(g: Tensor, out: Tensor, projection: Projection, dB: Tensor | None) -> Tensor:
     """Return the gradient of a gain from the projection's output and the gradients of the output and of B."""
-    h, bias, B = projection.h, projection.bias, projection.B
-    assert h is not None
+    h, bias, B = _gain(projection), projection.bias, projection.B
     total = gradient_of_gain(g, out if bias is None else out - bias, h)
     if dB is not None and B is not None:
         total = total - (dB * B).sum(1)
