@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _row(kind: str, base: nn.Module, x: Tensor, rounds: int) -> Row:
         row[f"{what}, lorakit / PEFT"] = seconds["lorakit"] / seconds["PEFT"]
     for name in ("lorakit", "PEFT"):
         model = models[name].train()
-        row[f"{name} kept MB"] = kept_bytes(model, lambda model=model: model(wide)) / 1e6
+        row[f"{name} kept MB"] = kept_bytes(model, partial(model, wide)) / 1e6
     return row
 
 

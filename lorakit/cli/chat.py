@@ -9,18 +9,9 @@ import typer
 from ..config import Quantization
 from .shared.loading import load
 from .shared.names import check_names
-from .shared.options import (
-    ChatTemplate,
-    ChatTemplateKwargs,
-    ComputeDtype,
-    Double,
-    Model,
-    Precision,
-    Quantize,
-    TopP,
-    template_kwargs,
-)
+from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.output import say
+from .shared.quantizing import ComputeDtype, Double, Quantize
 from .shared.starting import starting
 
 _HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit exits"

@@ -18,20 +18,17 @@ from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
     Columns,
-    ComputeDtype,
     DataTemplate,
     Date,
-    Double,
     Model,
     Precision,
-    Quantize,
     Split,
     Turns,
     pairs,
-    quantize_flags,
     template_kwargs,
 )
 from .shared.output import output, say
+from .shared.quantizing import ComputeDtype, Double, Quantize, quantize_flags
 from .shared.starting import starting
 
 if TYPE_CHECKING:

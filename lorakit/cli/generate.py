@@ -12,17 +12,8 @@ from ..config import Quantization
 from ..errors import ConfigError
 from .shared.loading import load
 from .shared.names import check_names
-from .shared.options import (
-    ChatTemplate,
-    ChatTemplateKwargs,
-    ComputeDtype,
-    Double,
-    Model,
-    Precision,
-    Quantize,
-    TopP,
-    template_kwargs,
-)
+from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
+from .shared.quantizing import ComputeDtype, Double, Quantize
 from .shared.starting import starting
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ..config import Choice, LoraConfig, LoraSettings, RunSettings, part
+from ..config import Choice, LoraConfig, LoraSettings, RunSettings, part, variants
 from ..errors import AdapterError, ConfigError
 from .method import Start, StartData
 
@@ -76,7 +76,7 @@ def start(config: RunSettings) -> Start | None:
     fixed = {name: getattr(adapter.config, name) for name in LoraSettings.model_fields if name not in _NOT_FIXED}
     kinds = {update.variant for update in adapter.updates.values()}
     kinds -= {"tokens"} if len(kinds) > 1 else set()  # beside the others
-    if len(kinds) == 1:
+    if len(kinds) == 1 and kinds <= {*variants()}:  # factors of experts are a LoRA's
         fixed["variant"] = kinds.pop()
     recipe = adapter.metadata.get("recipe")
     spellings = {}

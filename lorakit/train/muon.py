@@ -1,7 +1,7 @@
 """Muon for matrices, and AdamW for the parameters that it is not for: vectors, kernels, and those of embeddings.
 
-Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix. Its updates are scaled to
-the size of AdamW's (Liu et al. 2025), so both have the same learning rate and weight decay.
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix. Its updates have a size of
+0.2 of the learning rate, whatever the shape (Liu et al. 2025); AdamW has a lower rate.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RunSettings
-from ..config.optimizers import OPTIMIZERS
+from ..config.optimizers import MUON_OVER_ADAMW, OPTIMIZERS
 from ..errors import ConfigError
 from .lion import Lion
 from .muon import MuonWithAdamW, muon_matrices, split
@@ -73,7 +73,17 @@ def build(
         return Lion(groups, lr=rate, betas=(config.beta1, momentum(config)), weight_decay=decay)
     if name == "muon":
         matrices = {parameters[matrix] for matrix in muon_matrices(model, parameters)}
-        return MuonWithAdamW(*split(groups, matrices), rate, momentum(config), betas, decay)
+        of_matrices, others = split(groups, matrices)
+        slower = [
+            group
+            | {
+                "lr": group["lr"] / MUON_OVER_ADAMW,
+                FACTOR: group[FACTOR] / MUON_OVER_ADAMW,
+                LABEL: "_".join(filter(None, (group[LABEL], "adamw"))),
+            }
+            for group in others
+        ]
+        return MuonWithAdamW(of_matrices, slower, rate, momentum(config), betas, decay)
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
     for parameter in parameters.values():

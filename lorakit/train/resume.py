@@ -62,16 +62,16 @@ def trainable(model: nn.Module, adapter: str = DEFAULT) -> dict[str, nn.Paramete
 
 
 def buffers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, Tensor]:
-    """Return the persistent buffers of an adapter's updates by name, named as in `trainable`.
+    """Return what an adapter's updates hold besides their trained parameters, by name, named as in `trainable`.
 
-    They are what an update remembers besides its trained parameters: a frozen start, AdaLoRA's importances. Buffers
-    registered with `persistent=False` are computed again when the adapter is attached.
+    These are persistent buffers (a frozen start, AdaLoRA's importances) and parameters that are not trained (LoRA-FA's
+    A). Buffers registered with `persistent=False` are computed again when the adapter is attached.
     """
     found: dict[str, Tensor] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, LiveUpdate):
             held = module.state_dict(prefix=f"{module_name}.", keep_vars=True)
-            found |= {name: t for name, t in held.items() if not isinstance(t, nn.Parameter)}
+            found |= {name: t for name, t in held.items() if not t.requires_grad}
     return _of_adapter(found, adapter)
 
 
@@ -199,13 +199,13 @@ def newest_state(folder: Path) -> dict[str, Any]:
 
 
 def newest_ranks(folder: Path) -> dict[str, int] | None:
-    """Return the rows of each trained factor A in the newest checkpoint, by module.
-
-    None if there is no checkpoint that can be read, or a module's A is not among what is trained.
-    """
+    """Return the rows of each factor A in the newest checkpoint, by module; None if there is none that can be read."""
     for step in reversed(steps_in(folder)):
         try:
-            shapes = read_shapes(folder / f"{PREFIX}{step}" / "trainable.safetensors")
+            at = folder / f"{PREFIX}{step}"
+            shapes = read_shapes(at / "trainable.safetensors")
+            if (at / "buffers.safetensors").exists():  # LoRA-FA's A
+                shapes = shapes | read_shapes(at / "buffers.safetensors")
         except AdapterError:
             continue  # `load_newest` says so
         ranks: dict[str, dict[str, int]] = {"A": {}, "B": {}}

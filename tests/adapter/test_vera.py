@@ -131,6 +131,7 @@ def test_settings_that_it_has_not_are_refused():
     for settings, said in (
         ({"rank_pattern": {"q_proj": 2}}, "one rank"),
         ({"alpha_pattern": {"q_proj": 2.0}}, "no scale"),
+        ({"alpha": 8.0}, "no scale"),
         ({"rslora": True}, "no scale"),
         ({"packed": {"q_proj": [True, False]}}, "packed"),
     ):

@@ -14,7 +14,7 @@ import lorakit as lk
 from lorakit.adapter.tokens import Tokens
 from lorakit.bases.vocabulary import grow
 from lorakit.checkpoint import merge_checkpoint
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, TargetError
 
 
 @pytest.fixture(params=["untied", "tied"])
@@ -73,11 +73,20 @@ def test_an_output_layer_that_would_be_left_without_rows_is_refused(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_two_adapters_with_tokens_of_one_embedding_are_refused(base, tmp_path):
-    adapter = lk.capture(trained(base, [5]))
-    assert any(isinstance(update, Tokens) for update in adapter.updates.values())
-    with pytest.raises(AdapterError, match="has trained tokens in one of the adapters"):
-        merge_checkpoint(base, [adapter, adapter], tmp_path / "merged")
+def test_two_adapters_with_tokens_of_one_embedding_add_up_as_live(base, tmp_path):
+    first, second = lk.capture(trained(base, [5, 9])), lk.capture(trained(base, [5, 30]))
+    assert any(isinstance(update, Tokens) for update in first.updates.values())
+    model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    for name, adapter in (("first", first), ("second", second)):
+        lk.attach(model, adapter, name)
+    lk.activate(model, {"first": 1.0, "second": 1.0})
+    if model.config.tie_word_embeddings:
+        with pytest.raises(TargetError, match=r"is one weight with 'lm_head\.weight'"):
+            merge_checkpoint(base, [first, second], tmp_path / "merged")
+        return
+    merge_checkpoint(base, [first, second], tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-4)
 
 
 def test_an_adapter_that_has_the_rows_of_a_tied_weight_twice_keeps_it_tied(tmp_path):

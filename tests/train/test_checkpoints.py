@@ -230,3 +230,23 @@ def test_a_checkpoint_without_buffers_has_no_file_of_them(trained, tmp_path):
     path = save(tmp_path, 1, *trained())
     assert not (path / "buffers.safetensors").exists()
     assert "buffers" not in resume.read(path).state
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_the_frozen_a_of_lora_fa_is_there_again_whatever_was_drawn(tmp_path, init):
+    def attached(seed: int) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4))
+        torch.manual_seed(seed)
+        return lk.attach(model, lk.LoraConfig(rank=2, targets=["0"], freeze_a=True, init=init))
+
+    model, other = attached(1), attached(2)
+    with torch.no_grad():
+        model[0].lora_default.A.mul_(1.5)  # another machine's singular vectors, or random numbers
+        model[0].lora_default.B.normal_()
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for m in (model, other)]
+    save(tmp_path, 1, model, optimizers[0])
+    assert resume.newest_ranks(tmp_path) == {"0": 2}
+    resume.restore(resume.load_newest(tmp_path), other, optimizers[1])
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), other(x))

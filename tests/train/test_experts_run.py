@@ -50,3 +50,11 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     monkeypatch.undo()
     again = train(config, QUIET)
     assert lk.Adapter.load(again.adapter).digest() == lk.Adapter.load(undisturbed.adapter).digest()
+
+
+def test_an_adapter_of_experts_alone_can_be_trained_further(make_config, mixtral, tmp_path):
+    first = train(make_config(model=mixtral, steps=1, targets=["experts"], out=str(tmp_path / "first")), QUIET)
+    again = make_config(model=mixtral, steps=1, adapter=str(first.adapter), out=str(tmp_path / "again"))
+    before, after = factors(first.adapter), factors(train(again, QUIET).adapter)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name].B, after[name].B) for name in before)

@@ -98,7 +98,7 @@ def test_muon_moves_matrices_as_torchs_does_and_everything_else_as_adamw(tiny_ll
     found = steps(ours, build(config("muon"), ours, dict(ours.named_parameters()), 1e-2))
     matrix, *others = list(theirs.parameters())
     muon = torch.optim.Muon([matrix], lr=1e-2, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, lr=1e-2, weight_decay=0)
+    adamw = torch.optim.AdamW(others, lr=1e-2 / 3, weight_decay=0)
     steps(theirs, _Both(muon, adamw))
     for one, other in zip(found, theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-6)
@@ -196,11 +196,12 @@ def test_the_start_panel_says_what_trains_and_at_which_rate(make_config):
     said = dict(facts(job))
     assert said["optimizer"].startswith("Muon for 28 matrices, AdamW for 0 other parameters, beta1 0.9")
     assert "momentum 0.95" in said["optimizer"]
+    assert "3 times AdamW's for Muon" in said["learning rate"]
     rates = {
         name: set_up(
             make_config(optimizer=name, steps=200, learning_rate="auto", out=job.folder.path.parent / name)
         ).rate
         for name in ("adamw", "lion")
     }
-    assert rates["lion"].value == pytest.approx(rates["adamw"].value / 5, rel=0.05)
-    assert rates["lion"].reason.endswith("a 5th of AdamW's for Lion")
+    assert rates["lion"].value == pytest.approx(rates["adamw"].value / 2, rel=0.05)
+    assert rates["lion"].reason.endswith("half of AdamW's for Lion")

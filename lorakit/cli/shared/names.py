@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...bases.hub_reach import check_hub
-from ...bases.load import EMBEDDED, EXPECTED
 
 _DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 
@@ -16,6 +15,8 @@ def check_names(model: str | None = None, data: str | None = None, adapters: Ite
 
     `adapters`: as in --adapter, PATH or NAME=PATH.
     """
+    from ...bases.load import EMBEDDED, EXPECTED
+
     if model is not None and model != EMBEDDED and model.count("/") <= 1:
         check_hub(model, EXPECTED)
     if data is not None and data.count("/") <= 1 and Path(data).suffix not in _DATA_FILES:

@@ -13,7 +13,7 @@ from ...io.json_object import read_json
 from ...methods import method_of
 from ...tasks import DEFAULT, task_of
 from ...train.config import TrainConfig
-from .options import quantize_flags
+from .quantizing import quantize_flags
 
 
 def command(verb: str, *arguments: str, **options: Any) -> str:

@@ -6,15 +6,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ...config import Quantization
-from ...config.quantization import COMPUTE_HELP, DOUBLE_HELP, QUANTIZE_HELP, Quantizer
 from ...errors import ConfigError
 
 Model = Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")]
 Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="the base's precision")]
-Quantize = Annotated[Quantizer | None, typer.Option(help=QUANTIZE_HELP)]
-Double = Annotated[bool, typer.Option("--double/--no-double", help=DOUBLE_HELP)]
-ComputeDtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help=COMPUTE_HELP)]
 TopP = Annotated[
     float, typer.Option(min=0, max=1, help="sample from the most likely tokens with this total probability")
 ]
@@ -40,12 +35,6 @@ ChatTemplateKwargs = Annotated[
     typer.Option(metavar="NAME=VALUE,...", help="further variables of the chat template: enable_thinking=false"),
 ]
 Date = Annotated[str | None, typer.Option(help="the date that the chat template writes, YYYY-MM-DD")]
-
-
-def quantize_flags(how: Quantization) -> dict[str, Any]:
-    """Return the options that quantize a base in this way, for `next.command`."""
-    compute = None if how.compute_dtype == "auto" else how.compute_dtype
-    return {"quantize": how.quantize, "no_double": not how.double, "compute_dtype": compute}
 
 
 def pairs(text: str | None, what: str) -> dict[str, str]:

@@ -158,8 +158,6 @@ class DoraFactors(LiveUpdate):
 
     def _known(self, layer: LoraLayer) -> _Kept | None:
         """Return g and the pair from the last call, or computed now to be kept; None if they must not be kept."""
-        # Some optimizers write parameters without counting it. But a step needs gradients, so a forward that makes some
-        # comes before it, and forgets.
         trains = self.training or torch.is_grad_enabled()
         if torch.compiler.is_compiling() or (trains and any(p.requires_grad for p in self.parameters())):
             self._kept = None

@@ -11,7 +11,7 @@ the small differences keep their digits. The gradients of A and B are those of s
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ...adapter.lora import Factors
 from ...config import LoraConfig, scale_of
 from ...errors import AdapterError, StateError, TargetError
 from ...ops.packed import compact_packed
+from ..versions import Versions
 from .update import LiveUpdate, Pair, device_of, master_dtype
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class LoraFactors(LiveUpdate):
         self.rank = B.shape[-1] if self.is_packed else A.shape[0]
         self.width = A.shape[0]
         self.A0 = self.B0 = None
-        self._shifted: tuple[tuple[int, ...], Shifted] | None = None  # with the versions of its tensors
+        self._shifted: tuple[Versions, Shifted] | None = None
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -116,17 +117,21 @@ class LoraFactors(LiveUpdate):
         if self.A0 is None or self.B0 is None:
             return self
         A, B, A0, B0 = self.A, self.B, self.A0, self.B0
-        # Some optimizers write parameters without counting it. But a step needs gradients, so a forward that makes some
-        # comes before it, and forgets.
         trains = (self.training or torch.is_grad_enabled()) and (A.requires_grad or B.requires_grad)
-        if trains or A.is_inference() or torch.compiler.is_compiling():
-            self._shifted = None
+        if torch.compiler.is_compiling() or trains:
             return self._subtracted(A, B, A0, B0)
-        key = tuple(number for t in (A, B, A0, B0) for number in (t._version, t.data_ptr()))
-        if self._shifted is None or self._shifted[0] != key:
+        tensors = (A, B, A0, B0)
+        if self._shifted is None or not self._shifted[0].are(tensors):
+            versions = Versions.of(tensors)
             with torch.inference_mode(False), torch.no_grad():  # it outlives the call, which may be in inference mode
-                self._shifted = key, self._subtracted(A, B, A0, B0)
+                shifted = self._subtracted(A, B, A0, B0)
+            if versions is None:
+                return shifted
+            self._shifted = versions, shifted
         return self._shifted[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shifted": None}  # a copy has other tensors
 
     def _subtracted(self, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Shifted:
         delta, up = A - A0, torch.cat([B - B0, B0], 1 if B.dim() == A.dim() else -1)

@@ -59,8 +59,8 @@ class VeraVectors(LiveUpdate):
                 f"'{name}' has rank {config.rank_of(name)} (LoraConfig.rank_pattern), and VeRA's modules share random "
                 f"matrices of one rank, {config.rank}\n  remove rank_pattern"
             )
-        if config.rslora or config.alpha_of(name) != config.alpha:
-            raise TargetError("VeRA has no scale (LoraConfig.rslora, alpha_pattern)\n  remove these settings")
+        if config.rslora or config.alpha_of(name) != LoraConfig.model_fields["alpha"].default:
+            raise TargetError("VeRA has no scale (LoraConfig.rslora, alpha, alpha_pattern)\n  remove these settings")
         size_in, size_out = layer.lora_sizes()
         dtype, device = master_dtype(layer), device_of(layer)
         d = torch.full((config.rank,), config.vera_start, dtype=dtype, device=device)

@@ -6,6 +6,7 @@ import peft
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from tiny import logits
 from torch import nn
 
@@ -254,3 +255,17 @@ def test_of_a_large_weight_the_first_singular_values_are_found_almost_all(monkey
     found = svd.first(U * S @ V.T, 8)
     torch.testing.assert_close(found.S, S[:8], atol=1e-4, rtol=0)
     torch.testing.assert_close(found.U * found.S @ found.Vt, U[:, :8] * S[:8] @ V[:, :8].T, atol=2e-2, rtol=0)
+
+
+def test_without_gradients_it_follows_writes_that_are_not_counted_and_compiles():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 10)).eval()
+    lk.attach(model, lk.LoraConfig(rank=2, init="pissa", targets=["0"]))
+    x = torch.randn(3, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        model(x), compiled(x)
+        model[0].lora_default.B.data.add_(0.5)  # as averages of parameters do that stand in for an evaluation
+        expected = model[0].lora_default.value(model[0]).delta() @ x.T + F.linear(x, model[0].weight, model[0].bias).T
+        for made in (model(x), compiled(x)):
+            torch.testing.assert_close(made, expected.T)

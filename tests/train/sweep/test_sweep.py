@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,8 @@ def test_runs_that_differ_in_everything_end_as_alone(make_config, tmp_path, data
         f"r{c['rank']}": make_config(**{"sample_tokens": 0, "out": str(out / "runs" / f"r{c['rank']}")} | c)
         for c in differing
     }
-    plan = Sweep({"out": str(out), "rank": [c["rank"] for c in differing]}, ("rank",), runs)
+    points = {f"r{c['rank']}": {"rank": c["rank"]} for c in differing}
+    plan = Sweep({"out": str(out), "rank": [c["rank"] for c in differing]}, ("rank",), runs, points)
     outcome = start(plan)
     assert len({entry.steps for entry in outcome.entries}) >= 3  # some leave the batch before others
     assert_as_alone(plan, tmp_path)
@@ -181,7 +183,7 @@ def test_a_run_that_stops_early_leaves_the_others_as_they_would_be(make_sweep, t
     plan = make_sweep(learning_rate=[2e-3, 3.0], steps=9, eval_every=1, patience=1, schedule="constant")
     outcome = start(plan)
     assert {entry.name: entry.stopped for entry in outcome.entries} == {"lr=2e-3": None, "lr=3": "early"}
-    assert_as_alone(plan.__class__(plan.settings, plan.swept, {"lr=2e-3": plan.runs["lr=2e-3"]}), tmp_path)
+    assert_as_alone(replace(plan, runs={"lr=2e-3": plan.runs["lr=2e-3"]}), tmp_path)
     stopped = next(entry for entry in outcome.entries if entry.stopped)
     assert stopped.best_step + 1 == stopped.step < 9
 
@@ -424,9 +426,7 @@ def test_a_run_whose_loss_is_not_finite_leaves_and_the_others_end_as_alone(make_
     assert "the loss is nan at step 4" in last.failed
     assert not RunFolder(plan.runs["rank=4"].out).adapter.exists()
     monkeypatch.undo()
-    assert_as_alone(
-        plan.__class__(plan.settings, plan.swept, {n: c for n, c in plan.runs.items() if n != "rank=4"}), tmp_path
-    )
+    assert_as_alone(replace(plan, runs={n: c for n, c in plan.runs.items() if n != "rank=4"}), tmp_path)
     assert start(plan).entries[-1].failed == last.failed  # also when it is started again
 
 
