@@ -145,7 +145,7 @@ def _configs(fixed: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, A
     configs, errors = [], {}
     for name, own, point in zip(names(points), fixed, points, strict=True):
         try:
-            configs.append(TrainConfig(**own | point))
+            configs.append(TrainConfig(**{**own, **point}))
         except ConfigError as error:
             errors[name] = str(error)
     if not errors:
