@@ -237,7 +237,10 @@ def save(
 def trained(config: RunSettings) -> str:
     own = part(config, LoraRunSettings)
     start = f", starting from {own.adapter}" if own.adapter else "" if own.init == "default" else f", init {own.init}"
-    return f"rank {own.rank}, alpha {own.alpha:g}{start}"
+    kind = "" if own.variant == "lora" else f"{own.variant}, "
+    ways = (", rslora" if own.rslora else "") + (", A frozen" if own.freeze_a else "")
+    ways += f", B at {own.lora_plus:g} times A's rate" if own.lora_plus else ""
+    return f"{kind}rank {own.rank}, alpha {own.alpha:g}{start}{ways}"
 
 
 def note_together(config: RunSettings) -> str | None:
