@@ -31,7 +31,7 @@ class Awq:
     def kind(self, settings: Settings) -> str:
         return "awq"
 
-    def new_settings(self, kind: str, like: Any) -> Settings:
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Settings:
         return Settings(getattr(like, "group_size", 128))
 
     def config(self, settings: Settings, unquantized: list[str]) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class Bits4:
     def kind(self, settings: Blockwise) -> str:
         return settings.kind
 
-    def new_settings(self, kind: str, like: Any) -> Blockwise:
-        return Blockwise(kind, double=False, dtype=getattr(like, "dtype", torch.bfloat16))
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Blockwise:
+        return Blockwise(kind, double=False, dtype=getattr(like, "dtype", dtype))
 
     def config(self, settings: Blockwise, unquantized: list[str]) -> dict[str, Any]:
         return {

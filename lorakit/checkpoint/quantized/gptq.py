@@ -36,7 +36,7 @@ class Gptq:
     def kind(self, settings: Settings) -> str:
         return "gptq"
 
-    def new_settings(self, kind: str, like: Any) -> Settings:
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Settings:
         return Settings(group_size=getattr(like, "group_size", 128))
 
     def config(self, settings: Settings, unquantized: list[str]) -> dict[str, Any]:

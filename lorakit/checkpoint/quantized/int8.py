@@ -27,7 +27,7 @@ class Int8:
     def kind(self, settings: Any) -> str:
         return "int8"
 
-    def new_settings(self, kind: str, like: Any) -> dict[str, Any]:
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> dict[str, Any]:
         return {}
 
     def config(self, settings: Any, unquantized: list[str]) -> dict[str, Any]:
