@@ -21,6 +21,7 @@ class Awq:
     """A weight that is quantized again keeps its groups, scales and zero points."""
 
     kinds: ClassVar[tuple[str, ...]] = ("awq",)
+    title: ClassVar[str] = awq.TITLE
     marker: ClassVar[str] = "qweight"
     main: ClassVar[str] = "qweight"
     names: ClassVar[tuple[str, ...]] = awq.NAMES

@@ -22,6 +22,7 @@ class Bits4:
     """Each block's scale is the largest |W| in it, so it is computed again when a weight is quantized again."""
 
     kinds: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    title: ClassVar[str] = blockwise.TITLE
     marker: ClassVar[str] = "weight.absmax"
     main: ClassVar[str] = "weight"
     names: ClassVar[tuple[str, ...]] = ("weight",)

@@ -26,6 +26,7 @@ class Gptq:
     """A weight that is quantized again keeps its groups, scales and zero points."""
 
     kinds: ClassVar[tuple[str, ...]] = ("gptq",)
+    title: ClassVar[str] = gptq.TITLE
     marker: ClassVar[str] = "qweight"
     main: ClassVar[str] = "qweight"
     names: ClassVar[tuple[str, ...]] = gptq.NAMES

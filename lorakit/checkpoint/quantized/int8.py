@@ -17,6 +17,7 @@ class Int8:
     """Each output's scale is its largest |W|, so it is computed again when a weight is quantized again."""
 
     kinds: ClassVar[tuple[str, ...]] = ("int8",)
+    title: ClassVar[str] = int8.TITLE
     marker: ClassVar[str] = "SCB"
     main: ClassVar[str] = "weight"
     names: ClassVar[tuple[str, ...]] = ("weight", "SCB")

@@ -20,6 +20,7 @@ from ...errors import LorakitError
 from . import gptq
 from .int32 import pack
 
+TITLE = "AWQ"  # what a base with such weights is said to be
 BITS, PER_WORD = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies at each place of a word
 NAMES = ("qweight", "qzeros", "scales")

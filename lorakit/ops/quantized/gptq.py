@@ -23,6 +23,7 @@ from torch import Tensor
 from ...errors import LorakitError
 from .int32 import WORD, pack, unpack
 
+TITLE = "GPTQ"  # what a base with such weights is said to be
 BITS = (2, 3, 4, 8)
 NAMES = ("qweight", "qzeros", "scales", "g_idx")  # of a module's tensors; g_idx may be missing
 FORMATS = ("gptq", "gptq_v2")
