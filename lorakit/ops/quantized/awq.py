@@ -36,7 +36,7 @@ class Settings:
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Read a model's `quantization_config`. Raises LorakitError for another layout, or another number of bits."""
         bits = config.get("bits", config.get("w_bit", BITS))
-        version = str(config.get("version") or config.get("format") or "gemm").lower()
+        version = gptq.plain(config.get("version") or config.get("format") or "gemm").lower()
         if bits != BITS:
             raise LorakitError(f"AWQ weights of {bits} bits (quantization_config.bits)\n  expected 4")
         if version != "gemm":
