@@ -153,7 +153,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
     rows = [
         (
             "model",
-            f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason}){_how(config)}",
+            f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason}){_packed(config)}",
         ),
         (
             "device",
