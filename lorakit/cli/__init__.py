@@ -23,8 +23,9 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _show_own_warnings_as_notes()
     # transformers imports torchao where it is installed. That warns of its kernels for GPUs that are not there, and
-    # torch of torchao's enums.
-    for name in ("torchao", "torch.utils._pytree"):
+    # torch of torchao's enums. bitsandbytes' operations for CPUs warn, and only of this, that a faster kernel cannot be
+    # fetched from the hub.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     code = run(sys.argv[1:] if args is None else args)
     if code == INTERRUPTED:

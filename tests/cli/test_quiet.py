@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
 
@@ -32,3 +33,17 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers.utils", None)
     with pytest.raises(LorakitError, match=r"pip install 'lorakit\[image\]'"), quiet_libraries():
         load_pipeline("embedded", torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_quantizers_do_not_warn_in_a_command_of_kernels_that_are_not_needed(library):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    code = (
+        "import logging, lorakit.cli as cli\n"
+        "try: cli.main(['--version'])\n"
+        "except SystemExit: pass\n"
+        f"import {library}\n"
+        "assert logging.getLogger('bitsandbytes').isEnabledFor(logging.WARNING)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
