@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import LorakitError
 from . import gptq
 from .int32 import pack
+from .settings import group_size, whole_number
 
 TITLE = "AWQ"  # what a base with such weights is said to be
 BITS, PER_WORD = 4, 8
@@ -34,8 +35,9 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """Read a model's `quantization_config`. Raises LorakitError for another layout, or another number of bits."""
-        bits = config.get("bits", config.get("w_bit", BITS))
+        """Read a model's `quantization_config`. Raises LorakitError for another layout, another number
+        of bits, or values of another type."""
+        bits = whole_number(config, TITLE, BITS, "bits", "w_bit")
         version = gptq.plain(config.get("version") or config.get("format") or "gemm").lower()
         if bits != BITS:
             raise LorakitError(f"AWQ weights of {bits} bits (quantization_config.bits)\n  expected 4")
@@ -44,8 +46,7 @@ class Settings:
                 f"AWQ weights in the layout '{version}' (quantization_config.version), which is made for one kernel\n"
                 "  expected gemm"
             )
-        size = config.get("group_size", config.get("q_group_size", 128))
-        return cls(-1 if size is None else int(size))
+        return cls(group_size(config, TITLE, 128, "group_size", "q_group_size"))
 
 
 def shapes(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[int, int]:

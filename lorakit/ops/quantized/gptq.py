@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...errors import LorakitError
 from .int32 import WORD, pack, unpack
+from .settings import group_size, switch, whole_number
 
 TITLE = "GPTQ"  # what a base with such weights is said to be
 BITS = (2, 3, 4, 8)
@@ -44,7 +45,8 @@ class Settings:
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Read a model's `quantization_config`. Libraries call the format `checkpoint_format`, `format`, or both.
 
-        Raises LorakitError for a format that is none of `FORMATS`, for two different ones, and other bits than `BITS`.
+        Raises LorakitError for a format that is none of `FORMATS`, for two different ones, for other bits than `BITS`,
+        and for values of another type.
         """
         stated = {key: plain(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)}
         key, form = next(iter(stated.items()), ("checkpoint_format", "gptq"))
@@ -59,10 +61,11 @@ class Settings:
                 f"GPTQ weights in the format '{form}' (quantization_config.{key}), which is made for one "
                 f"kernel\n  expected {' or '.join(FORMATS)}: convert the checkpoint with gptqmodel"
             )
-        bits = config.get("bits")
+        bits = whole_number(config, TITLE, None, "bits")
         if bits not in BITS:
             raise LorakitError(f"GPTQ weights of {bits} bits (quantization_config.bits)\n  expected 2, 3, 4 or 8")
-        return cls(bits, config.get("group_size", 128) or -1, bool(config.get("sym", True)), form == "gptq")
+        size, symmetric = group_size(config, TITLE, 128, "group_size"), switch(config, TITLE, True, "sym")
+        return cls(bits, size, symmetric, form == "gptq")
 
 
 def plain(value: Any) -> str:

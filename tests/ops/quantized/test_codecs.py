@@ -121,6 +121,16 @@ def test_gptq_stores_zeros_less_one_in_its_first_format():
         ),
         (checkpoints.gptq_config(format="gptq_v2"), "two formats .*checkpoint_format is 'gptq', format is 'gptq_v2'"),
         (checkpoints.awq_config(bits=8), "AWQ weights of 8 bits.*\n  expected 4"),
+        (
+            checkpoints.gptq_config(bits="4"),
+            r"bits '4' \(quantization_config.bits in .*\n  .* number, 4 without quotes",
+        ),
+        (checkpoints.gptq_config(bits=None), "GPTQ weights of None bits"),
+        (checkpoints.gptq_config(group_size="128"), r"group_size '128' .*\n  .*, 128 without quotes"),
+        (checkpoints.gptq_config(group_size=0), "group_size 0 .*\n  expected a positive number, or -1"),
+        (checkpoints.gptq_config(sym="false"), "sym 'false' .*\n  expected true or false"),
+        (checkpoints.awq_config(bits=[4]), r"AWQ weights with bits \[4\] .*\n  expected a whole number"),
+        (checkpoints.awq_config(group_size=True), "AWQ weights with group_size True .*\n  expected a whole number$"),
         (checkpoints.awq_config(version="gemv_fast"), "the layout 'gemv_fast'.*\n  expected gemm"),
     ],
 )
