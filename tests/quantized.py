@@ -110,6 +110,16 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
+def t5(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A seq2seq model of whole blocks, whose `wo` transformers does not quantize."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).to(dtype).eval()
+
+
 def in_4_bits(folder: Path, double: bool = False, kind: str = "nf4", **options) -> nn.Module:
     """A model folder's model, its linears but the output layer quantized while loading."""
     library()

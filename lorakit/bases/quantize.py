@@ -1,13 +1,15 @@
 """Quantize a base's linear weights while it is loaded, and read how a checkpoint is quantized already.
 
-Quantized is the weight of each linear (`nn.Linear`, transformers' `Conv1D`). What stays in the base's own precision:
+Quantized is the weight of each linear (`nn.Linear`, transformers' `Conv1D`). These stay in the base's own precision:
 
-    the output layer, the heads of classifiers, and weights that are tied to an embedding   small next to the rest, and
-                          what decides a token or a label; their rounding would show in every logit
-    norms, biases, embeddings, experts held as 3-D parameters      not linears
-    linears of in_features that are no multiple of 64, for nf4 and fp4      bitsandbytes' kernel for CPUs with AVX512
-                          takes the scale of the wrong block if a row is not whole blocks (0.50.2, standard normal
-                          weights, 96 inputs: values off by up to 1.4, where rounding is off by 0.4)
+- The output layer, the heads of classifiers, and weights that are tied to an embedding: they are small next to the
+  rest, they decide a token or a label, and their rounding would show in every logit.
+- Linears that a model's class in transformers wants in float32 where the rest is fp16 (T5's `wo`): transformers
+  quantizes none of them.
+- For nf4 and fp4, linears whose in_features are no multiple of 64. bitsandbytes' kernel for CPUs with AVX512 takes the
+  scale of the wrong block if a row is not whole blocks: with 96 inputs and standard normal weights, values were off by
+  up to 1.4 where rounding is off by 0.4 (bitsandbytes 0.50.2).
+- What is no linear: norms, biases, embeddings, experts held as 3-D parameters.
 
 Norms stay as given too, where other trainers convert them to float32: a model's norms compute in float32 in any case,
 a float32 weight would make the hidden states float32 and so double the activations, and the adapter would be trained
@@ -24,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Quantization
 from ..config.quantization import FOUR_BITS
-from ..errors import ConfigError, LorakitError, LorakitWarning, listing
+from ..errors import ConfigError, LorakitError, LorakitWarning, did_you_mean, listing
 from .device import choose_dtype
-from .stored_weights import Storage, storage_of
+from .stored_weights import METHODS, Storage, storage_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,9 @@ def linears_of(model: nn.Module, quantizer: str, trained: Sequence[str] = ()) ->
     from transformers.pytorch_utils import Conv1D
 
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    float32: set[str] = set()
+    for setting in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        float32 |= set(getattr(model, setting, None) or ())
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found, odd = Linears(), []
     for name, module in model.named_modules():
@@ -80,6 +85,8 @@ def linears_of(model: nn.Module, quantizer: str, trained: Sequence[str] = ()) ->
             found.kept[name] = "a classifier's head"
         elif any(last == each or f".{name}".endswith(f".{each}") for each in trained):
             found.kept[name] = "trained and saved in full"
+        elif any(f".{each}." in f".{name}.weight." for each in float32):
+            found.kept[name] = "transformers does not quantize it"
         elif quantizer in FOUR_BITS and inputs % BLOCK:
             found.kept[name] = f"{inputs} inputs are not whole blocks of {BLOCK}"
             odd.append(name)
@@ -95,12 +102,12 @@ def stored_linears(model: nn.Module, storage: Storage, trained: Sequence[str] = 
     """
     from torch import nn
 
-    sizes_matter = storage.quantizer if storage.kept is None and storage.new else None
+    sizes_matter = storage.quantizer if storage.unquantized is None and storage.new else None
     linears = linears_of(model, sizes_matter or "int8", trained if storage.new else ()).quantized
     if storage.in_blocks:
         blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
         linears = {name: module for name, module in linears.items() if name.startswith(blocks)}
-    kept = [each.removesuffix(".weight") for each in storage.kept or ()]
+    kept = [each.removesuffix(".weight") for each in storage.unquantized or ()]
     return {
         name: module
         for name, module in linears.items()
@@ -182,7 +189,16 @@ def is_installed(package: str) -> bool:
 
 
 def _check_reader(name: str, storage: Storage) -> None:
-    """Raise LorakitError if the package that a quantized checkpoint needs is missing."""
+    """Raise LorakitError for a way of quantizing that nothing reads, and if the package that it needs is missing."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    known = {*METHODS, *AUTO_QUANTIZATION_CONFIG_MAPPING}
+    if storage.method not in known:  # transformers would load it as if it were not quantized
+        alike = did_you_mean(storage.method.lower(), known)
+        raise LorakitError(
+            f"{name} cannot be read: its config.json says quant_method '{storage.method}', which neither lorakit nor "
+            f"transformers knows{alike}\n  expected one of {', '.join(sorted(METHODS))}"
+        )
     package, install = READERS.get(storage.method, ("", ""))
     if package and not is_installed(package):
         raise LorakitError(f"{name} is quantized: {storage.title}, and {package} is not installed\n  {install}")

@@ -35,9 +35,9 @@ class Storage:
     """How the weights of a base's linears are stored.
 
     method: as a config names it; title: in words; size: the bytes of one weight, None where this is not known;
-    quantizer: the value of `quantize` that gives this storage; new: whether it is quantized only while loading; kept:
-    names of modules that stay unquantized, None for the rule of `quantize.linears_of`; keeps: what a forward keeps
-    until its backward though it need not, its input (bitsandbytes' int8 on a CPU) or the dense weight (torchao);
+    quantizer: the value of `quantize` that gives this storage; new: whether it is quantized only while loading;
+    unquantized: the names of modules that are not, None for the rule of `quantize.linears_of`; saves: what a forward
+    saves for its backward though it need not, its input (bitsandbytes' int8 on a CPU) or the dense weight (torchao);
     in_blocks: whether only decoder layers are quantized; compute: the name of the dtype that weights are multiplied in,
     None for the base's.
     """
@@ -47,8 +47,8 @@ class Storage:
     size: Size | None
     quantizer: str | None = None
     new: bool = False
-    kept: tuple[str, ...] | None = None
-    keeps: Literal["input", "weight"] | None = None
+    unquantized: tuple[str, ...] | None = None
+    saves: Literal["input", "weight"] | None = None
     in_blocks: bool = False
     compute: str | None = None
 
@@ -58,9 +58,9 @@ def storage(how: Quantization) -> Storage | None:
     if how.quantize is None:
         return None
     if how.quantize == "int8":
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, True, keeps="input")
+        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, True, saves="input")
     if how.quantize == "torchao-int8":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize, True, keeps="weight")
+        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize, True, saves="weight")
     return Storage(
         "bitsandbytes",
         _four_bit_title(how.quantize, how.double),
@@ -74,7 +74,7 @@ def storage(how: Quantization) -> Storage | None:
 def storage_of(config: Any) -> Storage | None:
     """Return the storage that a base's transformers config records; None for one that is not quantized.
 
-    A way of quantizing that is not known here has a title and no size.
+    A way of quantizing that is not known here, or whose settings are damaged, has a title and no size.
     """
     how = getattr(config, "quantization_config", None)
     if how is None and hasattr(config, "get_text_config"):
@@ -83,7 +83,7 @@ def storage_of(config: Any) -> Storage | None:
         return None
     how = how if isinstance(how, Mapping) else how.to_dict()
     method = str(getattr(how.get("quant_method"), "value", how.get("quant_method") or "bitsandbytes"))
-    read = _METHODS.get(method)
+    read = METHODS.get(method)
     return Storage(method, method, None) if read is None else read(how)
 
 
@@ -108,12 +108,16 @@ def _torchao(rows: int, columns: int, element: int) -> int:
     return rows * columns + 5 * rows
 
 
-def _grouped(bits: int, group: int | None, by_input: int = 0, zeros: float | None = None) -> Size:
-    """Return the size of weights in groups of inputs that share a scale of 16 bits and a zero.
+def _grouped(bits: Any, group: Any, by_input: int = 0, zeros: float | None = None) -> Size | None:
+    """Return the size of weights in groups of inputs that share a scale of 16 bits and a zero; None if the config's
+    `bits` or `group` is no number.
 
     `group`: inputs in a group, None for all; `by_input`: further bytes for each input; `zeros`: bits of a zero, None
     for as many as a weight has.
     """
+
+    if not isinstance(bits, int) or not isinstance(group, int | None):
+        return None
 
     def size(rows: int, columns: int, element: int) -> int:
         groups = 1 if group is None or group <= 0 else math.ceil(columns / group)
@@ -126,21 +130,26 @@ def _grouped(bits: int, group: int | None, by_input: int = 0, zeros: float | Non
 def _bitsandbytes(how: Mapping[str, Any]) -> Storage:
     kept = None if how.get("llm_int8_skip_modules") is None else tuple(how["llm_int8_skip_modules"])
     if how.get("load_in_8bit") or how.get("_load_in_8bit"):
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, "int8", kept=kept, keeps="input")
+        title = "bitsandbytes int8, a scale a row"
+        return Storage("bitsandbytes", title, _int8, "int8", unquantized=kept, saves="input")
     kind, double = how.get("bnb_4bit_quant_type", "fp4"), bool(how.get("bnb_4bit_use_double_quant"))
     compute = str(how.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
-    return Storage("bitsandbytes", _four_bit_title(kind, double), _four_bits(double), kind, kept=kept, compute=compute)
+    title = _four_bit_title(kind, double)
+    return Storage("bitsandbytes", title, _four_bits(double), kind, unquantized=kept, compute=compute)
 
 
 def _gptq(how: Mapping[str, Any]) -> Storage:
-    bits, group = int(how.get("bits", 4)), how.get("group_size", 128)
+    bits, group = how.get("bits", 4), how.get("group_size", 128)
     return Storage("gptq", _title("GPTQ", bits, group), _grouped(bits, group, by_input=4), in_blocks=True)
 
 
 def _awq(how: Mapping[str, Any]) -> Storage:
-    bits, group = int(how.get("bits", how.get("w_bit", 4))), how.get("group_size", how.get("q_group_size", 128))
+    bits, group = how.get("bits", how.get("w_bit", 4)), how.get("group_size", how.get("q_group_size", 128))
     return Storage(
-        "awq", _title("AWQ", bits, group), _grouped(bits, group), kept=tuple(how.get("modules_to_not_convert") or ())
+        "awq",
+        _title("AWQ", bits, group),
+        _grouped(bits, group),
+        unquantized=tuple(how.get("modules_to_not_convert") or ()),
     )
 
 
@@ -149,18 +158,18 @@ def _hqq(how: Mapping[str, Any]) -> Storage:
     weights = settings.get("weight_quant_params") if isinstance(settings, Mapping) else None
     kept = tuple(how.get("skip_modules") or ())
     if not isinstance(weights, Mapping):
-        return Storage("hqq", "HQQ", None, kept=kept)
-    bits, group = int(weights.get("nbits", 4)), weights.get("group_size", 64)
-    return Storage("hqq", _title("HQQ", bits, group), _grouped(bits, group, zeros=16), kept=kept)
+        return Storage("hqq", "HQQ", None, unquantized=kept)
+    bits, group = weights.get("nbits", 4), weights.get("group_size", 64)
+    return Storage("hqq", _title("HQQ", bits, group), _grouped(bits, group, zeros=16), unquantized=kept)
 
 
 def _quanto(how: Mapping[str, Any]) -> Storage:
     kind, kept = str(how.get("weights", "int8")), tuple(how.get("modules_to_not_convert") or ())
     bits = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}.get(kind)
     if bits is None:
-        return Storage("quanto", f"quanto {kind}", None, kept=kept)
+        return Storage("quanto", f"quanto {kind}", None, unquantized=kept)
     size = _grouped(bits, None, zeros=0) if bits == 8 else _grouped(bits, 128, zeros=16)
-    return Storage("quanto", f"quanto {kind}", size, kept=kept)
+    return Storage("quanto", f"quanto {kind}", size, unquantized=kept)
 
 
 def _compressed(how: Mapping[str, Any]) -> Storage:
@@ -168,10 +177,13 @@ def _compressed(how: Mapping[str, Any]) -> Storage:
     kinds = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
     kept = tuple(each for each in how.get("ignore") or () if not each.startswith("re:"))
     if len(kinds) != 1 or not isinstance(kinds[0], Mapping):
-        return Storage("compressed-tensors", "compressed-tensors", None, kept=kept)
-    bits, group = int(kinds[0].get("num_bits", 8)), kinds[0].get("group_size")
+        return Storage("compressed-tensors", "compressed-tensors", None, unquantized=kept)
+    bits, group = kinds[0].get("num_bits", 8), kinds[0].get("group_size")
     return Storage(
-        "compressed-tensors", _title("compressed-tensors", bits, group), _grouped(bits, group, zeros=0), kept=kept
+        "compressed-tensors",
+        _title("compressed-tensors", bits, group),
+        _grouped(bits, group, zeros=0),
+        unquantized=kept,
     )
 
 
@@ -179,15 +191,18 @@ def _torchao_config(how: Mapping[str, Any]) -> Storage:
     kind = (how.get("quant_type") or {}).get("default") or {}
     name, kept = str(kind.get("_type", "")), tuple(how.get("modules_to_not_convert") or ())
     if name == "Int8WeightOnlyConfig":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept=kept, keeps="weight")
-    return Storage("torchao", f"torchao {name.removesuffix('Config')}".strip(), None, kept=kept)
+        title = "torchao int8, a scale a row"
+        return Storage("torchao", title, _torchao, "torchao-int8", unquantized=kept, saves="weight")
+    return Storage("torchao", f"torchao {name.removesuffix('Config')}".strip(), None, unquantized=kept)
 
 
-def _title(method: str, bits: int, group: Any) -> str:
+def _title(method: str, bits: Any, group: Any) -> str:
+    if not isinstance(bits, int):
+        return method
     return f"{method}, {bits} bits" + (f", groups of {group}" if isinstance(group, int) and group > 0 else "")
 
 
-_METHODS: dict[str, Callable[[Mapping[str, Any]], Storage]] = {
+METHODS: dict[str, Callable[[Mapping[str, Any]], Storage]] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _gptq,
     "awq": _awq,

@@ -73,18 +73,18 @@ class PackedLinear(nn.Linear):
         """x: [..., in] -> [..., out], in x's dtype."""
         storage, compute = self.packing.storage, self.packing.compute or x.dtype
         own = storage.method in ("gptq", "awq")
-        y = _Multiply.apply(x.to(compute), self.weight, self.bias, own, storage.keeps)
+        y = _Multiply.apply(x.to(compute), self.weight, self.bias, own, storage.saves)
         return y.to(x.dtype)
 
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, in_float32: bool, keeps: str | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, in_float32: bool, saves: str | None
     ) -> Tensor:
         W = _dequantized(weight, x.dtype, in_float32)
         ctx.weight, ctx.in_float32 = weight, in_float32
-        ctx.input, ctx.dense = x if keeps == "input" else None, W if keeps == "weight" else None
+        ctx.input, ctx.dense = x if saves == "input" else None, W if saves == "weight" else None
         return F.linear(x, W, None if bias is None else bias.to(x.dtype))
 
     @staticmethod

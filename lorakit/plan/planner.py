@@ -137,7 +137,7 @@ class Planner:
         packing = self.settings.packing
         if self.settings.checkpointing:
             return HEAP_CHECKPOINTING
-        return HEAP if packing is None or packing.storage.keeps == "weight" else HEAP_PACKED
+        return HEAP if packing is None or packing.storage.saves == "weight" else HEAP_PACKED
 
     def _library(self) -> int:
         """Return the bytes of the library that the base's linears need; on a GPU it is not in the device's memory."""

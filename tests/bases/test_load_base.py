@@ -16,6 +16,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.bases import quantize
 from lorakit.bases.load import load_classifier, load_model
+from lorakit.bases.stored_weights import storage, storage_of
 from lorakit.config import Quantization
 from lorakit.errors import ConfigError, LorakitError, LorakitWarning
 from lorakit.layers.bases import base_of
@@ -144,6 +145,23 @@ def test_gpt2_and_tied_weights(tmp_path):
         )
 
 
+@pytest.mark.parametrize("kind, saved", [("nf4", False), ("nf4", True), ("int8", True), ("torchao-int8", False)])
+def test_linears_that_transformers_does_not_quantize_are_known(tmp_path, kind, saved):
+    if kind == "torchao-int8":
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    quantized.t5().save_pretrained(tmp_path / "t5")
+    model, how = load(tmp_path / "t5", quantize=kind, dtype="bf16"), storage(Quantization(quantize=kind))
+    if saved:
+        model.save_pretrained(tmp_path / "saved")
+        model = load(tmp_path / "saved", dtype="bf16")
+        how = storage_of(model.config)
+    assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is nn.Linear  # as transformers has it
+    assert quantize.linears_of(quantized.t5(), kind).kept["decoder.block.0.layer.2.DenseReluDense.wo"] == (
+        "transformers does not quantize it"
+    )
+    assert quantize.stored_linears(quantized.t5(), how).keys() == quantized_modules(model).keys()
+
+
 def test_a_classifiers_head_and_what_is_trained_in_full_stay(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -258,9 +276,14 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(folder, mo
         ({"quant_method": "quanto", "weights": "int8"}, r"quanto int8, .*\n  pip install optimum-quanto"),
         ({"quant_method": "compressed-tensors"}, r"\n  pip install compressed-tensors"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"fp4, .*\n  pip install 'lorakit\[quant\]'"),
+        ({"quant_method": "GPTQ"}, r"quant_method 'GPTQ', .* knows; did you mean 'gptq'\?\n  expected one of awq, "),
+        ({"quant_method": "no such"}, r"quant_method 'no such', which neither lorakit nor transformers knows\n"),
+        (packed_checkpoints.gptq_config(bits=None), "^GPTQ weights of None bits"),
+        (packed_checkpoints.gptq_config(group_size="128"), "^GPTQ weights with group_size '128'"),
+        (packed_checkpoints.awq_config(bits="4"), "^AWQ weights with bits '4'"),
     ],
 )
-def test_a_checkpoint_whose_library_is_missing_names_it(tmp_path, monkeypatch, how, message):
+def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path, monkeypatch, how, message):
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     quantized.llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

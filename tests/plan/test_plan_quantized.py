@@ -133,6 +133,9 @@ def test_bits_a_weight_are_those_of_the_paper():
         ),
         ({"quant_method": "fbgemm_fp8"}, None),
         ({"quant_method": "compressed-tensors"}, None),
+        ({"quant_method": "gptq", "bits": None}, None),
+        ({"quant_method": "awq", "bits": 4, "group_size": "128"}, None),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": "4"}}}, None),
     ],
 )
 def test_other_libraries_storage_is_read_from_the_config(how, bits):
