@@ -54,12 +54,13 @@ def save(folder: Path, how: dict[str, Any], model: nn.Module | None = None) -> t
     and the model with the dequantized weights, in float32.
     """
     model = quantized.llama() if model is None else model
+    head = model.get_output_embeddings()
     for parameter in model.parameters():
         parameter.data = parameter.half().float()
     copy.deepcopy(model).half().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name, module in model.named_modules():
-        if "layers." in name and isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module is not head:
             made = packed(module.weight.float(), how)
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{last}": tensor for last, tensor in made.items()}

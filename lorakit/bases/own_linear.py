@@ -26,7 +26,7 @@ Dequantize = Callable[[Mapping[str, Tensor], Any], Tensor]
 
 class FrozenQuantLinear(nn.Module):
     """A linear whose packed weight cannot be trained. `was_conv1d`: whether it stands for transformers' Conv1D, whose
-    weight is transposed.
+    weight is transposed; `dtype`: the model's, which `to` changes.
 
     Its scales keep their dtype whatever the model is converted to.
     """
@@ -38,9 +38,14 @@ class FrozenQuantLinear(nn.Module):
     g_idx: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, tensors: Mapping[str, Tensor], settings: Any, was_conv1d: bool = False) -> None:
-        """`tensors`: as in the files, perhaps on "meta". Raises LorakitError if they do not fit together."""
+    def __init__(
+        self, tensors: Mapping[str, Tensor], settings: Any, was_conv1d: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """`tensors`: as in the files, perhaps on "meta"; `dtype`: the model's, None for the scales'. Raises
+        LorakitError if the tensors do not fit together.
+        """
         super().__init__()
+        self.dtype = tensors["scales"].dtype if dtype is None else dtype
         self.settings, self.was_conv1d = settings, was_conv1d
         self.in_features, self.out_features = self.codec.shapes(tensors, settings)
         for name in self.codec.NAMES:
@@ -58,8 +63,10 @@ class FrozenQuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, for models that look at a linear's weight (its dtype, say) without calling it."""
-        return self.dequantized()
+        """The weight [out, in] in the model's dtype, dequantized at each access, for models that look at a linear's
+        weight instead of calling it: T5 converts its hidden states to the dtype of one. It cannot be assigned.
+        """
+        return self.dequantized().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out], in x's dtype."""
@@ -76,6 +83,7 @@ class FrozenQuantLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.scales.dtype != before.dtype:
             self.scales = before.to(self.scales.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
 

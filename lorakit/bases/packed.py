@@ -117,7 +117,7 @@ def replace_linears(model: nn.Module, how: Mapping[str, Any], files: Sequence[st
             )
         size_in, size_out = _sizes(own)
         try:
-            linear = kind(tensors, settings_of(how, tensors, size_in), was_conv1d)
+            linear = kind(tensors, settings_of(how, tensors, size_in), was_conv1d, own.weight.dtype)
         except LorakitError as error:
             raise LorakitError(f"'{name}': {error}") from error
         if (linear.in_features, linear.out_features) != (size_in, size_out):

@@ -16,6 +16,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.bases import quantize
 from lorakit.bases.load import load_classifier, load_model
+from lorakit.bases.own_linear import GptqLinear
 from lorakit.bases.stored_weights import storage, storage_of
 from lorakit.config import Quantization
 from lorakit.errors import ConfigError, LorakitError, LorakitWarning
@@ -305,6 +306,23 @@ def test_gptq_and_awq_checkpoints_load_with_our_own_linears(tmp_path, how):
     name = {"gptq": "GPTQ", "awq": "AWQ"}[how["quant_method"]]
     with pytest.raises(ConfigError, match=f"is quantized already: {name}, 4 bits, groups of 32"):
         load(folder, quantize="nf4")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_t5_computes_in_its_own_dtype(tmp_path, dtype):
+    folder, dense = packed_checkpoints.save(tmp_path, packed_checkpoints.gptq_config(), quantized.t5())
+    model, seen = lk.load_base(folder, dtype=dtype, device="cpu"), {}
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            assert type(module) is GptqLinear
+            module.register_forward_hook(lambda module, x, y, name=name: seen.update({name: (x[0].dtype, y.dtype)}))
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (model, dense.eval()))
+    own = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    assert set(seen.values()) == {(own, own)}
+    assert ours.dtype == own
+    assert (ours.float() - theirs).norm() <= {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-5}[dtype] * theirs.norm()
 
 
 def test_a_classifier_on_a_gptq_base_has_its_labels(tmp_path):

@@ -47,6 +47,15 @@ def test_values_and_the_inputs_gradient(linear, dtype):
         assert (ours.double() - theirs).norm() <= near * theirs.norm()
 
 
+def test_the_weight_that_models_look_at_has_the_models_dtype(linear):
+    assert linear.weight.dtype == torch.float16  # the scales'
+    made = linear.bfloat16()
+    assert (made.weight.dtype, made.scales.dtype) == (torch.bfloat16, torch.float16)
+    assert torch.equal(made.weight, made.dequantized().bfloat16())
+    assert copy.deepcopy(made).float().weight.dtype == torch.float32
+    assert made.to("meta").weight.dtype == torch.bfloat16
+
+
 def test_gradients_of_gradients(linear):
     assert gradcheck(linear, randn(2, 64).double().requires_grad_(), eps=1e-3, atol=1e-4)
     x = randn(2, 64).requires_grad_()
