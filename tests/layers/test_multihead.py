@@ -56,7 +56,8 @@ def given(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def config(**settings) -> lk.LoraConfig:
-    return lk.LoraConfig(**{"rank": 2, "alpha": 6.0, "targets": ["attn", "pool"], **settings})
+    scale = {} if settings.get("variant") == "vera" else {"alpha": 6.0}  # VeRA has none
+    return lk.LoraConfig(**{"rank": 2, "targets": ["attn", "pool"], **scale, **settings})
 
 
 def randomise(model: nn.Module, name: str = "default", seed: int = 3, size: float = 0.5) -> nn.Module:

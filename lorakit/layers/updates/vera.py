@@ -3,7 +3,7 @@
     y = base(x) + diag(b) B diag(d) A x        b: [out]   d: [r]   B: [out, r]   A: [r, in]
 
 d starts at `vera_start`, b at zero. One pair of matrices, for the largest sizes, is kept per adapter and device
-(`adapter.vera`), and drawn from `vera_seed` as PEFT draws it. There is no scale: alpha has no effect.
+(`adapter.vera`), and drawn from `vera_seed` as PEFT draws it. There is no scale.
 
 The pair that the layers apply is A and B' = diag(b) B diag(d), computed in each forward. A needs no gradient, and what
 is kept for backward is x Aᵀ and B', but no output of B.
