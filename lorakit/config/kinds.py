@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from .short_names import spelled_out
+from .short_names import stands_for
 from .strict import Strict
 
 # setting -> the settings and values that it needs (any one of them)
@@ -28,9 +28,14 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
 
 def has_effect(setting: str, values: Mapping[str, Any]) -> bool:
     """Whether a setting has an effect with these other ones, as far as that depends on the kind of update and start."""
-    values = spelled_out(values)
+    values = {**values, **stands_for(values)}
     needs = _NEEDS.get(setting, ())
     return not needs or any(values.get(name) == value for name, value in needs)
+
+
+def needed(setting: str) -> dict[str, str]:
+    """Return settings with which this one has an effect; empty if it always has."""
+    return dict(_NEEDS.get(setting, ())[:1])
 
 
 class KindSettings(Strict):

@@ -105,7 +105,8 @@ class LoraSettings(KindSettings):
     def _known(cls, value: str) -> str:
         known = (*variants(), *SHORT_NAMES)
         if value not in known:
-            raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {', '.join(known)}")
+            names = ", ".join(f"'{name}'" for name in known)
+            raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {names}")
         return value
 
     @field_validator("rank_pattern")

@@ -245,7 +245,8 @@ Live = DoraFactors
 def _dense(layer: LoraLayer) -> Tensor:
     """Return the layer's weight, dense and detached."""
     weight: Tensor | None = layer._parameters.get("weight")
-    if type(weight) is nn.Parameter and weight.is_floating_point():  # what torch.compile can follow
+    # What torch.compile can follow. A weight of 8-bit floats has scales besides.
+    if type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1:
         return weight.detach()
     return base_of(layer).dense(layer)
 
