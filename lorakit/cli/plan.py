@@ -113,14 +113,15 @@ def _plan(
     if not task_of(settings.task).traced:
         _show_static(settings, target, limit, json_output)
         return
-    given = part(settings, Quantization)
+    given, stored = part(settings, Quantization), storage_of(task_of(settings.task).blueprint(settings))
+    _check_method(settings, None if stored is None else stored.title)
     dense = settings.replace(find_lr=False, **Quantization().model_dump())
     how = given if given.quantize else Quantization(quantize=SMALLEST)  # to compare with, where none is given
     planners: dict[str, Planner] = {}
     for name in sorted(METHODS):
         method, own_settings = method_of(name), dense.replace(method=name)
         dtype = method.precision(own_settings, target).value
-        if not method.keeps_base and storage_of(task_of(settings.task).blueprint(settings)) is not None:
+        if not method.keeps_base and stored is not None:
             continue  # it cannot train quantized weights
         planner = planner_for(own_settings, dtype, target, validation=validation)
         planners[planner.name] = planner
@@ -194,6 +195,17 @@ def _plan(
     fits = memory is None or chosen.total <= memory
     suggested = not fits and smaller is not None and smaller is not chosen and smaller.total <= cast(int, memory)
     print(_next(settings, config, flags, fits, how.quantize if suggested else None))
+
+
+def _check_method(settings: TrainConfig, stored: str | None) -> None:
+    """Raise ConfigError if the method trains quantized weights. `stored`: how the base's are, None if not quantized."""
+    if method_of(settings.method).keeps_base or (stored is None and settings.quantize is None):
+        return
+    given = f"quantize: {settings.quantize}" if settings.quantize else f"{settings.model} is quantized ({stored})"
+    way = "omit quantize" if stored is None else "give the unquantized base"
+    raise ConfigError(
+        f"{given}, and quantized weights cannot be trained (method: {settings.method})\n  {way}, or use method: lora"
+    )
 
 
 def _own(planners: Mapping[str, Planner], settings: TrainConfig) -> Planner:

@@ -22,6 +22,7 @@ class Bits4:
     """Each block's scale is the largest |W| in it, so it is computed again when a weight is quantized again."""
 
     kinds: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    title: ClassVar[str] = blockwise.TITLE
     marker: ClassVar[str] = "weight.absmax"
     main: ClassVar[str] = "weight"
     names: ClassVar[tuple[str, ...]] = ("weight",)
@@ -39,8 +40,8 @@ class Bits4:
     def kind(self, settings: Blockwise) -> str:
         return settings.kind
 
-    def new_settings(self, kind: str, like: Any) -> Blockwise:
-        return Blockwise(kind, double=False, dtype=getattr(like, "dtype", torch.bfloat16))
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Blockwise:
+        return Blockwise(kind, double=False, dtype=getattr(like, "dtype", dtype))
 
     def config(self, settings: Blockwise, unquantized: list[str]) -> dict[str, Any]:
         return {

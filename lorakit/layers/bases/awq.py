@@ -20,7 +20,7 @@ from .packed_weight import PackedWeight
 class Awq(PackedWeight):
     """lorakit's `AwqLinear`, gptqmodel's modules in plain torch, and AutoAWQ's."""
 
-    quantization: ClassVar[str | None] = "AWQ"
+    quantization: ClassVar[str | None] = awq.TITLE
     codec: ClassVar[ModuleType] = awq
     own: ClassVar[type[FrozenQuantLinear]] = AwqLinear
     classes: ClassVar[Collection[str]] = frozenset(

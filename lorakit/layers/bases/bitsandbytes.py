@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...bases.int8_forward import hold, release
 from ...errors import StateError
+from ...ops.quantized import blockwise, int8
 from .base_weight import MERGE, BaseWeight, QuantizedWeight
 
 _REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag, see `FourBit.check`
@@ -26,7 +27,7 @@ _ORIGINAL = "_lora_repacks"  # marks a module whose flag was set
 class FourBit(QuantizedWeight):
     """NF4 or FP4: a `Params4bit` of packed bytes, with its quantization state."""
 
-    quantization: ClassVar[str | None] = "bitsandbytes, 4 bits"
+    quantization: ClassVar[str | None] = blockwise.TITLE
 
     def owns(self, module: nn.Module) -> bool:
         weight: Any = module._parameters.get("weight")
@@ -97,7 +98,7 @@ class EightBit(QuantizedWeight):
     module's state in the first forward.
     """
 
-    quantization: ClassVar[str | None] = "bitsandbytes, 8 bits"
+    quantization: ClassVar[str | None] = int8.TITLE
 
     def owns(self, module: nn.Module) -> bool:
         weight: Any = module._parameters.get("weight")

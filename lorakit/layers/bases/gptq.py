@@ -15,7 +15,7 @@ from .packed_weight import PackedWeight
 class Gptq(PackedWeight):
     """lorakit's `GptqLinear`, and gptqmodel's modules in plain torch and triton."""
 
-    quantization: ClassVar[str | None] = "GPTQ"
+    quantization: ClassVar[str | None] = gptq.TITLE
     codec: ClassVar[ModuleType] = gptq
     own: ClassVar[type[FrozenQuantLinear]] = GptqLinear
     classes: ClassVar[Collection[str]] = frozenset({"TorchLinear", "TorchAtenLinear", "TorchFusedLinear"})

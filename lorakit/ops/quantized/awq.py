@@ -20,6 +20,7 @@ from ...errors import LorakitError
 from . import gptq
 from .int32 import pack
 
+TITLE = "AWQ"  # what a base with such weights is said to be
 BITS, PER_WORD = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies at each place of a word
 NAMES = ("qweight", "qzeros", "scales")
@@ -35,7 +36,7 @@ class Settings:
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Read a model's `quantization_config`. Raises LorakitError for another layout, or another number of bits."""
         bits = config.get("bits", config.get("w_bit", BITS))
-        version = str(config.get("version") or config.get("format") or "gemm").lower()
+        version = gptq.plain(config.get("version") or config.get("format") or "gemm").lower()
         if bits != BITS:
             raise LorakitError(f"AWQ weights of {bits} bits (quantization_config.bits)\n  expected 4")
         if version != "gemm":

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...errors import LorakitError
 
+TITLE = "bitsandbytes, 4 bits"  # what a base with such weights is said to be
 STATE = "weight.quant_state.bitsandbytes__"
 NESTED_BLOCK = 256
 # Appendix E of the paper: quantiles of the normal distribution, a zero among them.

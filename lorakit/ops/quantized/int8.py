@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import LorakitError
 
+TITLE = "bitsandbytes, 8 bits"  # what a base with such weights is said to be
 _STEP = 7.874015718698502e-3  # the float32 nearest to 1 / 127, as bitsandbytes has it
 
 
