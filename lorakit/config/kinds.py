@@ -26,7 +26,7 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 # setting -> the settings and values beside which it has no effect, with why
 _WITHOUT: dict[str, tuple[tuple[str, Any, str], ...]] = {
-    "lora_plus": (("freeze_a", True, "it is B's learning rate as a multiple of A's, and A is not trained"),),
+    "lora_plus": (("freeze_a", True, "it is B's learning rate as a multiple of A's, and A is not trained"),)
 }
 
 
