@@ -114,7 +114,8 @@ def _plan(
         _show_static(settings, target, limit, json_output)
         return
     given, stored = part(settings, Quantization), storage_of(task_of(settings.task).blueprint(settings))
-    _check_method(settings, None if stored is None else stored.title)
+    if stored is not None:
+        _check_method(settings, stored.title)
     dense = settings.replace(find_lr=False, **Quantization().model_dump())
     how = given if given.quantize else Quantization(quantize=SMALLEST)  # to compare with, where none is given
     planners: dict[str, Planner] = {}
@@ -197,15 +198,13 @@ def _plan(
     print(_next(settings, config, flags, fits, how.quantize if suggested else None))
 
 
-def _check_method(settings: TrainConfig, stored: str | None) -> None:
-    """Raise ConfigError if the method trains quantized weights. `stored`: how the base's are, None if not quantized."""
-    if method_of(settings.method).keeps_base or (stored is None and settings.quantize is None):
-        return
-    given = f"quantize: {settings.quantize}" if settings.quantize else f"{settings.model} is quantized ({stored})"
-    way = "omit quantize" if stored is None else "give the unquantized base"
-    raise ConfigError(
-        f"{given}, and quantized weights cannot be trained (method: {settings.method})\n  {way}, or use method: lora"
-    )
+def _check_method(settings: TrainConfig, stored: str) -> None:
+    """Raise ConfigError if the method trains weights that the base has quantized, as `stored` says."""
+    if not method_of(settings.method).keeps_base:
+        raise ConfigError(
+            f"{settings.model} is quantized ({stored}), and quantized weights cannot be trained (method: "
+            f"{settings.method})\n  give the unquantized base, or use method: lora"
+        )
 
 
 def _own(planners: Mapping[str, Planner], settings: TrainConfig) -> Planner:

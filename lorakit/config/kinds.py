@@ -24,11 +24,17 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "eva_rho": (("init", "eva"),),
     "init_batches": (("init", "eva"), ("init", "lora_ga")),
 }
+# setting -> the settings and values beside which it has no effect, with why
+_WITHOUT: dict[str, tuple[tuple[str, Any, str], ...]] = {
+    "lora_plus": (("freeze_a", True, "it is B's learning rate as a multiple of A's, and A is not trained"),)
+}
 
 
 def has_effect(setting: str, values: Mapping[str, Any]) -> bool:
     """Whether a setting has an effect with these other ones, as far as that depends on the kind of update and start."""
     values = {**values, **stands_for(values)}
+    if any(values.get(name) == value for name, value, _ in _WITHOUT.get(setting, ())):
+        return False
     needs = _NEEDS.get(setting, ())
     return not needs or any(values.get(name) == value for name, value in needs)
 
@@ -68,6 +74,10 @@ class KindSettings(Strict):
     @model_validator(mode="after")
     def _belong(self):
         own = dict(self)
+        for setting, others in _WITHOUT.items():
+            if own[setting] != type(self).model_fields[setting].default and not has_effect(setting, own):
+                name, value, why = next(each for each in others if own[each[0]] == each[1])
+                raise ValueError(f"{setting} has no effect with {name}={value}: {why}; remove one of them")
         for setting, needs in _NEEDS.items():
             changed = own[setting] != type(self).model_fields[setting].default
             if changed and not has_effect(setting, own):

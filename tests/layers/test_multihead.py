@@ -381,7 +381,7 @@ def test_what_cannot_be_adapted_is_refused_or_said():
         assert set(lk.capture(model).updates) == {"head"}
         assert said in str(lk.summary(model).skipped["attn"])
         lk.detach(model)
-    with pytest.raises(TargetError, match="'attn' is an attention"):
+    with pytest.raises(TargetError, match="'attn' has no row for each token: it is an attention"):
         lk.attach(made(), lk.LoraConfig(variant="tokens", targets=["attn"], trainable_tokens=[1]))
 
 

@@ -67,8 +67,7 @@ class Awq:
         return awq.dequantized(tensors, settings)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Settings) -> Tensor:
-        """A step: AWQ clips the range of its groups, beyond which a weight is further off than half of one."""
-        return tensors["scales"].float().abs()[awq.groups_of(tensors, settings)].T
+        return awq.rounding(tensors, settings)
 
     def written(self, shape: tuple[int, int], settings: Settings, like: Shapes | None) -> Shapes:
         out, inner = shape

@@ -78,8 +78,7 @@ class Gptq:
         return gptq.dequantized(tensors, settings)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Settings) -> Tensor:
-        """Two steps: GPTQ moves a weight beyond the nearest code, to make up for errors of others."""
-        return 2 * tensors["scales"].float().abs()[gptq.groups_of(tensors, settings)].T
+        return gptq.rounding(tensors, settings)
 
     def written(self, shape: tuple[int, int], settings: Settings, like: Shapes | None) -> Shapes:
         out, inner = shape

@@ -63,8 +63,7 @@ class Int8:
         return int8.dequantized(tensors)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Any) -> Tensor:
-        """Half a step, and what rounding to float16 changes before."""
-        return tensors["SCB"].float().view(-1, 1) / 254 + W.abs() * 2**-11
+        return int8.rounding(W, tensors["SCB"].view(-1, 1))
 
     def written(self, shape: tuple[int, int], settings: Any, like: Shapes | None) -> Shapes:
         return {"weight": ("I8", shape), "SCB": ("F32", shape[:1]), "weight_format": ("U8", ())}

@@ -26,7 +26,6 @@ class Awq(PackedWeight):
     classes: ClassVar[Collection[str]] = frozenset(
         {"AwqTorchLinear", "TorchAtenAwqLinear", "TorchFusedAwqLinear", "WQLinear_GEMM"}
     )
-    rounding: ClassVar[float] = 0.5  # to the nearest code
 
     def settings(self, module: Any) -> awq.Settings:
         return awq.Settings(module.group_size)

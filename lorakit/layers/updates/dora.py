@@ -135,7 +135,7 @@ class DoraFactors(LiveUpdate):
             own = F.embedding(x, g.view(-1, 1))
             return torch.addcmul(own.to(y0.dtype) * self._inner(layer, x, y0), y0, (own - 1).to(y0.dtype))
         g = g.view(-1, *(1,) * (x.dim() - 2)) if layer.lora_kind == "conv" else g
-        W = _dense(layer)
+        W = _dense(layer).to(x.dtype)  # that of a quantized base is float32, and would make the activations so
         base = layer.lora_apply(x * (g - 1).to(x.dtype), W).to(y0.dtype)
         return base + self._inner(layer, x * g.to(x.dtype), y0)
 

@@ -86,11 +86,11 @@ class VeraVectors(LiveUpdate):
         return cls(d, b, value.projection, size_in, dropout, trainable)
 
     @classmethod
-    def join(cls, updates: Sequence[LiveUpdate]) -> None:
+    def join(cls, updates: Sequence[Self]) -> None:
         """Draw the matrices that are not known yet: once for all modules of a seed, for the largest of them."""
         undrawn: dict[tuple[int, int], list[VeraVectors]] = {}
         for update in updates:
-            if isinstance(update, VeraVectors) and update.projection.A is None:
+            if update.projection.A is None:
                 undrawn.setdefault((update.projection.seed, update.rank), []).append(update)
         for (seed, rank), alike in undrawn.items():
             out, size_in = max(u.b.shape[0] for u in alike), max(u.size_in for u in alike)

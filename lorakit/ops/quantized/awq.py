@@ -79,6 +79,15 @@ def dequantized(tensors: Mapping[str, Tensor], settings: Settings) -> Tensor:
     return codes.T
 
 
+def rounding(tensors: Mapping[str, Tensor], settings: Settings) -> Tensor:
+    """Return how far quantization may have moved each element: [out, in], float32.
+
+    A step: AWQ clips the range of its groups, beyond which a weight is further off than half of one. How AWQ scales the
+    inputs is not in it: by that, its weights are those of another base.
+    """
+    return tensors["scales"].float().abs()[groups_of(tensors, settings)].T
+
+
 def quantized(W: Tensor, settings: Settings, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """Round a weight [out, in] to the nearest codes. `dtype`: of the scales. Raises LorakitError if the outputs do not
     fill words of 32 bits.

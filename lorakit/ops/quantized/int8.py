@@ -33,6 +33,14 @@ def dequantized(tensors: Mapping[str, Tensor], settings: None = None) -> Tensor:
     return weight * absmax.float().view(-1, 1) * _STEP
 
 
+def rounding(values: Tensor, absmax: Tensor) -> Tensor:
+    """Return how far quantization may have moved elements: half a step, and what rounding to float16 changed before.
+
+    values: dequantized elements; absmax: of their rows, of a shape that broadcasts with theirs.
+    """
+    return absmax.float() / 254 + values.float().abs() * 2**-11
+
+
 def quantized(W: Tensor, settings: None = None) -> dict[str, Tensor]:
     """Quantize W [out, in]; like bitsandbytes, it is rounded to float16 first.
 

@@ -132,6 +132,8 @@ def test_short_names_of_variants_are_swept_beside_kinds_and_keep_their_names():
 
 
 def test_a_setting_of_one_kind_is_for_its_runs_only_and_without_such_runs_an_error():
+    plan = of(variant=["lora", "lora_fa"], lora_plus=8.0)
+    assert [config.lora_plus for config in plan.runs.values()] == [8.0, None]
     plan = of(variant=["lora", "eva"], eva_rho=1.5)
     assert [run.eva_rho for run in plan.runs.values()] == [2.0, 1.5]
     assert expand(dict(plan.settings)) == plan
