@@ -5,7 +5,7 @@
     saved weights        replaced; tied weights are untied first
 
 One float32 model is in memory (4 bytes per parameter): the adapter is attached, run and detached, then the weights are
-changed in place, one at a time. A whole ΔW cannot be attached to a live model: the reference is then the same maths on
+changed in place, one at a time. A dense ΔW cannot be attached to a live model: the reference is then the same maths on
 the adapter's own tensors, and the base is read twice. If part of the adapter was merged into a copy of the base, the
 reference is base + adapter, and the file's content is added to the copy. (Only files of image models contain bias
 changes.)

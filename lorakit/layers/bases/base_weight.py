@@ -26,7 +26,7 @@ from ...errors import StateError
 
 MERGE = (
     "  keep the adapter unmerged; or merge the files: lorakit merge BASE ADAPTER OUT takes the unquantized base, or a\n"
-    "  bitsandbytes, GPTQ or AWQ folder, which becomes an ordinary one (with --requantize it stays quantized)"
+    "  bitsandbytes, GPTQ or AWQ folder. It writes ordinary weights; with --requantize, quantized ones"
 )
 
 
