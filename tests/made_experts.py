@@ -66,3 +66,8 @@ def adapted(architecture: str = "mixtral", **settings) -> nn.Module:
 def logits(model: nn.Module, batch: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         return model(ids() if batch is None else batch).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-6 of the largest element: float32's rounding is half of that."""
+    torch.testing.assert_close(found, expected, atol=1e-6 * max(1.0, float(expected.detach().abs().max())), rtol=0)
