@@ -182,7 +182,7 @@ def make_plan(
         value = changes.values.get(name)
         shape = slot.shape if value is None else tuple(value.shape)  # more rows, where tokens were added
         if requantize is not None and isinstance(slot, PackedSlot):
-            for entry in _requantized(name, slot, row_updates, value, requantize):
+            for entry in _requantized(base, name, slot, row_updates, value, requantize):
                 files[entry.file].append(entry)
             continue
         stored = base.dtype_in_out(slot, dtype)
@@ -197,9 +197,15 @@ def make_plan(
 
 
 def _requantized(
-    name: str, slot: PackedSlot, updates: tuple[RowUpdates, ...], value: Tensor | None, requantize: Requantize
+    base: Base,
+    name: str,
+    slot: PackedSlot,
+    updates: tuple[RowUpdates, ...],
+    value: Tensor | None,
+    requantize: Requantize,
 ) -> list[Entry]:
-    """Plan a weight that stays quantized: copied, or quantized again if it changes or gets another format.
+    """Plan a weight that stays quantized: copied, or quantized again if it changes or gets another format; or one that
+    becomes ordinary because the other format does not take it.
 
     Raises AdapterError for a weight that an adapter replaces.
     """
@@ -214,6 +220,9 @@ def _requantized(
             Entry(f"{module}.{own}", raw.path.name, raw.dtype, raw.shape, raw) for own, raw in slot.packed.slots.items()
         ]
     packing, source = requantize.packing(name, slot)
+    if name in requantize.ordinary:
+        # In the dtype of the others: transformers converts none of them when it loads a quantized model.
+        return [Entry(name, slot.path.name, NAMES[base.dtype], source.shape, source, updates)]
     return [Entry(name, slot.path.name, "F32", source.shape, source, updates, packing=packing)]
 
 
