@@ -48,7 +48,8 @@ def _takes(module: nn.Module) -> bool:
 def _hold(module: nn.Module) -> None:
     state: Any = module.state
     if not _is_held(state):
-        module.state = _as(_held(type(state)), state.__dict__)
+        cls: Any = type(state)
+        module.state = _as(_held(cls), state.__dict__)
 
 
 def _is_held(state: Any) -> bool:

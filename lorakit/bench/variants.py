@@ -99,7 +99,7 @@ def _judged(settings: Mapping[str, Any], variant: str, seed: int, data: Path, st
     own["learning_rate"] = RATES[variant]
     began = time.process_time()
     result = train(
-        TrainConfig(**own | settings, variant=variant, seed=seed, data=str(data), out=str(out)), Progress(quiet=True)
+        TrainConfig(**own, **settings, variant=variant, seed=seed, data=str(data), out=str(out)), Progress(quiet=True)
     )
     seconds = time.process_time() - began
     if result.adapter is None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from .short_names import spelled_out
+from .short_names import stands_for
 from .strict import Strict
 
 # setting -> the settings and values that it needs (any one of them)
@@ -24,13 +24,24 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "eva_rho": (("init", "eva"),),
     "init_batches": (("init", "eva"), ("init", "lora_ga")),
 }
+# setting -> the settings and values beside which it has no effect, with why
+_WITHOUT: dict[str, tuple[tuple[str, Any, str], ...]] = {
+    "lora_plus": (("freeze_a", True, "it is B's learning rate as a multiple of A's, and A is not trained"),)
+}
 
 
 def has_effect(setting: str, values: Mapping[str, Any]) -> bool:
     """Whether a setting has an effect with these other ones, as far as that depends on the kind of update and start."""
-    values = spelled_out(values)
+    values = {**values, **stands_for(values)}
+    if any(values.get(name) == value for name, value, _ in _WITHOUT.get(setting, ())):
+        return False
     needs = _NEEDS.get(setting, ())
     return not needs or any(values.get(name) == value for name, value in needs)
+
+
+def needed(setting: str) -> dict[str, str]:
+    """Return settings with which this one has an effect; empty if it always has."""
+    return dict(_NEEDS.get(setting, ())[:1])
 
 
 class KindSettings(Strict):
@@ -63,6 +74,10 @@ class KindSettings(Strict):
     @model_validator(mode="after")
     def _belong(self):
         own = dict(self)
+        for setting, others in _WITHOUT.items():
+            if own[setting] != type(self).model_fields[setting].default and not has_effect(setting, own):
+                name, value, why = next(each for each in others if own[each[0]] == each[1])
+                raise ValueError(f"{setting} has no effect with {name}={value}: {why}; remove one of them")
         for setting, needs in _NEEDS.items():
             changed = own[setting] != type(self).model_fields[setting].default
             if changed and not has_effect(setting, own):

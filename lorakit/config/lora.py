@@ -66,7 +66,7 @@ class LoraSettings(KindSettings):
         default_factory=dict, description="other alphas: {name ending or regular expression: alpha}"
     )
     rslora: bool = Field(False, description="scale by alpha / √rank (Kalajdzievski 2023)")
-    variant: str = Field("lora", description="kind of update to train (docs/python.md lists them)")
+    variant: str = Field("lora", description="kind of update to train (docs/variants.md lists them)")
     init: Init = Field(
         "default",
         description="start: A kaiming-uniform, or gaussian; pissa, olora, milora, loftq (of W); eva, lora_ga (of data)",
@@ -105,7 +105,8 @@ class LoraSettings(KindSettings):
     def _known(cls, value: str) -> str:
         known = (*variants(), *SHORT_NAMES)
         if value not in known:
-            raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {', '.join(known)}")
+            names = ", ".join(f"'{name}'" for name in known)
+            raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {names}")
         return value
 
     @field_validator("rank_pattern")

@@ -23,12 +23,17 @@ def spelled_out(values: Any) -> Any:
 
     Raises ValueError if that setting has another value, other than its default.
     """
-    name = values.get("variant") if isinstance(values, Mapping) else None
-    if not isinstance(name, str) or name not in SHORT_NAMES:
-        return values
-    for setting, value in SHORT_NAMES[name].items():
+    for setting, value in stands_for(values).items():
         if setting in values and values[setting] not in (value, _DEFAULTS[setting]):
             raise ValueError(
-                f"variant '{name}' stands for {setting}: {value}, but {setting} is {values[setting]}; give one of them"
+                f"variant '{values['variant']}' stands for {setting}: {value}, but {setting} is {values[setting]}; "
+                "give one of them"
             )
-    return {**values, "variant": "lora", **SHORT_NAMES[name]}
+    meant = stands_for(values)
+    return {**values, "variant": "lora", **meant} if meant else values
+
+
+def stands_for(values: Any) -> Mapping[str, Any]:
+    """Return the settings that the `variant` among these stands for; empty if it is no short name."""
+    name = values.get("variant") if isinstance(values, Mapping) else None
+    return SHORT_NAMES.get(name, {}) if isinstance(name, str) else {}

@@ -145,7 +145,8 @@ def losses(adapter: Adapter) -> list[str]:
         return embeddings(adapter) + kind.losses(adapter)
     unbiased, biases = _without_biases(adapter)
     low_rank = {m: unbiased.updates[m] for m in unbiased.factors}
-    lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora", EXPERTS) + embeddings(adapter)
+    lost = _together(adapter) or other_kinds(peft_tokens.without(unbiased), "lora", "dora", EXPERTS)
+    lost += embeddings(adapter)
     lost += peft_parameters.losses(adapter)
     lost += part_dora(low_rank, "PEFT") + peft_attention.losses(unbiased.updates) + peft_tokens.losses(adapter)
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
@@ -202,6 +203,23 @@ def _kind_of(adapter: Adapter) -> PeftKind | None:
     """Return the kind that all updates are of; None for LoRA, DoRA, trained tokens, and several kinds."""
     found = {u.variant for u in adapter.updates.values()}
     return next((kind for kind in KINDS if found == {kind.variant}), None)
+
+
+def _together(adapter: Adapter) -> list[str]:
+    """A line for updates beside those of a kind that PEFT writes alone."""
+    kind = next((kind for kind in KINDS if any(u.variant == kind.variant for u in adapter.updates.values())), None)
+    if kind is None:
+        return []
+    own = [m for m, u in adapter.updates.items() if u.variant == kind.variant]
+    others = [m for m in adapter.updates if m not in own]
+    if not others:
+        return []
+    kinds = " and ".join(sorted({u.variant for u in adapter.updates.values()}))
+    way = "" if any(adapter.updates[m].needs_base for m in others) else ": resize converts all to factors"
+    return [
+        f"updates of another kind ({listing(min(own, others, key=len), 2)}): {kinds} together, and PEFT has "
+        f"{kind.peft_type} alone{way}"
+    ]
 
 
 def _without_biases(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from .peft_kind import PeftKind, common
 
 _KEY = re.compile(r"(?P<module>.+)\.vera_lambda_(?P<half>[bd])(\.[^.]+)?")
 _SHARED = re.compile(r"base_model\.vera_(?P<half>[AB])(\.[^.]+)?")
+_ALPHA = LoraConfig.model_fields["alpha"].default  # VeRA has none: as in the config of a new one
 _INPUTS = "vera_inputs"  # in lorakit.json: module -> its number of inputs
 
 
@@ -37,14 +38,14 @@ class _Vera(PeftKind):
     def config(self, values: Mapping[str, Any], where: Path) -> tuple[LoraConfig, bool]:
         bias = "lora_only" if values.get("bias") == "vera_only" else values.get("bias")
         fields = {"peft_type": "LORA", "lora_dropout": values.get("vera_dropout"), "bias": bias}
-        ours, transposed = from_peft({**values, **fields, "r": values.get("r") or 256, "lora_alpha": 1}, where)
+        ours, transposed = from_peft({**values, **fields, "r": values.get("r") or 256, "lora_alpha": _ALPHA}, where)
         seed, start = values.get("projection_prng_key", 0), values.get("d_initial", 0.1)
         if not isinstance(seed, int) or seed < 0 or not isinstance(start, int | float):
             raise AdapterError(
                 f"{where}: projection_prng_key is {seed!r} and d_initial {start!r}; expected an integer from 0, and a "
                 "number"
             )
-        return ours.replace(variant=self.variant, alpha=float(ours.rank), vera_seed=seed, vera_start=start), transposed
+        return ours.replace(variant=self.variant, vera_seed=seed, vera_start=start), transposed
 
     def updates(
         self,

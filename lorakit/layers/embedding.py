@@ -24,6 +24,9 @@ class EmbeddingLayer(LoraLayer):
     padding_idx: int | None
     lora_transposed = True  # the weight is [vocab, dim], ΔW = (B A)ᵀ
 
+    def lora_token_rows(self) -> str | None:
+        return None
+
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         return (rank, self.num_embeddings), (self.embedding_dim, rank)
 

@@ -52,6 +52,7 @@ _RESERVED = frozenset(
         "class_attributes",
         "fresh_output",
         "times_scale",
+        "token_rows",
         "probed",
         "laid_out",
         "route",
@@ -236,6 +237,10 @@ class LoraLayer(Swapped):
     def lora_live(self, variant: str) -> str:
         """Return the kind of update that a config's `variant` is on this layer: the name of a file in `updates/`."""
         return variant
+
+    def lora_token_rows(self) -> str | None:
+        """Say why the weight has no row for each token, as an embedding and an output layer have; None if it may."""
+        return "it is neither an embedding nor an output layer"
 
     def lora_adopted(self) -> None:
         """Called when the module has been given its adapted class."""

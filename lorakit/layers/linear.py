@@ -46,6 +46,9 @@ class LinearLayer(LoraLayer):
         """(in, out)"""
         return self.in_features, self.out_features
 
+    def lora_token_rows(self) -> str | None:
+        return super().lora_token_rows() if self.lora_transposed else None
+
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         size_in, size_out = self.lora_sizes()
         return (rank, size_in), (size_out, rank)

@@ -54,6 +54,9 @@ class MultiheadLayer(LinearLayer):
     def lora_sizes(self) -> tuple[int, int]:
         return self.embed_dim, 3 * self.embed_dim
 
+    def lora_token_rows(self) -> str | None:
+        return "it is an attention"
+
     def forward(  # type: ignore[override]
         self,
         query: Tensor,

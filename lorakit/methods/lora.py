@@ -52,6 +52,9 @@ _RESOLVED = {
     "trainable_tokens",
 }
 
+# Settings by which a run may train what the format of its result cannot hold.
+_DECIDE_WHAT_IS_SAVED = ("adapter", "variant", "targets", "trainable_tokens", "bias", "save_modules", "packed")
+
 settings = LoraRunSettings
 title = "LoRA"
 summary = "train an adapter"
@@ -153,6 +156,25 @@ def _check(model: Any, config: RunSettings, name: str) -> None:
         )
 
 
+def check_result(model: Any, config: RunSettings, name: str, unsaved: Callable[[Any], str | None]) -> None:
+    from ..model.capture import as_value
+
+    why = unsaved(as_value(model, name))
+    if why is None:
+        return
+    own = part(config, LoraRunSettings)
+    defaults = {n: field.get_default(call_default_factory=True) for n, field in LoraRunSettings.model_fields.items()}
+    given = [n for n in _DECIDE_WHAT_IS_SAVED if getattr(own, n) != defaults[n]]
+    beside = [n for n in given if n not in ("adapter", "variant")]
+    if "trainable_tokens" in beside and getattr(config, "add_tokens", []):
+        beside.append("add_tokens")
+    ways = [f"change or omit {' or '.join(beside)}"] if beside else []
+    ways += [f"start from another adapter than {own.adapter}"] if own.adapter else []
+    ways += ["use variant: lora"] if own.variant != "lora" and not own.adapter else []
+    settings = "".join(f"{n}: {getattr(own, n)}: " for n in given)
+    raise ConfigError(f"{settings}the result could not be saved\n  {why}\n  {', or '.join(ways) or 'adapt less'}")
+
+
 def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
     """Describe the adapter that a run starts from, for the result's metadata: its name, a hash of its values, and its
     own data, metrics and lineage.
@@ -239,7 +261,10 @@ def save(
 def trained(config: RunSettings) -> str:
     own = part(config, LoraRunSettings)
     start = f", starting from {own.adapter}" if own.adapter else "" if own.init == "default" else f", init {own.init}"
-    return f"rank {own.rank}, alpha {own.alpha:g}{start}"
+    kind = "" if own.variant == "lora" else f"{own.variant}, "
+    ways = (", rslora" if own.rslora else "") + (", A frozen" if own.freeze_a else "")
+    ways += f", B at {own.lora_plus:g} times A's rate" if own.lora_plus else ""
+    return f"{kind}rank {own.rank}, alpha {own.alpha:g}{start}{ways}"
 
 
 def note_together(config: RunSettings) -> str | None:

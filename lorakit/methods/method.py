@@ -95,6 +95,13 @@ class Method(Protocol):
         data. None on a model without values, for `lorakit plan`.
         """
 
+    def check_result(self, model: Any, config: RunSettings, name: str, unsaved: Callable[[Any], str | None]) -> None:
+        """Raise ConfigError if the result of what is attached could not be saved. Called before the first step.
+
+        `name`: the adapter's, as for `attach`; `unsaved`: says what its task cannot write of an adapter
+        (`Task.unsaved`), for methods whose result is one.
+        """
+
     def activate(self, model: Any, name: str) -> None:
         """Make the adapter that was attached as `name` the active one."""
 

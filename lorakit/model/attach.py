@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -272,8 +273,12 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
         for name, module in every.items():
             adopt(module, plan.parts_of(name))
         updates = {name: plan.update_of(module, name, trainable) for name, module in plan.modules.items()}
-        for kind in {type(update) for update in updates.values()}:
-            kind.join([update for update in updates.values() if type(update) is kind])
+        by_kind: dict[type[LiveUpdate], list[LiveUpdate]] = {}
+        for update in chain.from_iterable(update.modules() for update in updates.values()):
+            if isinstance(update, LiveUpdate):  # a DoRA and the one it is built on
+                by_kind.setdefault(type(update), []).append(update)
+        for kind, alike in by_kind.items():
+            kind.join(alike)
         updates |= {name: updates[other].twin() for name, other in plan.twins.items()}
         for full in plan.saved:
             module = model.get_submodule(full.rpartition(".")[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
@@ -25,6 +27,17 @@ def capture(model: Any, name: str | None = None) -> Adapter:
     `name` may be omitted if only one is attached. Raises StateError if none is, or none of that name, and if its
     parameters are sharded over processes.
     """
+    return _value(model, name, _copy)
+
+
+def as_value(model: Any, name: str | None = None) -> Adapter:
+    """Return what `capture` does without copies: its tensors are the model's own, to be looked at while it stays as is.
+    Raises as `capture` does.
+    """
+    return _value(model, name, torch.Tensor.detach)
+
+
+def _value(model: Any, name: str | None, taken: Callable[[Tensor], Tensor]) -> Adapter:
     model = as_module(model)
     state = state_of(model)
     attached = attached_of(state, name)
@@ -40,12 +53,12 @@ def capture(model: Any, name: str | None = None) -> Adapter:
         child: LiveUpdate = layer._modules[own]
         if child.tied:
             continue
-        updates[m] = child.value(layer).map(lambda _, t: _copy(t))
+        updates[m] = child.value(layer).map(lambda _, t: taken(t))
         captured_as = captured_as or child.captured_as
     own_saved = dict(saved_parameters(model, state, name))
     check_captured(own_saved.items())
-    kept = {full: _copy(parameter) for full, parameter in own_saved.items()}
-    embeddings = {token: _copy(vectors) for token, vectors in attached.embeddings.items()}
+    kept = {full: taken(parameter) for full, parameter in own_saved.items()}
+    embeddings = {token: taken(vectors) for token, vectors in attached.embeddings.items()}
     factors = factors_of(updates)
     config = attached.config.of_values(
         {m: f.rank for m, f in factors.items()}, {m: f.alpha for m, f in factors.items()}, captured_as

@@ -36,6 +36,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     to_attach,
     traced,
     tried_with,
+    unsaved,
     uses_all,
 )
 from .text.causal_rows import Sources

@@ -42,6 +42,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     to_attach,
     traced,
     tried_with,
+    unsaved,
     uses_all,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401

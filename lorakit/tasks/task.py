@@ -255,6 +255,9 @@ class Task(Protocol):
     def save_adapter(self, config: RunSettings, processor: Any, adapter: Any, folder: Path) -> None:
         """Write a run's adapter into `folder`, in the format that users of this task expect."""
 
+    def unsaved(self, config: RunSettings, processor: Any, adapter: Any) -> str | None:
+        """Say what `save_adapter` cannot write of a run's adapter, a line for each loss; None if it can write all."""
+
     def recorded(self, config: RunSettings, processor: Any) -> dict[str, Any]:
         """Return further entries of the result's metadata."""
 

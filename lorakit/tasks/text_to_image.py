@@ -251,15 +251,7 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
 
 
 def prepare(base: Base, items: Sequence[Any]) -> None:
-    """Find out how the pipeline takes its latents, and whether the result can be saved as asked."""
-    from ..model.activate import adapters
-    from ..model.capture import capture
-    from .image.result import format_for
-
-    attached = adapters(base.model)
-    if attached:  # not yet, if it is about to start from data
-        adapter = capture(base.model, attached[0])
-        format_for(_with_words(adapter, base.processor), part(base.config, TextToImageSettings).save_as)
+    """Find out how the pipeline takes its latents."""
     base.processor.prepare(base.model, items)
 
 
@@ -358,6 +350,13 @@ def save_adapter(config: RunSettings, processor: Pictures, adapter: Any, folder:
 
     name = Path(config.out).expanduser().resolve().name
     write(_with_words(adapter, processor), folder, part(config, TextToImageSettings).save_as, name)
+
+
+def unsaved(config: RunSettings, processor: Pictures, adapter: Any) -> str | None:
+    """Say what a file of the format `save_as` cannot hold of the adapter; None if it holds all of it."""
+    from .image.result import unsaved
+
+    return unsaved(_with_words(adapter, processor), part(config, TextToImageSettings).save_as)
 
 
 def _with_words(adapter: Any, processor: Pictures) -> Any:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -168,6 +169,7 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
         torch.manual_seed(each.seed)
         first = start_data(bases[name], data[name], parallel)
         method.attach(model, task.to_attach(each, processor), name, task.peft_type, first)
+        method.check_result(model, each, name, partial(task.unsaved, each, bases[name].processor))
     if config.gradient_checkpointing:
         task.checkpoint(model)
     longest = max(_longest(each.train) for each in data.values())

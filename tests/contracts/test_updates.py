@@ -156,7 +156,7 @@ DETACHED = {"dora": "norm"}
 # The kind that it is as a value, where that is another.
 VALUE_OF = {"adalora": "lora"}
 # What a kind's config needs besides the targets.
-NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}}
+NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}, "vera": {"alpha": 32.0}}  # VeRA has no scale: the default
 
 
 @pytest.fixture(params=VALUES)

@@ -43,7 +43,8 @@ def model(folder):
 
 
 def config(kind: str) -> lk.LoraConfig:
-    return lk.LoraConfig(**{"rank": 4, "alpha": 8, **KINDS[kind]})
+    scale = {} if kind == "vera" else {"alpha": 8}  # VeRA has none
+    return lk.LoraConfig(**{"rank": 4, **scale, **KINDS[kind]})
 
 
 def unpacked(folder, model) -> nn.Module:

@@ -130,11 +130,12 @@ def test_the_best_held_out_loss_decides_which_ranks_the_result_has(make_config, 
 
 def test_a_sweep_over_them_trains_each_as_alone(make_config, tmp_path):
     run = make_config(sample_tokens=0, steps=3, validation=0, patience=0, eval_every=3)
-    for changes in ({"variant": ["lora", "adalora"]}, {"lora_plus": [None, 8.0], "freeze_a": [False, True]}):
-        plan = expand(run.model_dump() | {"out": str(tmp_path / "-".join(changes))} | changes)
+    for changes in ({"variant": ["lora", "adalora"]}, {"lora_plus": [None, 8.0]}, {"freeze_a": [False, True]}):
+        axis = next(iter(changes))
+        plan = expand(run.model_dump() | {"out": str(tmp_path / axis)} | changes)
         sweep(plan, SweepProgress(quiet=True))
         for i, config in enumerate(plan.runs.values()):
-            alone = config.replace(out=str(tmp_path / f"alone-{i}-{len(changes)}"))
+            alone = config.replace(out=str(tmp_path / f"alone-{axis}-{i}"))
             train(alone, QUIET)
             ours, theirs = (
                 load_file(RunFolder(c.out).checkpoints / "step-3" / "trainable.safetensors") for c in (config, alone)
@@ -147,7 +148,9 @@ def test_a_sweep_over_them_trains_each_as_alone(make_config, tmp_path):
                 assert one.get("penalty", 0.0) == pytest.approx(other.get("penalty", 0.0), rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"lora_plus": 8.0, "freeze_a": True}, {"lora_plus": 4.0, "optimizer": "sgd"}])
+@pytest.mark.parametrize(
+    "settings", [{"lora_plus": 8.0}, {"freeze_a": True}, {"lora_plus": 4.0, "optimizer": "sgd"}], ids=str
+)
 def test_a_run_that_starts_from_an_adapter_may_have_them(make_config, tmp_path, settings):
     first = train(make_config(steps=2, out=tmp_path / "first"), QUIET)
     config = make_config(adapter=str(first.adapter), steps=2, **settings).replace()

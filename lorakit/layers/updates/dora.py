@@ -135,7 +135,7 @@ class DoraFactors(LiveUpdate):
             own = F.embedding(x, g.view(-1, 1))
             return torch.addcmul(own.to(y0.dtype) * self._inner(layer, x, y0), y0, (own - 1).to(y0.dtype))
         g = g.view(-1, *(1,) * (x.dim() - 2)) if layer.lora_kind == "conv" else g
-        W = _dense(layer)
+        W = _dense(layer).to(x.dtype)  # that of a quantized base is float32, and would make the activations so
         base = layer.lora_apply(x * (g - 1).to(x.dtype), W).to(y0.dtype)
         return base + self._inner(layer, x * g.to(x.dtype), y0)
 
@@ -245,7 +245,8 @@ Live = DoraFactors
 def _dense(layer: LoraLayer) -> Tensor:
     """Return the layer's weight, dense and detached."""
     weight: Tensor | None = layer._parameters.get("weight")
-    if type(weight) is nn.Parameter and weight.is_floating_point():  # what torch.compile can follow
+    # What torch.compile can follow. A weight of 8-bit floats has scales besides.
+    if type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1:
         return weight.detach()
     return base_of(layer).dense(layer)
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class LiveExperts(LiveUpdate):
-    """One adapter's A and B of all experts, for one of their weights, with their scale and dropout."""
+    """One adapter's A and B of all experts, for one of their weights, with their scale and dropout.
+
+    It is its own pair, with B [E, out, r] (not a packed one), of width 0: only `ExpertsLayer` asks for it.
+    """
 
     gain = None
 

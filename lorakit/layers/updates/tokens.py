@@ -133,14 +133,11 @@ class TiedRows(LiveUpdate):
 
 
 def _vocabulary(layer: LoraLayer, name: str) -> int:
-    shape = base_of(layer).shape(layer)
-    if isinstance(layer, nn.MultiheadAttention):
-        raise TargetError(f"'{name}' is an attention, which has no row for each token (trainable_tokens)")
-    if layer.lora_kind == "conv" or (layer.lora_kind == "linear" and layer.lora_transposed):
-        raise TargetError(
-            f"'{name}' has no row for each token: it is neither an embedding nor an output layer (trainable_tokens)"
-        )
-    return shape[0]
+    """Return the number of rows of its weight. Raises TargetError if they are not those of tokens."""
+    why = layer.lora_token_rows()
+    if why is not None:
+        raise TargetError(f"'{name}' has no row for each token: {why} (trainable_tokens)")
+    return base_of(layer).shape(layer)[0]
 
 
 def _rows_of(layer: LoraLayer, ids: tuple[int, ...]) -> Tensor:

@@ -79,9 +79,9 @@ class LiveUpdate(Own):
         raise NotImplementedError
 
     @classmethod
-    def join(cls, updates: Sequence[LiveUpdate]) -> None:
-        """Make what the modules of an adapter share. Called once, with all its updates of this kind, before they are
-        registered. Raises AdapterError if they cannot share it.
+    def join(cls, updates: Sequence[Self]) -> None:
+        """Make what the modules of an adapter share. Called once, with all its updates of this kind, also those that a
+        DoRA is built on, before they are registered. Raises AdapterError if they cannot share it.
         """
 
     def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:

@@ -3,7 +3,7 @@
     y = base(x) + diag(b) B diag(d) A x        b: [out]   d: [r]   B: [out, r]   A: [r, in]
 
 d starts at `vera_start`, b at zero. One pair of matrices, for the largest sizes, is kept per adapter and device
-(`adapter.vera`), and drawn from `vera_seed` as PEFT draws it. There is no scale: alpha has no effect.
+(`adapter.vera`), and drawn from `vera_seed` as PEFT draws it. There is no scale.
 
 The pair that the layers apply is A and B' = diag(b) B diag(d), computed in each forward. A needs no gradient, and what
 is kept for backward is x Aᵀ and B', but no output of B.
@@ -86,11 +86,11 @@ class VeraVectors(LiveUpdate):
         return cls(d, b, value.projection, size_in, dropout, trainable)
 
     @classmethod
-    def join(cls, updates: Sequence[LiveUpdate]) -> None:
+    def join(cls, updates: Sequence[Self]) -> None:
         """Draw the matrices that are not known yet: once for all modules of a seed, for the largest of them."""
         undrawn: dict[tuple[int, int], list[VeraVectors]] = {}
         for update in updates:
-            if isinstance(update, VeraVectors) and update.projection.A is None:
+            if update.projection.A is None:
                 undrawn.setdefault((update.projection.seed, update.rank), []).append(update)
         for (seed, rank), alike in undrawn.items():
             out, size_in = max(u.b.shape[0] for u in alike), max(u.size_in for u in alike)

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import AdapterError, TrainError, listing
+from ...errors import AdapterError, listing
 from ...export.widest import widest_format
 from ...formats import format_named
 from ...formats import losses as lost_in
@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
-def format_for(adapter: Adapter, save_as: str) -> str:
-    """Return the format to write. `save_as`: the run's setting; "auto": the one that most image programs read.
-
-    Raises TrainError if that format cannot hold all of the adapter.
+def unsaved(adapter: Adapter, save_as: str) -> str | None:
+    """Say what the format that is written cannot hold of the adapter; None if it holds all of it. `save_as`: the run's
+    setting.
     """
-    format = widest_format(adapter) if save_as == AUTO else save_as
+    format = _format_for(adapter, save_as)
     lost = lost_in(adapter, format)
-    if lost:
-        raise TrainError(f"save_as: {format} cannot hold what this run trains:\n  " + "\n  ".join(lost))
-    return format
+    return "\n  ".join([f"save_as: {format} cannot hold what this run trains:", *lost]) if lost else None
 
 
 def write(adapter: Adapter, folder: Path, save_as: str, name: str) -> None:
@@ -39,7 +36,7 @@ def write(adapter: Adapter, folder: Path, save_as: str, name: str) -> None:
     """
     from ...adapter.adapter import Adapter
 
-    format = format_for(adapter, save_as)
+    format = _format_for(adapter, save_as)
     own = format_named(format).files
     file = folder / (own[0] if own else f"{name}.safetensors")
     written = Adapter.load(adapter.save(file, format))
@@ -49,3 +46,8 @@ def write(adapter: Adapter, folder: Path, save_as: str, name: str) -> None:
     placed = Counter(module.partition(".")[0] for module in written.updates)
     ours = {**adapter.metadata, "placed": dict(sorted(placed.items())), FILE_KEY: file.name}
     write_text(folder / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
+
+
+def _format_for(adapter: Adapter, save_as: str) -> str:
+    """Return the format to write. "auto" is the one that most image programs read."""
+    return widest_format(adapter) if save_as == AUTO else save_as

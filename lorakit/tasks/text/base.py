@@ -117,6 +117,14 @@ def save_adapter(config: RunSettings, processor: Any, adapter: Any, folder: Path
     adapter.save(folder)
 
 
+def unsaved(config: RunSettings, processor: Any, adapter: Any) -> str | None:
+    """Say what PEFT's folder cannot hold of the adapter; None if it holds all of it."""
+    from ...formats import losses
+
+    lost = losses(adapter, "peft")
+    return "\n  ".join(["PEFT's folder cannot hold what this run trains:", *lost]) if lost else None
+
+
 def recorded(config: RunSettings, processor: Any) -> dict[str, Any]:
     """Return the ids of the tokens that the run added."""
     if not config.add_tokens:

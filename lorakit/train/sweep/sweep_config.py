@@ -13,14 +13,14 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from ...config import PRESETS
-from ...config.kinds import has_effect
+from ...config.kinds import has_effect, needed
 from ...config.short_names import SHORT_NAMES
 from ...errors import ConfigError, did_you_mean, listing
 from ...methods import method_of
@@ -123,7 +123,7 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
     fixed = {name: value for name, value in values.items() if name not in axes}
     points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
     applicable = [_applicable(fixed, point, points) for point in points]
-    configs = [TrainConfig(**own | point) for own, point in zip(applicable, points, strict=True)]
+    configs = _configs(applicable, points)
     for config in configs:
         check_joint(config)
     first = configs[0]
@@ -138,6 +138,20 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
         for name, config in zip(by_name, configs, strict=True)
     }
     return Sweep(settings, tuple(axes), runs, by_name)
+
+
+def _configs(fixed: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> list[TrainConfig]:
+    """Build each run's config. Raises ConfigError, naming the run where other runs are sound."""
+    configs, errors = [], {}
+    for name, own, point in zip(names(points), fixed, points, strict=True):
+        try:
+            configs.append(TrainConfig(**{**own, **point}))
+        except ConfigError as error:
+            errors[name] = str(error)
+    if not errors:
+        return configs
+    name, first = next(iter(errors.items()))
+    raise ConfigError(f"the run {name}: {first}" if configs or len({*errors.values()}) > 1 else first)
 
 
 def _applicable(
@@ -252,7 +266,7 @@ def _values(name: str, values: list[Any]) -> list[Any]:
 
 def _parsed(name: str, value: Any) -> Any:
     """Validate one value of a setting. A short name, such as the variant "pissa", stays as it is."""
-    own = getattr(TrainConfig(**{"data": "-", name: value}), name)
+    own = getattr(TrainConfig(**{"data": "-", **needed(name), name: value}), name)
     return value if name == "variant" and value in SHORT_NAMES else own
 
 

@@ -168,3 +168,11 @@ def test_no_library_is_imported_unasked():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     libraries = {"torchao", "optimum", "hqq", "compressed_tensors", "gptqmodel", "awq", "bitsandbytes"}
     assert not libraries & set(json.loads(done.stdout))
+
+
+def test_a_dora_on_8_bit_floats_starts_from_the_norms_of_its_weight_with_scales():
+    modules.installed("compressed_tensors")
+    model = nn.Sequential(modules.compressed(W, BIAS, 8, "float", decompress=False))
+    lk.attach(model, lk.LoraConfig(rank=2, variant="dora", targets=["0"]))
+    magnitude = model[0].lora_default.magnitude.detach().flatten()
+    torch.testing.assert_close(magnitude, W.norm(dim=1), rtol=0.05, atol=0)

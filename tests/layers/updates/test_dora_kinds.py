@@ -17,6 +17,7 @@ from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Loha
 from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
+from lorakit.adapter.vera import Projection, Vera
 from lorakit.layers.updates.dora import DoraFactors
 
 
@@ -292,3 +293,44 @@ def test_a_factor_of_zero_leaves_nothing_of_the_weight_and_is_undone():
     assert not model[0].weight[3].any()
     lk.unmerge(model)
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_magnitude_for_each_input_computes_in_the_activations_precision_on_a_quantized_base():
+    """Its dense weight is float32; the activations must not become so."""
+    torch.manual_seed(0)
+    W = torch.randn(8, 64)
+    module = quantized.linear8(W)
+    inner = Factors(0.1 * torch.randn(3, 64), 0.1 * torch.randn(8, 3), 6.0)
+    model = live(module, Dora(inner, W.norm(dim=0, keepdim=True) * 1.1))
+    applied: list[torch.dtype] = []
+    own = type(model[0]).lora_apply
+
+    def seen(self, x: Tensor, weight: Tensor) -> Tensor:
+        applied.append(weight.dtype)
+        return own(self, x, weight)
+
+    model[0].lora_apply = seen.__get__(model[0])
+    y = model(torch.randn(2, 64, dtype=torch.bfloat16))
+    assert applied == [torch.bfloat16]
+    assert y.dtype == torch.bfloat16
+
+
+def test_veras_without_matrices_share_them_also_inside_of_a_dora():
+    """As the files have them without PEFT's matrices: drawn once, for the largest of all."""
+
+    def veras(projection: Projection) -> dict[str, Vera]:
+        return {
+            "0": Vera(torch.rand(3), torch.rand(8), projection, 10),
+            "1": Vera(torch.rand(3), torch.rand(12), projection, 8),
+        }
+
+    def attached(projection: Projection) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 12))
+        own = veras(projection)
+        updates = {"0": Dora(own["0"], torch.rand(8, 1)), "1": own["1"]}
+        return lk.attach(model, lk.Adapter(lk.LoraConfig(targets=["0", "1"]), updates))
+
+    drawn, given = attached(Projection(5)), attached(Projection.drawn(5, 3, 12, 10))
+    x = torch.randn(2, 10)
+    assert torch.equal(drawn(x), given(x))

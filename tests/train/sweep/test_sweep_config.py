@@ -132,8 +132,34 @@ def test_short_names_of_variants_are_swept_beside_kinds_and_keep_their_names():
 
 
 def test_a_setting_of_one_kind_is_for_its_runs_only_and_without_such_runs_an_error():
+    plan = of(variant=["lora", "lora_fa"], lora_plus=8.0)
+    assert [config.lora_plus for config in plan.runs.values()] == [8.0, None]
     plan = of(variant=["lora", "eva"], eva_rho=1.5)
     assert [run.eva_rho for run in plan.runs.values()] == [2.0, 1.5]
     assert expand(dict(plan.settings)) == plan
     with pytest.raises(ConfigError, match="eva_rho has an effect with init='eva' only"):
         of(variant=["lora", "loha"], eva_rho=1.5)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"variant": ["lora", "pissa"], "init": ["default", "olora"]},
+            "the run variant=pissa,init=olora: .*stands for",
+        ),
+        ({"variant": ["lora", "lora_plus"], "lora_plus": [4.0, 8.0]}, "the run .*variant=lora_plus.*stands for"),
+        (
+            {"variant": ["lora", "adalora"], "adalora_rank": [4, 8]},
+            "the run .*variant=lora.*adalora_rank has an effect",
+        ),
+    ],
+)
+def test_a_combination_that_is_not_sound_is_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        of(**values)
+
+
+def test_a_setting_of_one_kind_can_be_swept():
+    plan = of(variant="adalora", adalora_rank=[4, 8])
+    assert [run.adalora_rank for run in plan.runs.values()] == [4, 8]
