@@ -4,7 +4,7 @@ copied      the base's bytes; a quantized weight that stays so, all its tensors
 updated     W + Σ wᵢ ΔWᵢ; only some rows of a tensor that several modules share
 replaced    an adapter's saved weight instead of the base's; added, if the base has none
 untied      a separate tensor for a weight that was stored once and used twice
-requantized a weight quantized again, into several tensors (`requantize.Packing`)
+requantized a weight quantized again, into several tensors (`requantize.WeightCodec`)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .experts import as_stored
 from .locate import locate
 from .quantized.weight import PackedSlot
 from .renaming import Renaming
-from .requantize import Packing, Requantize
+from .requantize import Requantize, WeightCodec
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Entry:
     source: Slot | None = None
     updates: tuple[RowUpdates, ...] = ()
     value: Tensor | None = None
-    packing: Packing | None = None
+    packing: WeightCodec | None = None
 
     @property
     def slot(self) -> Slot:

@@ -26,8 +26,8 @@ from ..ops.delta import row_blocks
 from .base import Base
 from .merge_report import Requantized
 from .quantized.format import Format, Shapes
-from .quantized.found import UNQUANTIZED, Quantization, format_for
-from .quantized.weight import PackedSlot, PackedWeight
+from .quantized.found import UNQUANTIZED, StoredQuantization, format_for
+from .quantized.weight import PackedSlot, QuantizedTensors
 from .tied_weights import declared
 
 
@@ -46,11 +46,11 @@ class Requantize:
     onto: Mapping[str, Slot] | None = None
     ordinary: tuple[str, ...] = ()
 
-    def is_same(self, packed: PackedWeight) -> bool:
+    def is_same(self, packed: QuantizedTensors) -> bool:
         """Whether a weight keeps its format and settings."""
         return self.settings is None
 
-    def packing(self, name: str, slot: PackedSlot) -> tuple[Packing, Slot]:
+    def packing(self, name: str, slot: PackedSlot) -> tuple[WeightCodec, Slot]:
         """Return how a weight is quantized, and the weight that ΔW is added to."""
         source: Slot | None = slot
         if self.onto is not None:
@@ -61,7 +61,7 @@ class Requantize:
         same = self.settings is None
         like = slot.packed if same else None
         settings = slot.packed.settings if same else self.settings
-        return Packing(name.removesuffix(".weight"), self.format, settings, slot.packed.shape, slot, like), source
+        return WeightCodec(name.removesuffix(".weight"), self.format, settings, slot.packed.shape, slot, like), source
 
 
 def requantized_as(kind: str, base: Base, onto: Mapping[str, Slot] | None) -> Requantize | None:
@@ -94,7 +94,7 @@ def ordinary_note(requantize: Requantize | None) -> list[str]:
     ]
 
 
-def _unquantized(base: Base, own: Quantization, ordinary: Collection[str]) -> list[str]:
+def _unquantized(base: Base, own: StoredQuantization, ordinary: Collection[str]) -> list[str]:
     """Return the modules that are not quantized in OUT, as a config lists them: those in the base's files, the
     `ordinary` ones, those that the base's own config names, and those without a tensor because their weight is another
     one's (a tied head).
@@ -121,7 +121,7 @@ def _is_matrix(name: str, slot: Slot) -> bool:
 
 
 @dataclass(frozen=True)
-class Packing:
+class WeightCodec:
     """How one weight is quantized. `shape`: (out, in). `base`: the weight in the base; `like`: its tensors, if the
     format and settings are the same.
     """
@@ -131,7 +131,7 @@ class Packing:
     settings: Any
     shape: tuple[int, int]
     base: PackedSlot
-    like: PackedWeight | None
+    like: QuantizedTensors | None
 
     @property
     def own_shapes(self) -> Shapes:
