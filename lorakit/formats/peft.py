@@ -217,7 +217,7 @@ def _together(adapter: Adapter) -> list[str]:
     kinds = " and ".join(sorted({u.variant for u in adapter.updates.values()}))
     way = "" if any(adapter.updates[m].needs_base for m in others) else ": resize converts all to factors"
     return [
-        f"updates of another kind ({listing(min(own, others, key=len), 2)}): {kinds} together, and PEFT has "
+        f"updates of another kind ({listing(own if len(own) < len(others) else others, 2)}): {kinds} together, and PEFT has "
         f"{kind.peft_type} alone{way}"
     ]
 

@@ -63,6 +63,11 @@ class Summary:
         elements = sum(row.parameters for row in rows)
         return f"{len(rows)} weights of {counts} experts ({endings}), {elements:,} parameters"
 
+    @property
+    def left_out(self) -> list[str]:
+        """One line for all modules of an ending that were skipped for one reason."""
+        return _by_ending(self.skipped)
+
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
         active = names_of(self.active) if self.active else "the base alone"
@@ -73,7 +78,7 @@ class Summary:
             lines.append(f"  {component}: {f'{len(rows)} modules, {elements:,}' if rows else 'not adapted'}")
             lines += _grouped(rows, "    ")
         lines += [] if self.components else _grouped(self.rows, "  ")
-        lines += [f"  skipped: {line}" for line in _by_ending(self.skipped)]
+        lines += [f"  skipped: {line}" for line in self.left_out]
         lines += [f"  not reached: {self.unreached}"] if self.unreached else []
         lines += [f"  {row}" for row in self.fused]
         lines += [f"  note: {text}" for text in self.notes]

@@ -279,9 +279,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(folder, mo
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"fp4, .*\n  pip install 'lorakit\[quant\]'"),
         ({"quant_method": "GPTQ"}, r"quant_method 'GPTQ', .* knows; did you mean 'gptq'\?\n  expected one of awq, "),
         ({"quant_method": "no such"}, r"quant_method 'no such', which neither lorakit nor transformers knows\n"),
-        (packed_checkpoints.gptq_config(bits=None), "^GPTQ weights of None bits"),
-        (packed_checkpoints.gptq_config(group_size="128"), "^GPTQ weights with group_size '128'"),
-        (packed_checkpoints.awq_config(bits="4"), "^AWQ weights with bits '4'"),
+        (packed_checkpoints.awq_config(bits="4"), "^quantization_config.bits is '4'"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path, monkeypatch, how, message):
@@ -350,3 +348,13 @@ def test_damaged_packed_weights_keep_our_own_message(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(LorakitError, match=r"^'model.layers.0.*4 bits for each of 128 inputs, expected 8"):
         lk.load_base(folder, dtype="fp32", device="cpu")
+
+
+@pytest.mark.parametrize("setting, value", [("bits", None), ("group_size", "128")])
+def test_a_damaged_setting_of_a_packed_checkpoint_is_named(tmp_path, setting, value):
+    how = packed_checkpoints.gptq_config() | {setting: value}
+    quantized.llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    with pytest.raises(LorakitError, match=f"quantization_config.{setting} is {value!r}\n  expected a whole number"):
+        lk.load_base(tmp_path, dtype="fp32", device="cpu")

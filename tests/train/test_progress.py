@@ -68,6 +68,10 @@ def test_the_panel_counts_the_experts_among_the_targets(make_config, tmp_path):
     assert "experts" not in dense
     left_out = facts(shown(make_config(model=folder, steps=1, exclude=["experts"], out=str(tmp_path / "without"))))
     assert "experts" not in left_out
+    kind = facts(shown(make_config(model=folder, steps=1, variant="dora", out=str(tmp_path / "dora"))))
+    assert "experts" not in kind
+    assert "experts can have plain LoRA only, not 'dora'" in kind["left out"]
+    assert "left out" not in told
 
 
 def test_what_the_length_limit_left_out_is_counted(make_config):

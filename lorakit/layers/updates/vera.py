@@ -88,7 +88,7 @@ class VeraVectors(LiveUpdate):
     @classmethod
     def join(cls, updates: Sequence[Self]) -> None:
         """Draw the matrices that are not known yet: once for all modules of a seed, for the largest of them."""
-        undrawn: dict[tuple[int, int], list[VeraVectors]] = {}
+        undrawn: dict[tuple[int, int], list[Self]] = {}
         for update in updates:
             if update.projection.A is None:
                 undrawn.setdefault((update.projection.seed, update.rank), []).append(update)

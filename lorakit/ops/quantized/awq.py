@@ -35,9 +35,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """Read a model's `quantization_config`. Raises LorakitError for another layout, another number
-        of bits, or values of another type."""
-        bits = whole_number(config, TITLE, BITS, "bits", "w_bit")
+        """Read a model's `quantization_config`. Raises LorakitError for another layout, another number of
+        bits, and values of another type.
+        """
+        bits = whole_number(config, BITS, "bits", "w_bit")
         version = gptq.plain(config.get("version") or config.get("format") or "gemm").lower()
         if bits != BITS:
             raise LorakitError(f"AWQ weights of {bits} bits (quantization_config.bits)\n  expected 4")
@@ -46,7 +47,7 @@ class Settings:
                 f"AWQ weights in the layout '{version}' (quantization_config.version), which is made for one kernel\n"
                 "  expected gemm"
             )
-        return cls(group_size(config, TITLE, 128, "group_size", "q_group_size"))
+        return cls(group_size(config, "group_size", "q_group_size"))
 
 
 def shapes(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[int, int]:

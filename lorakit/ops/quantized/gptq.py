@@ -61,11 +61,10 @@ class Settings:
                 f"GPTQ weights in the format '{form}' (quantization_config.{key}), which is made for one "
                 f"kernel\n  expected {' or '.join(FORMATS)}: convert the checkpoint with gptqmodel"
             )
-        bits = whole_number(config, TITLE, None, "bits")
+        bits = whole_number(config, None, "bits")
         if bits not in BITS:
             raise LorakitError(f"GPTQ weights of {bits} bits (quantization_config.bits)\n  expected 2, 3, 4 or 8")
-        size, symmetric = group_size(config, TITLE, 128, "group_size"), switch(config, TITLE, True, "sym")
-        return cls(bits, size, symmetric, form == "gptq")
+        return cls(bits, group_size(config, "group_size"), switch(config, "sym", True), form == "gptq")
 
 
 def plain(value: Any) -> str:
