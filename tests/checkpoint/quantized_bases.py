@@ -90,7 +90,8 @@ def _saved(kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     weights = dict(model.state_dict())
     for name, module in loaded.named_modules():
         if hasattr(module, "weight") and base_of(module).quantization is not None:
-            weights[f"{name}.weight"] = base_of(module).dense(module).float()
+            own, key = base_of(module).dense(module).float(), f"{name}.weight"
+            weights[key] = quantized.int8_by_hand(weights[key]).float() if kind == "int8" else own
     return folder, weights
 
 
