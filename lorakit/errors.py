@@ -143,3 +143,8 @@ def expectation(items: Sequence[Mapping[str, Any]]) -> str:
         else:
             return f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"expected {' or '.join(dict.fromkeys(found))}"
+
+
+def choices(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the values that pydantic expected, from its errors for one setting; empty if any value may do."""
+    return [name for i in items if i["type"] == "literal_error" for name in re.findall(r"'([^']*)'", i["msg"])]

@@ -160,6 +160,21 @@ def needs_quantized(kind: str) -> str:
     )
 
 
+def rounded_otherwise(known: Any, weights: Mapping[str, Weight]) -> str | None:
+    """Return a quantized weight that holds other values than a fingerprint has of it, without allowance for rounding;
+    None if none is known to.
+
+    nf4 and fp4 differ, as do blocks of another size. Scales that are quantized too (double quantization) move weights
+    by less than `alike` allows, and pass.
+    """
+    if not is_sound(known):
+        return None
+    exact = {"samples": known["samples"]}
+    known_here = {n: w for n, w in weights.items() if n in exact["samples"] and isinstance(w, Quantized)}
+    own = {name: {"samples": {name: _samples(weight)[0]}} for name, weight in known_here.items() if not weight.is_meta}
+    return next((name for name, samples in own.items() if not alike(exact, samples, name)), None)
+
+
 def is_sound(value: Any) -> bool:
     """Whether a value, read from a file, has the structure of a fingerprint."""
     return (

@@ -12,6 +12,7 @@ from ..errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+DEVICES = ("cuda", "xpu", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 _NAMES = {"cuda": "the GPU", "cpu": "the CPU"}
 
@@ -27,6 +28,29 @@ def choose_device() -> Choice:
         if backend.is_available():
             return Choice(torch.device(name), f"torch found {name}")
     return Choice(torch.device("cpu"), "no accelerator found")
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """Return a device by its name, such as "cuda:1". Raises ConfigError for one that is unknown, or not here."""
+    import torch
+
+    kind = str(name).partition(":")[0]
+    try:
+        device = torch.device(name)
+        backend = torch.get_device_module(device)
+    except (RuntimeError, TypeError) as error:
+        hint = "; did you mean 'cuda'?" if kind.lower() == "gpu" else did_you_mean(kind.lower(), DEVICES)
+        raise ConfigError(
+            f"device: there is no device '{name}'{hint}\n  expected {', '.join(DEVICES)}, or one of several: cuda:0"
+        ) from error
+    count = backend.device_count() if backend.is_available() else 0
+    if count <= (device.index or 0):
+        found = f"its number is at most {count - 1}" if count else f"torch finds no {kind} here"
+        raise ConfigError(
+            f"device: {name} cannot be used: {found}\n"
+            f"  omit device for what is here, {choose_device().value}; or install a torch that supports the device"
+        )
+    return device
 
 
 def choose_dtype(precision: str, device: torch.device) -> Choice:
@@ -45,6 +69,12 @@ def choose_dtype(precision: str, device: torch.device) -> Choice:
     if multiplies_bf16(device):
         return Choice(torch.bfloat16, f"{_NAMES.get(device.type, device.type)} multiplies bf16")
     return Choice(torch.float32, "the GPU has no bf16" if device.type == "cuda" else "the CPU has no bf16 arithmetic")
+
+
+def precision_named(dtype: torch.dtype) -> str:
+    """Return the name in `PRECISIONS` of a dtype, or the dtype's own."""
+    own = str(dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(own, own)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -112,7 +112,7 @@ def load_base(
     *,
     quantize: str | None = None,
     double: bool = True,
-    compute_dtype: str = "auto",
+    compute_dtype: str | torch.dtype = "auto",
     kernel: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
@@ -125,7 +125,8 @@ def load_base(
     quantize: "nf4", "fp4" or "int8" (bitsandbytes), "torchao-int8", for the weights of its linears except the output
         layer's; None: as the checkpoint has them, which may be quantized already
     double: with nf4 and fp4, quantize the scales too: 4.13 instead of 4.5 bits a weight
-    compute_dtype: with nf4 and fp4, the precision to multiply in: bf16, fp16, fp32; "auto": `dtype`
+    compute_dtype: with nf4 and fp4, the precision to multiply in, as torch's dtype, "bf16", "fp16" or "fp32"; "auto":
+        `dtype`
     kernel: "gptqmodel" for that library's linears in a GPTQ or AWQ checkpoint; None: lorakit's own, in plain torch
     dtype: of everything that is not quantized, as torch's dtype, "bf16", "fp16" or "fp32"; "auto": bf16 if the device
         multiplies it, else float32
@@ -133,14 +134,16 @@ def load_base(
     revision, trust_remote_code: as in transformers, for hub ids
 
     Warns about linears that stay as they are because of their sizes. Raises ConfigError for settings that do not fit
-    each other or the base, LorakitError if the base cannot be loaded or the quantizer's package is missing.
+    each other, the base or the machine; LorakitError if the base cannot be loaded or the quantizer's package is
+    missing.
     """
     import torch
 
-    from .device import choose_device, choose_dtype
+    from .device import choose_device, choose_dtype, device_named, precision_named
 
-    how = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
-    where = torch.device(device) if device is not None else choose_device().value
+    compute = precision_named(compute_dtype) if isinstance(compute_dtype, torch.dtype) else compute_dtype
+    how = Quantization(quantize=quantize, double=double, compute_dtype=compute)
+    where = device_named(device) if device is not None else choose_device().value
     own = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, where).value
     return load_model(str(path), own, where, revision, trust_remote_code, how, kernel)
 

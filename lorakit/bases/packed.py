@@ -14,30 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LorakitError, listing
-from .own_linear import KINDS, FrozenQuantLinear, settings_of
+from .own_linear import KINDS, settings_of
 
 _NAME = "lorakit-packed"  # our quantizer's name in transformers' table
-
-
-def is_packed(config: Any) -> bool:
-    """Whether a model's transformers config says that it is a GPTQ or AWQ checkpoint."""
-    return _how(config).get("quant_method") in KINDS
-
-
-def load_packed(config: Any, folder: str | Path, dtype: torch.dtype, auto_class: Any = None, **options: Any) -> Any:
-    """Load a GPTQ or AWQ checkpoint with `own_linear`'s modules. Its other weights are of this dtype.
-
-    `config`: the folder's transformers config; `auto_class`: by default the language model's; `options`: more for its
-    `from_pretrained`. Raises LorakitError for a layout that cannot be read.
-    """
-    if auto_class is None:
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(folder, config=own_config(config), dtype=dtype, **options)
 
 
 def own_config(config: Any) -> Any:
@@ -173,4 +156,3 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-__all__ = ["FrozenQuantLinear", "is_packed", "load_packed", "own_config", "replace_linears"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from .suite import Row, need
 
 TITLE = (
     "The embedded model (5.9 M parameters) trained on E2E rows: held-out loss, BLEU against all references, bytes of "
-    "the loaded base and of\n"
+    "the base and of\n"
     "the adapter's file, CPU seconds of a run. Means over the seeds, with their standard deviation; 'against lora' is "
     "the difference in loss\n"
     "to LoRA on the same base, 'against fp32' to the same variant on the fp32 base, each with its 95 % interval over "
@@ -105,14 +106,14 @@ def _judged(settings: Mapping[str, Any], variant: str, seed: int, data: Path, st
     if result.adapter is None:
         raise SystemExit(f"stopped by {result.stopped}; the same command goes on")
     model = _base(settings)
-    stored = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    size = _saved_bytes(model)
     attach(model, Adapter.load(result.adapter))
     rows = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()][:tests]
     _, score = judge(model, load_tokenizer(EMBEDDED), rows, variant, seconds)
     judged = {
         "loss": result.best_loss,
         "bleu": score.bleu,
-        "base": sum(stored.values()),
+        "base": size,
         "adapter": sum(file.stat().st_size for file in result.adapter.glob("*.safetensors")),
         "seconds": seconds,
     }
@@ -129,6 +130,13 @@ def _base(settings: Mapping[str, Any]) -> Any:
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     quantization = {name: value for name, value in settings.items() if name in ("quantize", "double")}
     return load_base(EMBEDDED, dtype=dtype, device=torch.device("cpu"), **quantization)
+
+
+def _saved_bytes(model: Any) -> int:
+    """Return the bytes of the model's weights in files, with the scales and tables of quantized ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 def _row(base: str, variant: str, cells: Mapping[tuple[str, str], Sequence[Row]]) -> Row:

@@ -36,7 +36,7 @@ from .parts import Part
 from .renaming import Renaming
 from .requantize import check_kept, not_quantized, requantized_as
 from .residual import load_on, started_as
-from .same_base import compare_with_files
+from .same_base import compare_with_files, quantized_otherwise
 from .vocabulary import keep_tokens
 from .write import Reports, in_order, read_back, write_file
 
@@ -249,11 +249,12 @@ def _description(sources: Sequence[Source], weights: Sequence[float]) -> str:
 
 def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
     """Raise AdapterError if the adapter's fingerprint is of another base. Returns warnings."""
-    quantization = adapter.metadata.get(ONLY_ON)
-    if quantization and not base.config.get("quantization_config"):
+    otherwise = quantized_otherwise(base, adapter, rename)
+    if otherwise is not None:
         raise AdapterError(
-            f"{needs_quantized(quantization)}: {base.folder} is not quantized\n"
-            "  give the quantized base, or force_base=True (--force-base) if you know better"
+            f"{needs_quantized(adapter.metadata[ONLY_ON])}: {base.folder} is {otherwise}\n"
+            "  give the base quantized in that way, without onto (--onto); or force_base=True (--force-base) if you "
+            "know better"
         )
     lines = compare_with_files(base, adapter, rename)
     if lines:

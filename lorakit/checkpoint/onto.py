@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.fingerprint import alike, sample_positions
-from ..errors import LorakitError, listing
+from ..errors import LorakitError, did_you_mean, listing
 from ..io.stream import MERGEABLE, Slot
 from .base import Base
 from .merge_plan import Entry
@@ -38,11 +38,17 @@ Pair = tuple[Part, Part | None]  # a part of BASE, and the same part before it w
 def open_pairs(base: Path, onto: Path | None, names: Collection[str], everything: bool) -> list[Pair]:
     """Open the parts of a base that have these modules or weights, and those of the unquantized base.
 
-    Raises LorakitError if the two have other parts.
+    Raises LorakitError if there is no such folder, or the two have other parts.
     """
     parts = open_parts(base, names, everything, quantized=True)
     if onto is None:
         return [(part, None) for part in parts]
+    if not onto.exists():
+        here = [p.name for p in onto.parent.iterdir()] if onto.parent.is_dir() else []
+        raise LorakitError(
+            f"there is no base '{onto}'{did_you_mean(onto.name, here)}\n"
+            "  give the folder of the unquantized base as onto (--onto)"
+        )
     if base.is_dir() != onto.is_dir():
         raise LorakitError(f"{onto} and {base} are not a base before and after quantization: one is a single file")
     originals = {part.name: part for part in open_parts(onto, names, everything, quantized=True)}

@@ -26,8 +26,9 @@ from ..ops.delta import row_blocks
 from .base import Base
 from .merge_report import Requantized
 from .quantized.format import Format, Shapes
-from .quantized.found import format_for
+from .quantized.found import UNQUANTIZED, Quantization, format_for
 from .quantized.weight import PackedSlot, PackedWeight
+from .tied_weights import declared
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,21 @@ def requantized_as(kind: str, base: Base, onto: Mapping[str, Slot] | None) -> Re
         return None
     if format is None or kind == own.kind:
         return Requantize(own.kind, own.format, None, onto=onto)
-    settings = format.new_settings(kind, own.settings)
+    settings = format.new_settings(kind, own.settings, base.dtype)
+    return Requantize(kind, format, settings, format.config(settings, _unquantized(base, own)), onto)
+
+
+def _unquantized(base: Base, own: Quantization) -> list[str]:
+    """Return the modules of a base that are not quantized, as a config lists them: those in its files, those that its
+    own config names, and those without a tensor because their weight is another one's (a tied head).
+
+    transformers spares the head by itself only where a config has no list.
+    """
     packed = {name for name, slot in base.tensors.items() if isinstance(slot, PackedSlot)}
-    others = [n.removesuffix(".weight") for n, slot in base.tensors.items() if n not in packed and _is_matrix(n, slot)]
-    return Requantize(kind, format, settings, format.config(settings, others), onto)
+    stored = [n for n, slot in base.tensors.items() if n not in packed and _is_matrix(n, slot)]
+    tied = [user for user in declared(base) if user.endswith(".weight") and user not in base.tensors]
+    listed = [name for key in UNQUANTIZED for name in own.config.get(key) or () if f"{name}.weight" not in packed]
+    return list(dict.fromkeys([*(n.removesuffix(".weight") for n in (*stored, *tied)), *listed]))
 
 
 def not_quantized(folder: object) -> LorakitError:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import Quantized, Weight, differences, fingerprint, sample_positions
+from ..adapter.fingerprint import (
+    ONLY_ON,
+    Quantized,
+    Weight,
+    differences,
+    fingerprint,
+    rounded_otherwise,
+    sample_positions,
+)
 from ..adapter.tokens import Tokens
 from ..io.stream import Slot
 from .base import Base
@@ -31,19 +39,43 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
     expected = adapter.metadata.get("fingerprint")
     if not expected or base.single_file:
         return []
-    if not isinstance(expected, Mapping) or not isinstance(expected.get("samples"), Mapping):
+    if not _has_samples(expected):
         return ["the adapter's fingerprint of its base is damaged"]
-    expected_samples: dict[str, Any] = {}
+    stored = _stored(base, adapter, rename)
+    samples = {name: expected["samples"][name] for name in stored}
+    rounding = {"rounding": expected["rounding"]} if "rounding" in expected else {}
+    return differences({**fingerprint(stored, ""), "samples": samples, **rounding}, stored, "")
+
+
+def quantized_otherwise(base: Base, adapter: Adapter, rename: Callable[[str], str]) -> str | None:
+    """Return what a base is instead of quantized as an adapter needs it that repairs what quantization lost (LoftQ);
+    None if it is quantized so, or the adapter needs nothing. `rename`: as above.
+    """
+    needed, known = adapter.metadata.get(ONLY_ON), adapter.metadata.get("fingerprint")
+    if not needed:
+        return None
+    if base.quantization is None:
+        return "not quantized"
+    if base.quantization.format.title != needed:
+        return base.quantization.format.title
+    other = rounded_otherwise(known, _stored(base, adapter, rename)) if _has_samples(known) else None
+    return None if other is None else f"rounded to other values, such as those of {other}"
+
+
+def _has_samples(known: Any) -> bool:
+    return isinstance(known, Mapping) and isinstance(known.get("samples"), Mapping)
+
+
+def _stored(base: Base, adapter: Adapter, rename: Callable[[str], str]) -> dict[str, Weight]:
+    """Return the weights of a base that the adapter's fingerprint has samples of, by the fingerprint's names."""
     stored: dict[str, Weight] = {}
     tokens = {f"{m}.weight" for m, update in adapter.updates.items() if isinstance(update, Tokens)}
-    for name, samples in expected["samples"].items():
+    for name in adapter.metadata["fingerprint"]["samples"]:
         slot = base.tensors.get(rename(name))
         replaced = name in adapter.saved or name in tokens  # a new head, or rows for new tokens, are not the base's
         if slot is not None and slot.nbytes and slot.torch_dtype is not None and not replaced:
-            expected_samples[name] = samples
             stored[name] = _samples(slot)
-    rounding = {"rounding": expected["rounding"]} if "rounding" in expected else {}
-    return differences({**fingerprint(stored, ""), "samples": expected_samples, **rounding}, stored, "")
+    return stored
 
 
 def _samples(slot: Slot) -> Weight:

@@ -113,14 +113,16 @@ def _plan(
     if not task_of(settings.task).traced:
         _show_static(settings, target, limit, json_output)
         return
-    given = part(settings, Quantization)
+    given, stored = part(settings, Quantization), storage_of(task_of(settings.task).blueprint(settings))
+    if stored is not None:
+        _check_method(settings, stored.title)
     dense = settings.replace(find_lr=False, **Quantization().model_dump())
     how = given if given.quantize else Quantization(quantize=SMALLEST)  # to compare with, where none is given
     planners: dict[str, Planner] = {}
     for name in sorted(METHODS):
         method, own_settings = method_of(name), dense.replace(method=name)
         dtype = method.precision(own_settings, target).value
-        if not method.keeps_base and storage_of(task_of(settings.task).blueprint(settings)) is not None:
+        if not method.keeps_base and stored is not None:
             continue  # it cannot train quantized weights
         planner = planner_for(own_settings, dtype, target, validation=validation)
         planners[planner.name] = planner
@@ -194,6 +196,15 @@ def _plan(
     fits = memory is None or chosen.total <= memory
     suggested = not fits and smaller is not None and smaller is not chosen and smaller.total <= cast(int, memory)
     print(_next(settings, config, flags, fits, how.quantize if suggested else None))
+
+
+def _check_method(settings: TrainConfig, stored: str) -> None:
+    """Raise ConfigError if the method trains weights that the base has quantized, as `stored` says."""
+    if not method_of(settings.method).keeps_base:
+        raise ConfigError(
+            f"{settings.model} is quantized ({stored}), and quantized weights cannot be trained (method: "
+            f"{settings.method})\n  give the unquantized base, or use method: lora"
+        )
 
 
 def _own(planners: Mapping[str, Planner], settings: TrainConfig) -> Planner:

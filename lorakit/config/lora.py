@@ -66,7 +66,7 @@ class LoraSettings(KindSettings):
         default_factory=dict, description="other alphas: {name ending or regular expression: alpha}"
     )
     rslora: bool = Field(False, description="scale by alpha / √rank (Kalajdzievski 2023)")
-    variant: str = Field("lora", description="kind of update to train (docs/python.md lists them)")
+    variant: str = Field("lora", description="kind of update to train (docs/variants.md lists them)")
     init: Init = Field(
         "default",
         description="start: A kaiming-uniform, or gaussian; pissa, olora, milora, loftq (of W); eva, lora_ga (of data)",

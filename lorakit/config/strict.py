@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from ..errors import ConfigError, did_you_mean, expectation
+from ..errors import ConfigError, choices, did_you_mean, expectation
 from ..module_names import plain
 from .peft_names import PEFT_NAMES
 
@@ -61,9 +61,12 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
             )
             lines.append(f"{cls.__name__} has no setting '{where}'{hint}")
         elif item["type"] == "value_error":
-            lines.append(f"{cls.__name__}.{where}: {item['ctx']['error']!s}")
+            # A check of several settings names them itself.
+            lines.append((f"{cls.__name__}.{where}: " if item["loc"] else "") + str(item["ctx"]["error"]))
         else:
-            lines.append(f"{cls.__name__}.{where}: {expectation(items)} (got {item.get('input')!r})")
+            given = item.get("input")
+            hint = did_you_mean(given.lower(), choices(items)) if isinstance(given, str) else ""
+            lines.append(f"{cls.__name__}.{where}: {expectation(items)} (got {given!r}){hint}")
     return "\n".join(dict.fromkeys(lines))
 
 

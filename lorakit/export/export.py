@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import ONLY_ON
 from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
 from ..formats.bundled import own_files
@@ -135,7 +136,9 @@ def export(
     files = [written, *([model_file] if model_file is not None else []), *(path.parent / name for name in tokens)]
     files += [written / name for name in inside if written.is_dir()]
     copy = parts.copy if parts is not None else None
-    notes = record.to_pass_on(with_template=written.is_dir()) + token_lines
+    needed = adapter.metadata.get(ONLY_ON)
+    notes = [f"it is right on a base quantized as {needed} only (LoftQ): serve it on that"] if needed else []
+    notes += record.to_pass_on(with_template=written.is_dir()) + token_lines
     unchecked = _unchecked(ready) if base is None and check.placed is None else None
     return Exported(
         receiver,

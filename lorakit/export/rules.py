@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..adapter.adapter import Adapter
 from ..adapter.algebra.edit import as_lora
+from ..adapter.fingerprint import ONLY_ON
 from ..config import EXPERTS
 from ..errors import listing
 from ..formats.peft_experts import misread
@@ -113,6 +114,17 @@ def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
     dora = [m for m, u in adapter.updates.items() if u.variant == "dora"]
     if dora:
         yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", MERGE, into_base=tuple(dora))
+
+
+def no_loftq(adapter: Adapter) -> Iterator[Finding]:
+    """For programs that cannot load a base as bitsandbytes or a GPTQ checkpoint has it."""
+    quantization = adapter.metadata.get(ONLY_ON)
+    if quantization:
+        yield Finding(
+            f"it started from what quantization ({quantization}) lost of the base's weights (LoftQ), and is right on "
+            "weights quantized in that way only",
+            "merge it into the quantized base (lorakit merge QUANTIZED ADAPTER OUT), and use the merged model",
+        )
 
 
 def no_saved_weights(adapter: Adapter) -> Iterator[Finding]:
@@ -222,6 +234,7 @@ class Receiver:
     about: str
 
 
+_GGUF = (no_loftq, low_rank_only, no_saved_weights, no_embeddings)
 RECEIVERS = {
     "vllm": Receiver(
         "peft",
@@ -231,13 +244,13 @@ RECEIVERS = {
     "sglang": Receiver(
         "peft", (low_rank_only, no_saved_weights, one_rank_and_scale, no_embeddings), "SGLang's --lora-paths"
     ),
-    "llama.cpp": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "llama.cpp's --lora"),
-    "ollama": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "Ollama, with its Modelfile"),
+    "llama.cpp": Receiver("gguf", _GGUF, "llama.cpp's --lora"),
+    "ollama": Receiver("gguf", _GGUF, "Ollama, with its Modelfile"),
     "comfyui": Receiver("kohya", (no_saved_weights,), "ComfyUI's models/loras"),
     "a1111": Receiver("kohya", (no_saved_weights,), "A1111's models/Lora"),
     "diffusers": Receiver("diffusers", (no_other_kinds, no_saved_weights), "diffusers' load_lora_weights"),
     "peft": Receiver("peft", (no_embeddings, peft_experts), "PEFT's from_pretrained"),
-    "mlx": Receiver("mlx", (no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
+    "mlx": Receiver("mlx", (no_loftq, no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
     "canonical": Receiver("peft", (low_rank_only, one_scale, no_embeddings), "any program that reads PEFT's folder"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import PEFT_NAMES, PRESETS, LoraConfig
 from ..errors import AdapterError, ConfigError
 from ..module_names import ends_with, matches
+from ..ops.quantized import blockwise, int8
 from . import peft_parameters
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless false or empty.
@@ -67,8 +68,7 @@ def loftq_base(values: Mapping[str, Any]) -> str | None:
     settings = settings if isinstance(settings, Mapping) else {}
     if str(values.get("init_lora_weights")).lower() != "loftq" or settings.get("loftq_iter", 1) != 1:
         return None
-    bits = settings.get("loftq_bits", 4)
-    return f"bitsandbytes, {bits} bits" if bits in (4, 8) else None
+    return {4: blockwise.TITLE, 8: int8.TITLE}.get(settings.get("loftq_bits", 4))
 
 
 def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = False) -> tuple[LoraConfig, bool]:

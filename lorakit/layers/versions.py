@@ -21,8 +21,8 @@ class Versions:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Self | None:
-        """Return the versions; None for tensors whose changes cannot be seen, or not without waiting for a GPU."""
-        unseen = any(t.is_inference() or (t.requires_grad and t.device.type != "cpu") for t in tensors)
+        """Return the versions; None for tensors whose changes cannot be seen (or not without waiting for a GPU)."""
+        unseen = any(t.is_inference() or (t.requires_grad and not _is_at_hand(t)) for t in tensors)
         return None if unseen else cls(tensors)
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
@@ -33,6 +33,10 @@ class Versions:
             if known() is not t or t._version != version or _address(t) != address or _sum(t) != total:
                 return False
         return True
+
+
+def _is_at_hand(t: Tensor) -> bool:
+    return t.device.type == "cpu" and _address(t) != 0  # shapes without values have no address
 
 
 def _sum(t: Tensor) -> float | None:

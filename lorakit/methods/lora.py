@@ -120,6 +120,7 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None) -> None:
+    from ..adapter.fingerprint import ONLY_ON
     from ..bases.pipeline import as_module
     from ..model.attach import attach, attach_from
     from ..model.known_base import base_fingerprint
@@ -136,6 +137,7 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str, first: St
     continued = earlier.config.replace(**in_training, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
+    metadata |= {ONLY_ON: earlier.metadata[ONLY_ON]} if ONLY_ON in earlier.metadata else {}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
     _check(model, config, name)
 
@@ -259,7 +261,10 @@ def save(
 def trained(config: RunSettings) -> str:
     own = part(config, LoraRunSettings)
     start = f", starting from {own.adapter}" if own.adapter else "" if own.init == "default" else f", init {own.init}"
-    return f"rank {own.rank}, alpha {own.alpha:g}{start}"
+    kind = "" if own.variant == "lora" else f"{own.variant}, "
+    ways = (", rslora" if own.rslora else "") + (", A frozen" if own.freeze_a else "")
+    ways += f", B at {own.lora_plus:g} times A's rate" if own.lora_plus else ""
+    return f"{kind}rank {own.rank}, alpha {own.alpha:g}{start}{ways}"
 
 
 def note_together(config: RunSettings) -> str | None:

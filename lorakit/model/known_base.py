@@ -17,16 +17,13 @@ from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import (
     ONLY_ON,
     SAMPLED,
-    Quantized,
     Weight,
-    alike,
     components_in,
     differences,
     fingerprint,
-    is_sound,
     needs_quantized,
     of_components,
-    sample_positions,
+    rounded_otherwise,
 )
 from ..adapter.tokens import Tokens
 from ..bases.pipeline import TEXT_LEVEL, PipelineModel, component_of, is_text_encoder
@@ -101,7 +98,7 @@ def check_quantization(
     kinds = {base_of(module).quantization for module in modules.values()}
     found = listing(sorted(kind or "not quantized" for kind in kinds))
     if expected in kinds:
-        other = _rounded_otherwise(model, adapter.metadata.get("fingerprint"))
+        other = rounded_otherwise(adapter.metadata.get("fingerprint"), base_weights(model))
         if other is None:
             return
         found = f"rounded to other values, such as those of {other}"
@@ -109,21 +106,6 @@ def check_quantization(
         f"{needs_quantized(expected)}: this base's are {found}\n"
         "  load the base quantized in that way, or skip this check: attach(..., force=True)"
     )
-
-
-def _rounded_otherwise(model: nn.Module, known: Any) -> str | None:
-    """Return a quantized weight that holds other values than a fingerprint has of it, rounding included; None if none
-    is known to (nf4 and fp4, or a block of another size, differ).
-    """
-    if not is_sound(known):
-        return None
-    exact = {"samples": known["samples"]}
-    for name, weight in base_weights(model).items():
-        if name in exact["samples"] and isinstance(weight, Quantized) and not weight.is_meta:
-            values, _ = weight.read(torch.tensor(sample_positions(weight.numel())))
-            if not alike(exact, {"samples": {name: values.tolist()}}, name):
-                return name
-    return None
 
 
 def _compare_alone(model: nn.Module, weights: Mapping[str, Weight], expected: Any, live: Collection[str]) -> list[str]:

@@ -40,4 +40,4 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         B, b, d = ctx.saved_tensors
         product = g * B
-        return None, (product @ d.to(product.dtype)).to(b.dtype), (b.to(product.dtype) @ product).to(d.dtype)
+        return None, (product @ d.to(product.dtype)).to(b.dtype), (product.mT @ b.to(product.dtype)).to(d.dtype)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bases.device import choose_device, peak_memory
+from ..config.quantization import FOUR_BITS
 from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
 from ..model.summary import summary
@@ -23,6 +24,7 @@ from .resume import trainable
 from .run_folder import HELD_OUT, evaluated
 
 if TYPE_CHECKING:
+    from .config import TrainConfig
     from .setup import Job
 
 INDENT = 10  # of samples: below the text of the line with their step
@@ -149,7 +151,10 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
     else:
         base = total
     rows = [
-        ("model", f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
+        (
+            "model",
+            f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason}){_packed(config)}",
+        ),
         (
             "device",
             f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}",
@@ -179,15 +184,23 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
     return [*rows, *(("note", f"{count} rows: {note}") for note, count in data.notes.items())]
 
 
+def _packed(config: TrainConfig) -> str:
+    """Say how the base is quantized while it loads, if it is."""
+    if config.quantize is None:
+        return ""
+    scales = " with quantized scales" if config.quantize in FOUR_BITS and config.double else ""
+    return f", linears in {config.quantize}{scales}"
+
+
 def _reached(job: Job) -> list[tuple[str, str]]:
-    """Say which experts are adapted, what is left out and why, what share of the base no target reaches, and what others
-    would not load.
+    """Say which experts are adapted, or why not, what share of the base no target reaches, and what others would not
+    load.
     """
     if not job.method.keeps_base:
         return []
     found = summary(job.model)
     rows = [("experts", found.experts)] if found.experts else []
-    rows += [("left out", line) for line in found.left_out]
+    rows += [("left out", line) for line in found.experts_skipped]
     rows += [("not reached", str(found.unreached))] if found.unreached else []
     return [*rows, *(("note", text) for text in dict.fromkeys(found.notes))]
 

@@ -76,6 +76,7 @@ def test_the_precision_to_multiply_in_is_the_bases_unless_given(folder):
 
     assert kinds() == {torch.float32}
     assert kinds(dtype=torch.bfloat16) == {torch.bfloat16}
+    assert kinds(compute_dtype=torch.float16) == {torch.float16}
     model = load(folder, quantize="nf4", compute_dtype="bf16")
     assert {m.compute_dtype for m in quantized_modules(model).values()} == {torch.bfloat16}
     assert model.model.layers[0].mlp.up_proj(torch.ones(1, 2, 64)).dtype == torch.float32
@@ -207,6 +208,16 @@ def test_int8_that_the_user_loaded_evaluates_so_while_adapters_are_attached(fold
         ({"quantize": "int8", "double": False}, "double needs quantize: nf4 or quantize: fp4; omit it"),
         ({"compute_dtype": "bf16"}, "compute_dtype needs quantize: nf4 or quantize: fp4"),
         ({"quantize": "nf4", "compute_dtype": "int8"}, r"Quantization.compute_dtype: expected 'auto', 'bf16'"),
+        ({"quantize": "NF4"}, r"\(got 'NF4'\); did you mean 'nf4'\?"),
+        ({"double": False}, r"^double needs quantize: nf4"),
+        (
+            {"quantize": "nf4", "compute_dtype": torch.float64},
+            r"Quantization.compute_dtype: expected .*\(got 'float64'",
+        ),
+        ({"device": "gpu"}, r"^device: there is no device 'gpu'; did you mean 'cuda'\?\n  expected cuda, xpu"),
+        ({"device": "cdua:1"}, r"'cdua:1'; did you mean 'cuda'\?"),
+        ({"device": "cuda:99"}, r"^device: cuda:99 cannot be used: .*\n  omit device for what is here"),
+        ({"device": "cpu:1"}, r"^device: cpu:1 cannot be used: its number is at most 0"),
         ({"dtype": "bf17"}, r"unknown precision 'bf17'; did you mean 'bf16'\?"),
     ],
 )

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
+import lorakit as lk
 from lorakit.bases.own_linear import AwqLinear, GptqLinear
-from lorakit.bases.packed import is_packed, load_packed, own_config
+from lorakit.bases.packed import own_config
 from lorakit.errors import LorakitError
 
 LAYOUTS = {
@@ -33,7 +34,7 @@ def made(request, tmp_path_factory):
 
 
 def loaded(folder, dtype=torch.float32):
-    return load_packed(AutoConfig.from_pretrained(folder), folder, dtype)
+    return lk.load_base(folder, dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -101,15 +102,6 @@ def test_conv1d_become_linears(tmp_path):
     model = loaded(tmp_path)
     assert model.transformer.h[0].attn.c_attn.was_conv1d
     torch.testing.assert_close(tiny.logits(model), tiny.logits(original), atol=1e-5, rtol=1e-5)
-
-
-def test_only_gptq_and_awq_are_packed(tmp_path):
-    config = quantized.llama().config
-    assert not is_packed(config)
-    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    assert not is_packed(config)
-    config.quantization_config = checkpoints.awq_config()
-    assert is_packed(config)
 
 
 def changed(folder, to, **tensors):

@@ -40,15 +40,8 @@ def dense(kind: str) -> nn.Module:
 
 
 def load(folder: Path) -> nn.Module:
-    """Load a folder as a user would; bitsandbytes computes in float32, and does not repack its weights."""
-    import transformers
-
-    from lorakit.bases.packed import is_packed, load_packed
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if is_packed(config):
-        return load_packed(config, folder, torch.float32).eval()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Load a folder as a user would; bitsandbytes does not repack its weights."""
+    model = lk.load_base(folder, dtype="fp32", device="cpu")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.analysis.merge_tables import tables
 from lorakit.checkpoint import merge_checkpoint
+from lorakit.errors import LorakitError
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,12 @@ def test_it_is_the_merge_into_the_original_with_a_report_of_what_differs(kind, t
     worst = max(report.differences, key=lambda d: d.relative)
     assert table.cells[0][:2] == [worst.module, f"{worst.relative:.1%}"]
     assert "the worst 8 of 14" in table.title
+
+
+def test_a_folder_that_is_not_there_is_named_with_the_nearest(tmp_path):
+    (tmp_path / "original").mkdir()
+    with pytest.raises(LorakitError, match=r"no base '.*orignal'; did you mean 'original'\?\n.*--onto"):
+        merge_checkpoint(bases.packed("nf4"), bases.adapter(), tmp_path / "out", onto=tmp_path / "orignal")
 
 
 def changed(folder, change) -> None:

@@ -15,8 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.adapter.fingerprint import sample_positions
 from lorakit.checkpoint import merge_checkpoint
+from lorakit.checkpoint.base import open_base
 from lorakit.errors import AdapterError
+from lorakit.layers.bases import fingerprinted
+from lorakit.layers.bases import quantized as quantized_modules
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,19 @@ def test_merged_model_computes_what_quantized_base_and_adapter_do(kind, tmp_path
     lk.merge(model)
     for name, weight in lk.detach(model, merged="keep").state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", bases.KINDS)
+def test_files_and_the_loaded_model_have_the_same_samples_and_errors(kind):
+    """So an adapter that attaches to a base merges into its folder, and the other way round."""
+    base, model = open_base(bases.packed(kind), quantized=True), bases.load(bases.packed(kind))
+    packed = quantized_modules(model)
+    assert len(packed) == 14
+    for name, module in packed.items():
+        slot, live = base.tensors[f"{name}.weight"], fingerprinted(module)
+        at = torch.tensor(sample_positions(live.numel()))
+        for ours, theirs in zip(slot.sampled(at), live.read(at), strict=True):
+            torch.testing.assert_close(ours, theirs.float(), atol=1e-8, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "gptq"])

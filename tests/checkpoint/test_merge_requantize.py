@@ -213,3 +213,26 @@ def test_values_that_the_format_cannot_hold_name_the_module(tmp_path):
     with pytest.raises(lk.LorakitError, match=r"q_proj' cannot be quantized: (.|\n)*65,504"):
         merge_checkpoint(bases.packed("int8"), adapter, tmp_path / "out", requantize="same", keep_at_least=0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind,to", [("nf4", "int8"), ("int8", "nf4"), ("nf4", "gptq"), ("int8", "awq")])
+def test_a_tied_head_stays_unquantized_in_another_format(kind, to, tmp_path):
+    base = quantized.llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "dense")
+    load = {"dtype": "fp32", "device": "cpu"}
+    lk.load_base(tmp_path / "dense", quantize=kind, **load).save_pretrained(tmp_path / "packed")
+    merge_checkpoint(
+        tmp_path / "packed", bases.adapter(targets=["q_proj"]), tmp_path / "out", requantize=to, keep_at_least=0
+    )
+    how = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in how["llm_int8_skip_modules" if to in ("nf4", "int8") else "modules_to_not_convert"]
+    assert to != "nf4" or how["bnb_4bit_compute_dtype"] == "float32"  # the base's precision
+    model = lk.load_base(tmp_path / "out", **load)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert sum(type(m).__name__ in _CLASSES for m in model.modules()) == 14
+    base.load_state_dict(read(tmp_path / "out"), strict=False)  # the head's weight is the embedding's
+    torch.testing.assert_close(
+        bases.logits(model), bases.logits(base), atol=1e-2 if to in ("nf4", "int8") else 1e-5, rtol=0
+    )

@@ -180,6 +180,9 @@ def test_a_quantized_checkpoint_has_no_other_columns(lorakit, config_only, tmp_p
     code, out, error = lorakit(*flags, "--json")
     assert code == 0, error
     assert [e["method"] for e in json.loads(out)["estimates"]] == ["gptq lora"]
+    code, _, error = lorakit(*flags, "--method", "full")
+    assert code == 2
+    assert "is quantized (GPTQ, 4 bits, groups of 64), and quantized weights cannot be trained (--method full)" in error
     code, _, error = lorakit(*flags, "--quantize", "nf4")
     assert code == 2
     assert "is quantized already: GPTQ, 4 bits, groups of 64\n  omit --quantize nf4, or give the unquantized" in error

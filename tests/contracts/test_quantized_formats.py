@@ -27,7 +27,7 @@ CASES = [
 def case(request):
     kind, settings = request.param
     format = format_for(kind)
-    return format, settings if settings is not None else format.new_settings(kind, None)
+    return format, settings if settings is not None else format.new_settings(kind, None, torch.float32)
 
 
 def weight(shape: tuple[int, int] = SHAPE) -> Tensor:
@@ -54,7 +54,7 @@ def test_names_are_the_formats_own_and_there_are_no_two_of_a_kind():
         assert format.marker.startswith(format.names)
         assert format.main.startswith(format.names)
         for kind in format.kinds:
-            assert format.kind(format.new_settings(kind, None)) == kind
+            assert format.kind(format.new_settings(kind, None, torch.float32)) == kind
 
 
 def test_settings_are_read_from_the_config_it_writes_and_by_no_other_format(case):
@@ -123,5 +123,5 @@ def test_what_lies_on_its_values_stays_when_it_is_quantized_again(case):
 def test_every_dtype_it_writes_is_one_of_the_files():
     for format in formats():
         for kind in format.kinds:
-            written = format.written(SHAPE, format.new_settings(kind, None), None)
+            written = format.written(SHAPE, format.new_settings(kind, None, torch.float32), None)
             assert all(dtype in DTYPES for dtype, _ in written.values())

@@ -16,10 +16,9 @@ import quantized_modules as modules
 import tiny
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import lorakit as lk
-from lorakit.bases.packed import load_packed
 from lorakit.config import variants
 from lorakit.errors import AdapterError, StateError, TargetError
 from lorakit.layers.bases import base_of, parameter_count
@@ -51,7 +50,7 @@ def packed(**how) -> Callable[[Path], nn.Module]:
 
     def load(folder: Path) -> nn.Module:
         checkpoints.save(folder, checkpoints.awq_config() if how.get("awq") else checkpoints.gptq_config(**how))
-        return load_packed(AutoConfig.from_pretrained(folder), folder, torch.float32)
+        return lk.load_base(folder, dtype="fp32", device="cpu")
 
     return load
 
@@ -200,8 +199,7 @@ def test_saved_and_loaded_after_training_it_is_the_same_to_the_bit(base, model, 
     if base.saves:
         model.save_pretrained(tmp_path / "saved")
         if isinstance(getattr(model.config, "quantization_config", None), dict):
-            config = AutoConfig.from_pretrained(tmp_path / "saved")
-            again = load_packed(config, tmp_path / "saved", torch.float32)
+            again = lk.load_base(tmp_path / "saved", dtype="fp32", device="cpu")
         else:
             again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
         after = tiny.bits(again)

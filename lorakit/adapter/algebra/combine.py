@@ -25,10 +25,10 @@ from torch import Tensor
 from ...errors import AdapterError, ConfigError, did_you_mean, listing
 from ..adapter import Adapter
 from ..dense import Dense
-from ..fingerprint import components_in, of_components
+from ..fingerprint import ONLY_ON, components_in, of_components
 from ..lora import Factors, FactorShapes
 from ..update import Update
-from .compatible import Saved, check_same_base, combine_values
+from .compatible import Saved, check_same_base, combine_values, needed_quantization
 from .compose import compose, relative
 from .concatenate import WeightedUpdate, common_factor_shapes, exact_sum
 from .dare import dare_linear, dare_ties, drop
@@ -94,6 +94,7 @@ def combined(
     saved_weights = combine_values("saved weight", [a.saved for a in adapters], weights, saved)
     embeddings = combine_values("embedding", [a.embeddings for a in adapters], weights, saved)
     modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
+    only_on = needed_quantization(adapters)
     result: dict[str, Update] = {}
     reports = []
     for done, module in enumerate(modules, start=1):
@@ -117,6 +118,7 @@ def combined(
         found = [a.metadata.get(fact) for a in adapters]
         if found[0] is not None and all(value == found[0] for value in found):
             metadata[fact] = found[0]
+    metadata |= {} if only_on is None else {ONLY_ON: only_on}
     prints = [a.metadata["fingerprint"] for a in adapters if a.metadata.get("fingerprint")]
     if prints:
         parts = {name: part for each in reversed(prints) for name, part in components_in(each).items()}

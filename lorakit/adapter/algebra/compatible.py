@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import AdapterError, listing
 from ..adapter import Adapter
 from ..checks import wide
-from ..fingerprint import alike, components_in
+from ..fingerprint import ONLY_ON, alike, components_in, is_sound
 
 Saved = Literal["equal", "mean"]
 
@@ -42,6 +42,31 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
                 + "\n  ".join(lines)
                 + "\n  force=True (--force-base) if you know better"
             )
+
+
+def needed_quantization(adapters: Sequence[Adapter]) -> str | None:
+    """Return how the base must be quantized for the sum of adapters of which some repair what quantization lost
+    (LoftQ); None if none does.
+
+    Raises AdapterError for two that repair different quantizations: their sum is right on no base.
+    """
+    needing = [(i, a.metadata) for i, a in enumerate(adapters, start=1) if a.metadata.get(ONLY_ON)]
+    for (i, first), (j, second) in combinations(needing, 2):
+        kinds, prints = ([each.get(key) for each in (first, second)] for key in (ONLY_ON, "fingerprint"))
+        if kinds[0] == kinds[1] and not (all(map(is_sound, prints)) and _rounded_apart(prints[0], prints[1])):
+            continue
+        how = f": {kinds[0]}, and {kinds[1]}" if kinds[0] != kinds[1] else f" ({kinds[0]}), to different values"
+        raise AdapterError(
+            f"adapters {i} and {j} repair what quantization lost (LoftQ) of bases that are quantized differently{how}\n"
+            "  their sum is right on neither; combine adapters of one quantized base"
+        )
+    return str(needing[0][1][ONLY_ON]) if needing else None
+
+
+def _rounded_apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints' samples differ without allowance for rounding."""
+    exact = [{"samples": each["samples"]} for each in (first, second)]
+    return any(not alike(exact[0], exact[1], name) for name in first["samples"].keys() & second["samples"].keys())
 
 
 def base_differences(first: Adapter, second: Adapter) -> list[str]:

@@ -21,6 +21,7 @@ class Awq:
     """A weight that is quantized again keeps its groups, scales and zero points."""
 
     kinds: ClassVar[tuple[str, ...]] = ("awq",)
+    title: ClassVar[str] = awq.TITLE
     marker: ClassVar[str] = "qweight"
     main: ClassVar[str] = "qweight"
     names: ClassVar[tuple[str, ...]] = awq.NAMES
@@ -31,7 +32,7 @@ class Awq:
     def kind(self, settings: Settings) -> str:
         return "awq"
 
-    def new_settings(self, kind: str, like: Any) -> Settings:
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Settings:
         return Settings(getattr(like, "group_size", 128))
 
     def config(self, settings: Settings, unquantized: list[str]) -> dict[str, Any]:
@@ -66,8 +67,7 @@ class Awq:
         return awq.dequantized(tensors, settings)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Settings) -> Tensor:
-        """A step: AWQ clips the range of its groups, beyond which a weight is further off than half of one."""
-        return tensors["scales"].float().abs()[awq.groups_of(tensors, settings)].T
+        return awq.rounding(tensors, settings)
 
     def written(self, shape: tuple[int, int], settings: Settings, like: Shapes | None) -> Shapes:
         out, inner = shape

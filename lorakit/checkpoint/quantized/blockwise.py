@@ -16,12 +16,14 @@ from .format import Format, Shapes, Tensors
 
 # The quantization state is JSON with a float in it, whose length is not known beforehand: it is padded to this.
 _STATE_BYTES = 256
+_SCALE_ERRORS = "weight.absmax_errors"  # of opened tensors: what double quantization may have moved each scale by
 
 
 class Bits4:
     """Each block's scale is the largest |W| in it, so it is computed again when a weight is quantized again."""
 
     kinds: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    title: ClassVar[str] = blockwise.TITLE
     marker: ClassVar[str] = "weight.absmax"
     main: ClassVar[str] = "weight"
     names: ClassVar[tuple[str, ...]] = ("weight",)
@@ -39,8 +41,8 @@ class Bits4:
     def kind(self, settings: Blockwise) -> str:
         return settings.kind
 
-    def new_settings(self, kind: str, like: Any) -> Blockwise:
-        return Blockwise(kind, double=False, dtype=getattr(like, "dtype", torch.bfloat16))
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Blockwise:
+        return Blockwise(kind, double=False, dtype=getattr(like, "dtype", dtype))
 
     def config(self, settings: Blockwise, unquantized: list[str]) -> dict[str, Any]:
         return {
@@ -70,6 +72,7 @@ class Bits4:
         return {
             "weight": tensors["weight"].reshape(-1).view(torch.uint8),
             "weight.absmax": blockwise.scales(tensors, state),
+            **_scale_errors(tensors, state),
             "weight.quant_map": tensors["weight.quant_map"],
             STATE + state["quant_type"]: _state(plain),
         }
@@ -77,10 +80,11 @@ class Bits4:
     def cut(self, tensors: Tensors, shape: tuple[int, int], start: int, stop: int, settings: Blockwise) -> Tensors:
         state, inner = blockwise.state_of(tensors), shape[1]
         first, last = start * inner, stop * inner
+        blocks = slice(first // state["blocksize"], -(-last // state["blocksize"]))
         return {
             **tensors,
             "weight": tensors["weight"][first // 2 : -(-last // 2)],
-            "weight.absmax": tensors["weight.absmax"][first // state["blocksize"] : -(-last // state["blocksize"])],
+            **{name: tensors[name][blocks] for name in ("weight.absmax", _SCALE_ERRORS) if name in tensors},
             STATE + state["quant_type"]: _state({**state, "shape": [stop - start, inner]}),
         }
 
@@ -88,14 +92,10 @@ class Bits4:
         return blockwise.dequantized(tensors)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Blockwise) -> Tensor:
-        """Half the distance to the next code, and what double quantization may have changed of the scale."""
         size = blockwise.state_of(tensors)["blocksize"]
-        absmax = tensors["weight.absmax"].repeat_interleave(size)[: W.numel()].view(W.shape)
-        codes = tensors["weight.quant_map"].float().sort().values
-        gaps = codes.diff()
-        half = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2
-        nearest = torch.bucketize(W / absmax.clamp_min(1e-30), (codes[:-1] + codes[1:]) / 2)
-        return half[nearest] * absmax + W.abs() * (0.03 if settings.double else 0)
+        scales = {name: tensors[name] for name in ("weight.absmax", _SCALE_ERRORS) if name in tensors}
+        own = {name: each.repeat_interleave(size)[: W.numel()].view(W.shape) for name, each in scales.items()}
+        return blockwise.rounding(W, own["weight.absmax"], tensors["weight.quant_map"], own.get(_SCALE_ERRORS))
 
     def written(self, shape: tuple[int, int], settings: Blockwise, like: Shapes | None) -> Shapes:
         n = math.prod(shape)
@@ -120,6 +120,14 @@ class Bits4:
         if like is not None:  # the bytes may be kept as another dtype (quant_storage)
             indices = indices.flatten().view(like["weight"].dtype).view(like["weight"].shape)
         return blockwise.packed_tensors(indices, absmax, shape, settings, _STATE_BYTES)
+
+
+def _scale_errors(tensors: Tensors, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    if "nested_offset" not in state:
+        return {}
+    outer, code = tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]
+    count = tensors["weight.absmax"].numel()
+    return {_SCALE_ERRORS: blockwise.scale_rounding(outer, code, state["nested_blocksize"], count)}
 
 
 def _state(state: Mapping[str, Any]) -> Tensor:

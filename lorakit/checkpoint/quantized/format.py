@@ -22,6 +22,7 @@ class Format(Protocol):
     """One format. It holds no state; `settings` are a value of its own class, read from a model's config."""
 
     kinds: ClassVar[tuple[str, ...]]  # its names in `--requantize`
+    title: ClassVar[str]  # the codec's TITLE
     marker: ClassVar[str]  # the own name of a tensor that only a module of this format has
     main: ClassVar[str]  # the own name of the tensor that holds the elements
     names: ClassVar[tuple[str, ...]]  # what own names begin with
@@ -34,8 +35,10 @@ class Format(Protocol):
     def kind(self, settings: Any) -> str:
         """Return the name in `kinds` that these settings have."""
 
-    def new_settings(self, kind: str, like: Any) -> Any:
-        """Return the usual settings of `kind`. `like`: the base's, of any format, from which a precision is taken."""
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Any:
+        """Return the usual settings of `kind`. `like`: the base's, of any format, from which group sizes and a
+        precision are taken; `dtype`: of the base's other weights, the precision where `like` has none.
+        """
 
     def config(self, settings: Any, unquantized: list[str]) -> dict[str, Any]:
         """Return the `quantization_config` of a model. `unquantized`: the linear modules that are not quantized."""

@@ -22,6 +22,8 @@ from .weight import PackedSlot, PackedWeight, packed_slot, read_all
 _OTHER_FILES = {"format", "found", "weight"}
 # A smaller tensor is read when the checkpoint is opened: it may hold settings of its module.
 _SMALL = 4096
+# Where a `quantization_config` lists the modules that are not quantized.
+UNQUANTIZED = ("llm_int8_skip_modules", "modules_to_not_convert")
 # Copies of the quantization's settings that older programs look for.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
 

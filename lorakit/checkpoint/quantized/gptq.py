@@ -26,6 +26,7 @@ class Gptq:
     """A weight that is quantized again keeps its groups, scales and zero points."""
 
     kinds: ClassVar[tuple[str, ...]] = ("gptq",)
+    title: ClassVar[str] = gptq.TITLE
     marker: ClassVar[str] = "qweight"
     main: ClassVar[str] = "qweight"
     names: ClassVar[tuple[str, ...]] = gptq.NAMES
@@ -36,7 +37,7 @@ class Gptq:
     def kind(self, settings: Settings) -> str:
         return "gptq"
 
-    def new_settings(self, kind: str, like: Any) -> Settings:
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Settings:
         return Settings(group_size=getattr(like, "group_size", 128))
 
     def config(self, settings: Settings, unquantized: list[str]) -> dict[str, Any]:
@@ -77,8 +78,7 @@ class Gptq:
         return gptq.dequantized(tensors, settings)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Settings) -> Tensor:
-        """Two steps: GPTQ moves a weight beyond the nearest code, to make up for errors of others."""
-        return 2 * tensors["scales"].float().abs()[gptq.groups_of(tensors, settings)].T
+        return gptq.rounding(tensors, settings)
 
     def written(self, shape: tuple[int, int], settings: Settings, like: Shapes | None) -> Shapes:
         out, inner = shape

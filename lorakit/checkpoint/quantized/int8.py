@@ -17,6 +17,7 @@ class Int8:
     """Each output's scale is its largest |W|, so it is computed again when a weight is quantized again."""
 
     kinds: ClassVar[tuple[str, ...]] = ("int8",)
+    title: ClassVar[str] = int8.TITLE
     marker: ClassVar[str] = "SCB"
     main: ClassVar[str] = "weight"
     names: ClassVar[tuple[str, ...]] = ("weight", "SCB")
@@ -27,7 +28,7 @@ class Int8:
     def kind(self, settings: Any) -> str:
         return "int8"
 
-    def new_settings(self, kind: str, like: Any) -> dict[str, Any]:
+    def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> dict[str, Any]:
         return {}
 
     def config(self, settings: Any, unquantized: list[str]) -> dict[str, Any]:
@@ -62,8 +63,7 @@ class Int8:
         return int8.dequantized(tensors)
 
     def errors(self, tensors: Tensors, W: Tensor, settings: Any) -> Tensor:
-        """Half a step, and what rounding to float16 changes before."""
-        return tensors["SCB"].float().view(-1, 1) / 254 + W.abs() * 2**-11
+        return int8.rounding(W, tensors["SCB"].view(-1, 1))
 
     def written(self, shape: tuple[int, int], settings: Any, like: Shapes | None) -> Shapes:
         return {"weight": ("I8", shape), "SCB": ("F32", shape[:1]), "weight_format": ("U8", ())}

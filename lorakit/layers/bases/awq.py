@@ -20,13 +20,12 @@ from .packed_weight import PackedWeight
 class Awq(PackedWeight):
     """lorakit's `AwqLinear`, gptqmodel's modules in plain torch, and AutoAWQ's."""
 
-    quantization: ClassVar[str | None] = "AWQ"
+    quantization: ClassVar[str | None] = awq.TITLE
     codec: ClassVar[ModuleType] = awq
     own: ClassVar[type[FrozenQuantLinear]] = AwqLinear
     classes: ClassVar[Collection[str]] = frozenset(
         {"AwqTorchLinear", "TorchAtenAwqLinear", "TorchFusedAwqLinear", "WQLinear_GEMM"}
     )
-    rounding: ClassVar[float] = 0.5  # to the nearest code
 
     def settings(self, module: Any) -> awq.Settings:
         return awq.Settings(module.group_size)

@@ -1,10 +1,8 @@
 """Weights quantized by bitsandbytes: NF4 and FP4 in blocks (Dettmers et al. 2023), int8 by rows (2022).
 
-    4 bits    W ≈ code[index] · absmax of the block of 64        code: 16 values in [-1, 1]; two indices per byte
-              with double quantization: absmax ≈ code₂[index] · absmax₂ of 256 blocks + offset
-    8 bits    W ≈ index · absmax of the row / 127                index: int8 [out, in]
-
-Each element was rounded to the nearest code, so its error is at most half the distance to the next code.
+4 bits    W ≈ code[index] · absmax of the block of 64        code: 16 values in [-1, 1]; two indices per byte
+          with double quantization: absmax ≈ code₂[index] · absmax₂ of 256 blocks + offset
+8 bits    W ≈ index · absmax of the row / 127                index: int8 [out, in]
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from ...bases.int8_forward import hold, release
 from ...errors import StateError
+from ...ops.quantized import blockwise, int8
 from .base_weight import MERGE, BaseWeight, QuantizedWeight
 
 _REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag, see `FourBit.check`
@@ -26,7 +25,7 @@ _ORIGINAL = "_lora_repacks"  # marks a module whose flag was set
 class FourBit(QuantizedWeight):
     """NF4 or FP4: a `Params4bit` of packed bytes, with its quantization state."""
 
-    quantization: ClassVar[str | None] = "bitsandbytes, 4 bits"
+    quantization: ClassVar[str | None] = blockwise.TITLE
 
     def owns(self, module: nn.Module) -> bool:
         weight: Any = module._parameters.get("weight")
@@ -51,17 +50,12 @@ class FourBit(QuantizedWeight):
         state, at = _state(module), at.to(self.device(module))
         values = self.dense(module).flatten()[at].float()
         block = at // state.blocksize
-        absmax, error = state.absmax, torch.zeros_like(values)
+        absmax, errors = state.absmax, None
         if state.nested:
             inner = state.state2
+            errors = blockwise.scale_rounding(inner.absmax, inner.code, inner.blocksize, absmax.numel())[block]
             absmax = _functional().dequantize_blockwise(absmax, inner) + state.offset
-            error = inner.absmax[block // inner.blocksize] * inner.code.sort().values.diff().max() / 2
-        absmax = absmax.flatten()[block].float()
-        codes = state.code.float().sort().values
-        gaps = codes.diff()
-        half = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2  # of each code
-        nearest = (values / absmax.clamp_min(1e-30)).unsqueeze(-1).sub(codes).abs().argmin(-1)
-        return values, half[nearest] * absmax + error
+        return values, blockwise.rounding(values, absmax.flatten()[block].float(), state.code, errors)
 
     def was_transposed(self, module: nn.Module) -> bool:
         return _was_conv1d(module)
@@ -97,7 +91,7 @@ class EightBit(QuantizedWeight):
     module's state in the first forward.
     """
 
-    quantization: ClassVar[str | None] = "bitsandbytes, 8 bits"
+    quantization: ClassVar[str | None] = int8.TITLE
 
     def owns(self, module: nn.Module) -> bool:
         weight: Any = module._parameters.get("weight")
@@ -119,7 +113,8 @@ class EightBit(QuantizedWeight):
     def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
         weight, at = _weight(module), at.to(self.device(module))
         step = self._steps(module).flatten()[at // weight.shape[1]]
-        return weight.data.flatten()[at] * step, step / 2
+        values = weight.data.flatten()[at] * step
+        return values, int8.rounding(values, step * 127)
 
     def was_transposed(self, module: nn.Module) -> bool:
         return _was_conv1d(module)

@@ -32,7 +32,6 @@ class PackedWeight(QuantizedWeight):
     codec: ClassVar[ModuleType]
     own: ClassVar[type[FrozenQuantLinear]]
     classes: ClassVar[Collection[str]]  # a library's, see above
-    rounding: ClassVar[float]  # how far the quantization method moves an element, in steps between adjacent codes
 
     def settings(self, module: Any) -> Any:
         """Return the codec's settings of a library's module."""
@@ -66,11 +65,9 @@ class PackedWeight(QuantizedWeight):
         return dense
 
     def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
-        at, tensors = at.to(self.device(module)), self._tensors(module)
-        size_in = self.shape(module)[1]
-        group = self.codec.groups_of(tensors, self._settings(module))[at % size_in]
-        step = tensors["scales"][group, at // size_in].float().abs()
-        return self.dense(module).flatten()[at], step * self.rounding
+        at = at.to(self.device(module))
+        errors: Tensor = self.codec.rounding(self._tensors(module), self._settings(module))
+        return self.dense(module).flatten()[at], errors.flatten()[at]
 
     def was_transposed(self, module: nn.Module) -> bool:
         return bool(getattr(module, "was_conv1d", False))

@@ -20,6 +20,7 @@ from ...errors import LorakitError
 from . import gptq
 from .int32 import pack
 
+TITLE = "AWQ"  # what a base with such weights is said to be
 BITS, PER_WORD = 4, 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies at each place of a word
 NAMES = ("qweight", "qzeros", "scales")
@@ -35,7 +36,7 @@ class Settings:
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Read a model's `quantization_config`. Raises LorakitError for another layout, or another number of bits."""
         bits = config.get("bits", config.get("w_bit", BITS))
-        version = str(config.get("version") or config.get("format") or "gemm").lower()
+        version = gptq.plain(config.get("version") or config.get("format") or "gemm").lower()
         if bits != BITS:
             raise LorakitError(f"AWQ weights of {bits} bits (quantization_config.bits)\n  expected 4")
         if version != "gemm":
@@ -75,6 +76,15 @@ def dequantized(tensors: Mapping[str, Tensor], settings: Settings) -> Tensor:
     codes -= unpacked(tensors["qzeros"]).float()[group]
     codes *= tensors["scales"].float()[group]
     return codes.T
+
+
+def rounding(tensors: Mapping[str, Tensor], settings: Settings) -> Tensor:
+    """Return how far quantization may have moved each element: [out, in], float32.
+
+    A step: AWQ clips the range of its groups, beyond which a weight is further off than half of one. How AWQ scales the
+    inputs is not in it: by that, its weights are those of another base.
+    """
+    return tensors["scales"].float().abs()[groups_of(tensors, settings)].T
 
 
 def quantized(W: Tensor, settings: Settings, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:

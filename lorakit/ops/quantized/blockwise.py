@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...errors import LorakitError
 
+TITLE = "bitsandbytes, 4 bits"  # what a base with such weights is said to be
 STATE = "weight.quant_state.bitsandbytes__"
 NESTED_BLOCK = 256
 # Appendix E of the paper: quantiles of the normal distribution, a zero among them.
@@ -184,6 +185,29 @@ def scales(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
     code, outer = tensors["weight.nested_quant_map"].float(), tensors["weight.nested_absmax"].float()
     values = _in_blocks(code[absmax.long()], state["nested_blocksize"]).mul_(outer.unsqueeze(1))
     return values.flatten()[: absmax.numel()] + torch.tensor(float(state["nested_offset"]))
+
+
+def rounding(values: Tensor, absmax: Tensor, code: Tensor, scale_errors: Tensor | None = None) -> Tensor:
+    """Return how far quantization may have moved elements: half the distance to the next code.
+
+    values, absmax: dequantized elements and the scales of their blocks, of one shape; code [16]; scale_errors: what
+    double quantization may have moved the scales by (`scale_rounding`).
+    """
+    ordered = code.float().sort().values
+    gaps = ordered.diff()
+    half = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2
+    nearest = torch.bucketize(values.float() / absmax.clamp_min(1e-30), (ordered[:-1] + ordered[1:]) / 2)
+    errors = half[nearest] * absmax
+    return errors if scale_errors is None else errors + scale_errors
+
+
+def scale_rounding(outer: Tensor, code: Tensor, size: int, count: int) -> Tensor:
+    """Return how far double quantization may have moved each scale: half the largest distance of two codes. [count].
+
+    outer: absmax₂, the scales' own scales; code [256]: code₂; size: scales that share one of `outer`.
+    """
+    half = code.float().sort().values.diff().max() / 2
+    return (outer.float() * half).repeat_interleave(size)[:count]
 
 
 def _dynamic(values: Tensor) -> tuple[Tensor, Tensor]:

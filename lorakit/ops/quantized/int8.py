@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import LorakitError
 
+TITLE = "bitsandbytes, 8 bits"  # what a base with such weights is said to be
 _STEP = 7.874015718698502e-3  # the float32 nearest to 1 / 127, as bitsandbytes has it
 
 
@@ -30,6 +31,14 @@ def dequantized(tensors: Mapping[str, Tensor], settings: None = None) -> Tensor:
             "in] and a scale for each output"
         )
     return weight * absmax.float().view(-1, 1) * _STEP
+
+
+def rounding(values: Tensor, absmax: Tensor) -> Tensor:
+    """Return how far quantization may have moved elements: half a step, and what rounding to float16 changed before.
+
+    values: dequantized elements; absmax: of their rows, of a shape that broadcasts with theirs.
+    """
+    return absmax.float() / 254 + values.float().abs() * 2**-11
 
 
 def quantized(W: Tensor, settings: None = None) -> dict[str, Tensor]:

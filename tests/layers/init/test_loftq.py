@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, ConfigError, LorakitError
+from lorakit.export.export import export
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -110,6 +111,60 @@ def test_it_is_refused_on_the_unquantized_base(dense, tmp_path):
         lk.attach(quantized.in_4_bits(dense, kind="fp4"), value)
     again = lk.attach(quantized.in_4_bits(dense), value)
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def packed(dense, tmp_path_factory):
+    """The same base in three ways of quantizing, and a LoftQ adapter of each."""
+    root, values = tmp_path_factory.mktemp("packed"), {}
+    for kind in ("nf4", "fp4", "int8"):
+        model = lk.load_base(dense, quantize=kind, double=kind == "int8", dtype="fp32", device="cpu")
+        model.save_pretrained(root / kind)
+        values[kind] = lk.capture(lk.attach(model, config()))
+    return root, values
+
+
+def test_a_merge_is_refused_on_a_base_quantized_in_another_way(dense, packed, tmp_path):
+    root, values = packed
+    for kind, said in (
+        ("int8", "is bitsandbytes, 8 bits"),
+        ("fp4", "is rounded to other values, such as those of model"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            merge_checkpoint(root / kind, values["nf4"], tmp_path / "out")
+    for settings in ({}, {"requantize": "same", "keep_at_least": 0}):
+        with pytest.raises(AdapterError, match=r"is not quantized\n.*without onto"):
+            merge_checkpoint(root / "nf4", values["nf4"], tmp_path / "out", onto=dense, **settings)
+    assert not (tmp_path / "out").exists()
+    merge_checkpoint(root / "nf4", values["nf4"], tmp_path / "out")
+    merge_checkpoint(root / "int8", values["nf4"], tmp_path / "forced", force_base=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "svd", "rank": 2}, {"method": "dare_ties", "density": 0.5}])
+def test_a_sum_is_right_on_the_same_quantized_base_only(dense, packed, settings):
+    root, values = packed
+    own = values["nf4"]
+    mixed = lk.combine([own, own], [0.5, 0.5], **settings)
+    with pytest.raises(AdapterError, match="this base's are not quantized"):
+        lk.attach(quantized.llama(), mixed)
+    with pytest.raises(AdapterError, match="is not quantized"):
+        merge_checkpoint(dense, mixed, root / "none")
+    lk.attach(quantized.in_4_bits(dense), mixed)
+    plain = tiny.randomise_factors(lk.attach(quantized.llama(), lk.LoraConfig(rank=2, targets=TARGETS)))
+    assert lk.combine([lk.capture(plain), own], **settings).metadata["only_on_quantized"] == "bitsandbytes, 4 bits"
+    for other, said in (("int8", "bitsandbytes, 4 bits, and bitsandbytes, 8 bits"), ("fp4", "to different values")):
+        with pytest.raises(AdapterError, match=said):
+            lk.combine([own, values[other]], **settings)
+
+
+@pytest.mark.parametrize("receiver", ["llama.cpp", "mlx"])
+def test_programs_without_the_quantized_base_are_refused_and_others_noted(packed, receiver, tmp_path):
+    _, values = packed
+    with pytest.raises(AdapterError, match=r"lost of the base's weights \(LoftQ\)(.|\n)*lorakit merge"):
+        export(values["nf4"], tmp_path / "out.gguf", receiver, fix=True)
+    assert not any(tmp_path.iterdir())
+    notes = export(values["nf4"], tmp_path / "out", "vllm", fix=True).notes
+    assert "right on a base quantized as bitsandbytes, 4 bits only" in notes[0]
 
 
 @pytest.mark.parametrize("iterations, bits", [(1, 4), (1, 8), (2, 4), (1, 2)])

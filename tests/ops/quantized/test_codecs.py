@@ -6,6 +6,7 @@ import packed_checkpoints as checkpoints
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils.quantization_config import AwqFormat
 
 from lorakit.errors import LorakitError
 from lorakit.ops.quantized import awq, gptq
@@ -19,6 +20,7 @@ FORMATS = {
         "asymmetric": {"sym": False},
         "activation order": {"desc_act": True, "sym": False},
         "v2": {"checkpoint_format": "gptq_v2", "sym": False},
+        "v2 by its newer name": {"checkpoint_format": None, "format": "GPTQ_v2", "sym": False},
         "one group": {"group_size": -1},
     }.items()
 } | {
@@ -113,6 +115,11 @@ def test_gptq_stores_zeros_less_one_in_its_first_format():
     [
         (checkpoints.gptq_config(bits=5), "GPTQ weights of 5 bits.*\n  expected 2, 3, 4 or 8"),
         (checkpoints.gptq_config(checkpoint_format="marlin"), "the format 'marlin'.*\n  expected gptq or gptq_v2"),
+        (
+            checkpoints.gptq_config(checkpoint_format=None, format="marlin"),
+            r"the format 'marlin' \(quantization_config.format\).*\n  expected gptq or gptq_v2",
+        ),
+        (checkpoints.gptq_config(format="gptq_v2"), "two formats .*checkpoint_format is 'gptq', format is 'gptq_v2'"),
         (checkpoints.awq_config(bits=8), "AWQ weights of 8 bits.*\n  expected 4"),
         (checkpoints.awq_config(version="gemv_fast"), "the layout 'gemv_fast'.*\n  expected gemm"),
     ],
@@ -120,6 +127,15 @@ def test_gptq_stores_zeros_less_one_in_its_first_format():
 def test_other_layouts_are_refused(how, message):
     with pytest.raises(LorakitError, match=message):
         codec_of(how)
+
+
+def test_settings_of_a_librarys_config_object_are_read():
+    from transformers import AwqConfig, GPTQConfig
+
+    assert awq.Settings.of(AwqConfig(group_size=64).to_dict()) == awq.Settings(64)
+    assert awq.Settings.of({"format": AwqFormat.GEMM}) == awq.Settings(128)
+    how = GPTQConfig(bits=4, format="gptq_v2").to_dict()
+    assert gptq.Settings.of(how) == gptq.Settings(plus_one=False)
 
 
 @pytest.mark.parametrize("how", [checkpoints.gptq_config(), checkpoints.awq_config()], ids=["gptq", "awq"])
