@@ -132,9 +132,18 @@ def summary(model: Any) -> Summary:
     total = parameter_count(model)
     notes = [text for a in state.adapters.values() if (text := _note(model, a)) is not None]
     components = list(model.components) if isinstance(model, PipelineModel) else []
-    experts = {name for name, module in module_names(model).items() if isinstance(module, ExpertWeight)}
+    expert_names = {name for name, module in module_names(model).items() if isinstance(module, ExpertWeight)}
     return Summary(
-        trainable, total, rows, dict(state.active), skipped, fused.report(model), missed, notes, components, experts
+        trainable,
+        total,
+        rows,
+        dict(state.active),
+        skipped,
+        fused.report(model),
+        missed,
+        notes,
+        components,
+        expert_names,
     )
 
 
