@@ -84,7 +84,10 @@ def storage_of(config: Any) -> Storage | None:
     how = how if isinstance(how, Mapping) else how.to_dict()
     method = str(getattr(how.get("quant_method"), "value", how.get("quant_method") or "bitsandbytes"))
     read = _METHODS.get(method)
-    return Storage(method, method, None) if read is None else read(how)
+    try:
+        return Storage(method, method, None) if read is None else read(how)
+    except (TypeError, ValueError):  # a damaged setting, which whatever loads the weights names
+        return Storage(method, method, None)
 
 
 def _four_bit_title(kind: str, double: bool) -> str:
@@ -133,12 +136,13 @@ def _bitsandbytes(how: Mapping[str, Any]) -> Storage:
 
 
 def _gptq(how: Mapping[str, Any]) -> Storage:
-    bits, group = int(how.get("bits", 4)), how.get("group_size", 128)
+    bits, group = int(how.get("bits", 4)), _group(how.get("group_size", 128))
     return Storage("gptq", _title("GPTQ", bits, group), _grouped(bits, group, by_input=4), in_blocks=True)
 
 
 def _awq(how: Mapping[str, Any]) -> Storage:
-    bits, group = int(how.get("bits", how.get("w_bit", 4))), how.get("group_size", how.get("q_group_size", 128))
+    bits = int(how.get("bits", how.get("w_bit", 4)))
+    group = _group(how.get("group_size", how.get("q_group_size", 128)))
     return Storage(
         "awq", _title("AWQ", bits, group), _grouped(bits, group), kept=tuple(how.get("modules_to_not_convert") or ())
     )
@@ -181,6 +185,10 @@ def _torchao_config(how: Mapping[str, Any]) -> Storage:
     if name == "Int8WeightOnlyConfig":
         return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept=kept, keeps="weight")
     return Storage("torchao", f"torchao {name.removesuffix('Config')}".strip(), None, kept=kept)
+
+
+def _group(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _title(method: str, bits: int, group: Any) -> str:

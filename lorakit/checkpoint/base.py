@@ -21,7 +21,7 @@ import torch
 from ..errors import LorakitError, did_you_mean, listing
 from ..io.json_object import read_json
 from ..io.stream import MERGEABLE, NAMES, Slot, read_header
-from .quantized.found import Quantization, quantization_of, with_weights
+from .quantized.found import StoredQuantization, quantization_of, with_weights
 from .quantized.weight import PackedSlot
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +46,7 @@ class Base:
     index_name: str = INDEX
     single_file: str = ""
     component: str = ""
-    quantization: Quantization | None = None
+    quantization: StoredQuantization | None = None
 
     @property
     def architecture(self) -> str | None:

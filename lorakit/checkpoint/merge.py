@@ -34,7 +34,7 @@ from .out import NOTE, check_out, check_space, copy, other_files, without_settin
 from .out_config import new_quantization, write_config
 from .parts import Part
 from .renaming import Renaming
-from .requantize import check_kept, not_quantized, requantized_as
+from .requantize import check_kept, not_quantized, ordinary_note, requantized_as
 from .residual import load_on, started_as
 from .same_base import compare_with_files, quantized_otherwise
 from .vocabulary import keep_tokens
@@ -127,6 +127,7 @@ def merge_checkpoint(
             reports = _write_tensors(plans, folder, dtype is not None, note if path.is_file() else {}, on_tensor)
         check_kept(reports.requantized, keep_at_least, original is not None)
         warnings += _check_changed(reports.targets, plans)
+        warnings += [line for _, plan in plans for line in ordinary_note(plan.requantize)]
         for part, plan in plans:
             write_config(part, plan, folder / part.name, dtype)
         first = next((part.base for part, plan in plans if any(e.updates for e in plan.entries)), plans[0][0].base)

@@ -4,7 +4,7 @@ copied      the base's bytes; a quantized weight that stays so, all its tensors
 updated     W + Σ wᵢ ΔWᵢ; only some rows of a tensor that several modules share
 replaced    an adapter's saved weight instead of the base's; added, if the base has none
 untied      a separate tensor for a weight that was stored once and used twice
-requantized a weight quantized again, into several tensors (`requantize.Packing`)
+requantized a weight quantized again, into several tensors (`requantize.WeightCodec`)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .experts import as_stored
 from .locate import locate
 from .quantized.weight import PackedSlot
 from .renaming import Renaming
-from .requantize import Packing, Requantize
+from .requantize import Requantize, WeightCodec
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Entry:
     source: Slot | None = None
     updates: tuple[RowUpdates, ...] = ()
     value: Tensor | None = None
-    packing: Packing | None = None
+    packing: WeightCodec | None = None
 
     @property
     def slot(self) -> Slot:
@@ -182,7 +182,7 @@ def make_plan(
         value = changes.values.get(name)
         shape = slot.shape if value is None else tuple(value.shape)  # more rows, where tokens were added
         if requantize is not None and isinstance(slot, PackedSlot):
-            for entry in _requantized(name, slot, row_updates, value, requantize):
+            for entry in _requantized(base, name, slot, row_updates, value, requantize):
                 files[entry.file].append(entry)
             continue
         stored = base.dtype_in_out(slot, dtype)
@@ -197,9 +197,15 @@ def make_plan(
 
 
 def _requantized(
-    name: str, slot: PackedSlot, updates: tuple[RowUpdates, ...], value: Tensor | None, requantize: Requantize
+    base: Base,
+    name: str,
+    slot: PackedSlot,
+    updates: tuple[RowUpdates, ...],
+    value: Tensor | None,
+    requantize: Requantize,
 ) -> list[Entry]:
-    """Plan a weight that stays quantized: copied, or quantized again if it changes or gets another format.
+    """Plan a weight that stays quantized: copied, or quantized again if it changes or gets another format; or one that
+    becomes ordinary because the other format does not take it.
 
     Raises AdapterError for a weight that an adapter replaces.
     """
@@ -214,6 +220,9 @@ def _requantized(
             Entry(f"{module}.{own}", raw.path.name, raw.dtype, raw.shape, raw) for own, raw in slot.packed.slots.items()
         ]
     packing, source = requantize.packing(name, slot)
+    if name in requantize.ordinary:
+        # In the dtype of the others: transformers converts none of them when it loads a quantized model.
+        return [Entry(name, slot.path.name, NAMES[base.dtype], source.shape, source, updates)]
     return [Entry(name, slot.path.name, "F32", source.shape, source, updates, packing=packing)]
 
 

@@ -103,7 +103,8 @@ class MergeReport:
             for names, what in ((self.replaced, "replaced"), (self.added, "added"))
             if names
         ]
-        parts += [f"{self.dequantized} quantized weights written as {self.dtype}"] if self.dequantized else []
+        dtype = "ordinary ones" if self.requantized else self.dtype
+        parts += [f"{self.dequantized} quantized weights written as {dtype}"] if self.dequantized else []
         parts += [f"{len(self.requantized)} weights quantized again as {self.dtype}"] if self.requantized else []
         same = f"{self.untouched} other tensors {f'rounded to {self.dtype}' if self.converted else 'byte-identical'}"
         return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB"])

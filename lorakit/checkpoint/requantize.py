@@ -13,21 +13,21 @@ are pushed over a border as ΔW says, and the share kept is near 1; the error st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import LorakitError, TargetError
+from ..errors import LorakitError, TargetError, listing
 from ..io.stream import Slot
 from ..ops.delta import row_blocks
 from .base import Base
 from .merge_report import Requantized
 from .quantized.format import Format, Shapes
-from .quantized.found import UNQUANTIZED, Quantization, format_for
-from .quantized.weight import PackedSlot, PackedWeight
+from .quantized.found import UNQUANTIZED, StoredQuantization, format_for
+from .quantized.weight import PackedSlot, QuantizedTensors
 from .tied_weights import declared
 
 
@@ -35,7 +35,8 @@ from .tied_weights import declared
 class Requantize:
     """How a base's quantized weights are quantized again. `settings`: None for those of each module in the base.
     `onto`: the unquantized base's weights by name, from which changed ones are computed instead.
-    `config`: the `quantization_config` to write, None for the base's own.
+    `config`: the `quantization_config` to write, None for the base's own. `ordinary`: the weights that become ordinary
+    ones, since the new format does not take their shapes.
     """
 
     kind: str
@@ -43,12 +44,13 @@ class Requantize:
     settings: Any | None
     config: Mapping[str, Any] | None = None
     onto: Mapping[str, Slot] | None = None
+    ordinary: tuple[str, ...] = ()
 
-    def is_same(self, packed: PackedWeight) -> bool:
+    def is_same(self, packed: QuantizedTensors) -> bool:
         """Whether a weight keeps its format and settings."""
         return self.settings is None
 
-    def packing(self, name: str, slot: PackedSlot) -> tuple[Packing, Slot]:
+    def packing(self, name: str, slot: PackedSlot) -> tuple[WeightCodec, Slot]:
         """Return how a weight is quantized, and the weight that ΔW is added to."""
         source: Slot | None = slot
         if self.onto is not None:
@@ -59,7 +61,7 @@ class Requantize:
         same = self.settings is None
         like = slot.packed if same else None
         settings = slot.packed.settings if same else self.settings
-        return Packing(name.removesuffix(".weight"), self.format, settings, slot.packed.shape, slot, like), source
+        return WeightCodec(name.removesuffix(".weight"), self.format, settings, slot.packed.shape, slot, like), source
 
 
 def requantized_as(kind: str, base: Base, onto: Mapping[str, Slot] | None) -> Requantize | None:
@@ -74,16 +76,32 @@ def requantized_as(kind: str, base: Base, onto: Mapping[str, Slot] | None) -> Re
     if format is None or kind == own.kind:
         return Requantize(own.kind, own.format, None, onto=onto)
     settings = format.new_settings(kind, own.settings, base.dtype)
-    return Requantize(kind, format, settings, format.config(settings, _unquantized(base, own)), onto)
+    packed = {name: slot.packed for name, slot in base.tensors.items() if isinstance(slot, PackedSlot)}
+    ordinary = tuple(name for name, weight in packed.items() if not format.takes(weight.shape, settings))
+    return Requantize(
+        kind, format, settings, format.config(settings, _unquantized(base, own, ordinary)), onto, ordinary
+    )
 
 
-def _unquantized(base: Base, own: Quantization) -> list[str]:
-    """Return the modules of a base that are not quantized, as a config lists them: those in its files, those that its
-    own config names, and those without a tensor because their weight is another one's (a tied head).
+def ordinary_note(requantize: Requantize | None) -> list[str]:
+    """Say which weights become ordinary ones, if some do."""
+    if requantize is None or not requantize.ordinary:
+        return []
+    names = requantize.ordinary
+    return [
+        f"{len(names)} weights are written unquantized, as {requantize.kind} takes whole blocks of inputs: "
+        f"{listing(names, 3)}"
+    ]
+
+
+def _unquantized(base: Base, own: StoredQuantization, ordinary: Collection[str]) -> list[str]:
+    """Return the modules that are not quantized in OUT, as a config lists them: those in the base's files, the
+    `ordinary` ones, those that the base's own config names, and those without a tensor because their weight is another
+    one's (a tied head).
 
     transformers spares the head by itself only where a config has no list.
     """
-    packed = {name for name, slot in base.tensors.items() if isinstance(slot, PackedSlot)}
+    packed = {n for n, slot in base.tensors.items() if isinstance(slot, PackedSlot) and n not in ordinary}
     stored = [n for n, slot in base.tensors.items() if n not in packed and _is_matrix(n, slot)]
     tied = [user for user in declared(base) if user.endswith(".weight") and user not in base.tensors]
     listed = [name for key in UNQUANTIZED for name in own.config.get(key) or () if f"{name}.weight" not in packed]
@@ -103,7 +121,7 @@ def _is_matrix(name: str, slot: Slot) -> bool:
 
 
 @dataclass(frozen=True)
-class Packing:
+class WeightCodec:
     """How one weight is quantized. `shape`: (out, in). `base`: the weight in the base; `like`: its tensors, if the
     format and settings are the same.
     """
@@ -113,7 +131,7 @@ class Packing:
     settings: Any
     shape: tuple[int, int]
     base: PackedSlot
-    like: PackedWeight | None
+    like: QuantizedTensors | None
 
     @property
     def own_shapes(self) -> Shapes:

@@ -21,7 +21,7 @@ from ..errors import LorakitError
 from ..io.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
 from .merge_plan import Entry, RowUpdates
 from .merge_report import Requantized, TargetReport
-from .requantize import Measure, Packing
+from .requantize import Measure, WeightCodec
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def write_file(
     return written
 
 
-def _write_quantized(out: StreamWriter, entry: Entry, packing: Packing) -> WrittenTensor:
+def _write_quantized(out: StreamWriter, entry: Entry, packing: WeightCodec) -> WrittenTensor:
     largest, crc = [0.0] * bool(entry.updates), 0
 
     def blocks() -> Iterator[Tensor]:
@@ -192,7 +192,7 @@ def read_back(
 
 
 def _measure_quantized(
-    path: Path, entry: Entry, packing: Packing, slots: Mapping[str, Slot], updated: WrittenTensor
+    path: Path, entry: Entry, packing: WeightCodec, slots: Mapping[str, Slot], updated: WrittenTensor
 ) -> tuple[list[TargetReport], Requantized]:
     """Measure a weight that was quantized again: what quantizing did, and what its update changed of Q(W)."""
     crc = 0

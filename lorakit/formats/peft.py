@@ -217,6 +217,7 @@ def _together(adapter: Adapter) -> list[str]:
     fewer = own if len(own) < len(others) else others
     kinds = " and ".join(sorted({u.variant for u in adapter.updates.values()}))
     way = "" if any(adapter.updates[m].needs_base for m in others) else ": resize converts all to factors"
+    fewer = own if len(own) < len(others) else others
     return [
         f"updates of another kind ({listing(fewer, 2)}): {kinds} together, and PEFT has {kind.peft_type} alone{way}"
     ]

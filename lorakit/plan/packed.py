@@ -39,7 +39,7 @@ class Packing:
         return None if self.storage.compute is None else getattr(torch, self.storage.compute)
 
 
-class PackedWeight(nn.Parameter):
+class StandInWeight(nn.Parameter):
     """A frozen weight of another class than an ordinary one's, as quantized ones are: fused modules check for that."""
 
 
@@ -55,7 +55,7 @@ class PackedLinear(nn.Linear):
         weight: Any = module.weight
         rows, columns = weight.shape if isinstance(module, nn.Linear) else weight.T.shape
         self = cls(columns, rows, bias=getattr(module, "bias", None) is not None, device="meta", dtype=weight.dtype)
-        self.weight = PackedWeight(self.weight.data, requires_grad=False)
+        self.weight = StandInWeight(self.weight.data, requires_grad=False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         size = packing.storage.size

@@ -193,8 +193,8 @@ def _packed(config: TrainConfig) -> str:
 
 
 def _reached(job: Job) -> list[tuple[str, str]]:
-    """Say which experts are adapted, or why not, what share of the base no target reaches, and what others would not
-    load.
+    """Say which experts are adapted, or why not, what share of the base no target reaches, and what other
+    programs would not load.
     """
     if not job.method.keeps_base:
         return []

@@ -309,3 +309,13 @@ def test_damaged_packed_weights_keep_our_own_message(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(LorakitError, match=r"^'model.layers.0.*4 bits for each of 128 inputs, expected 8"):
         lk.load_base(folder, dtype="fp32", device="cpu")
+
+
+@pytest.mark.parametrize("setting, value", [("bits", None), ("group_size", "128")])
+def test_a_damaged_setting_of_a_packed_checkpoint_is_named(tmp_path, setting, value):
+    how = packed_checkpoints.gptq_config() | {setting: value}
+    quantized.llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    with pytest.raises(LorakitError, match=f"quantization_config.{setting} is {value!r}\n  expected a whole number"):
+        lk.load_base(tmp_path, dtype="fp32", device="cpu")

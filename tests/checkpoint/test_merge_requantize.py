@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
@@ -236,3 +237,32 @@ def test_a_tied_head_stays_unquantized_in_another_format(kind, to, tmp_path):
     torch.testing.assert_close(
         bases.logits(model), bases.logits(base), atol=1e-2 if to in ("nf4", "int8") else 1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("onto", [False, True])
+def test_rows_that_are_no_whole_blocks_become_ordinary_in_4_bits(onto, tmp_path):
+    """The library reads them with the scale of the wrong block, which our own reading could not show."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32))
+    base.save_pretrained(tmp_path / "dense")
+    load = {"dtype": "fp32", "device": "cpu"}
+    lk.load_base(tmp_path / "dense", quantize="int8", **load).save_pretrained(tmp_path / "packed")
+    adapter = bases.adapter(targets=["q_proj", "down_proj"], model=copy.deepcopy(base))
+    settings = {"onto": tmp_path / "dense"} if onto else {}
+    report = merge_checkpoint(
+        tmp_path / "packed", adapter, tmp_path / "out", requantize="nf4", keep_at_least=0, **settings
+    )
+    assert len(report.requantized) == 2  # down_proj
+    assert any("12 weights are written unquantized" in warning for warning in report.warnings)
+    model = lk.load_base(tmp_path / "out", **load)
+    assert sum(type(m).__name__ in _CLASSES for m in model.modules()) == 2
+    merged = read(tmp_path / "out")
+    source = read(tmp_path / ("dense" if onto else "packed"))
+    for module, factors in adapter.factors.items():
+        W, changed = (weights[f"{module}.weight"] for weights in (source, merged))
+        assert (changed - W - factors.delta()).norm() < (0.11 if "down" in module else 0.01) * W.norm()
+    base.load_state_dict(merged)
+    torch.testing.assert_close(bases.logits(model), bases.logits(base), atol=1e-2, rtol=0)

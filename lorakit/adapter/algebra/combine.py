@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def combined(
         reports.append(report)
         if on_module is not None:
             on_module(module, done, len(modules))
-    metadata = {
+    metadata: dict[str, Any] = {
         "combined": {
             "method": method,
             "weights": list(weights),

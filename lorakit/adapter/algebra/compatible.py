@@ -52,8 +52,8 @@ def needed_quantization(adapters: Sequence[Adapter]) -> str | None:
     """
     needing = [(i, a.metadata) for i, a in enumerate(adapters, start=1) if a.metadata.get(ONLY_ON)]
     for (i, first), (j, second) in combinations(needing, 2):
-        kinds, prints = ([each.get(key) for each in (first, second)] for key in (ONLY_ON, "fingerprint"))
-        if kinds[0] == kinds[1] and not (all(map(is_sound, prints)) and _rounded_apart(prints[0], prints[1])):
+        kinds = [each[ONLY_ON] for each in (first, second)]
+        if kinds[0] == kinds[1] and not _rounded_apart(first.get("fingerprint"), second.get("fingerprint")):
             continue
         how = f": {kinds[0]}, and {kinds[1]}" if kinds[0] != kinds[1] else f" ({kinds[0]}), to different values"
         raise AdapterError(
@@ -63,8 +63,10 @@ def needed_quantization(adapters: Sequence[Adapter]) -> str | None:
     return str(needing[0][1][ONLY_ON]) if needing else None
 
 
-def _rounded_apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints' samples differ without allowance for rounding."""
+def _rounded_apart(first: Any, second: Any) -> bool:
+    """Whether two fingerprints' samples are known to differ without allowance for rounding."""
+    if not is_sound(first) or not is_sound(second):
+        return False
     exact = [{"samples": each["samples"]} for each in (first, second)]
     return any(not alike(exact[0], exact[1], name) for name in first["samples"].keys() & second["samples"].keys())
 

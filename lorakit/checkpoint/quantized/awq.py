@@ -35,6 +35,9 @@ class Awq:
     def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Settings:
         return Settings(getattr(like, "group_size", 128))
 
+    def takes(self, shape: tuple[int, int], settings: Any) -> bool:
+        return True
+
     def config(self, settings: Settings, unquantized: list[str]) -> dict[str, Any]:
         return {
             "quant_method": "awq",

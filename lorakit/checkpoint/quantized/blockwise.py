@@ -44,6 +44,10 @@ class Bits4:
     def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> Blockwise:
         return Blockwise(kind, double=False, dtype=getattr(like, "dtype", dtype))
 
+    def takes(self, shape: tuple[int, int], settings: Blockwise) -> bool:
+        """Rows must be whole blocks: else bitsandbytes' kernel for CPUs with AVX512 takes another block's scale."""
+        return shape[1] % settings.blocksize == 0
+
     def config(self, settings: Blockwise, unquantized: list[str]) -> dict[str, Any]:
         return {
             "quant_method": "bitsandbytes",

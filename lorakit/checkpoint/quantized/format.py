@@ -40,6 +40,9 @@ class Format(Protocol):
         precision are taken; `dtype`: of the base's other weights, the precision where `like` has none.
         """
 
+    def takes(self, shape: tuple[int, int], settings: Any) -> bool:
+        """Whether the format's library computes rightly with a weight of this shape (out, in)."""
+
     def config(self, settings: Any, unquantized: list[str]) -> dict[str, Any]:
         """Return the `quantization_config` of a model. `unquantized`: the linear modules that are not quantized."""
 

@@ -17,7 +17,7 @@ from ...errors import LorakitError, did_you_mean, listing
 from ...io.stream import Slot
 from ..conv1d import is_conv1d
 from .format import Format
-from .weight import PackedSlot, PackedWeight, packed_slot, read_all
+from .weight import PackedSlot, QuantizedTensors, packed_slot, read_all
 
 _OTHER_FILES = {"format", "found", "weight"}
 # A smaller tensor is read when the checkpoint is opened: it may hold settings of its module.
@@ -29,7 +29,7 @@ SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True)
-class Quantization:
+class StoredQuantization:
     """How a checkpoint is quantized. `config`: its `quantization_config`; `inner`: whether that is in `text_config`."""
 
     format: Format
@@ -64,7 +64,7 @@ def format_for(kind: str) -> Format:
     )
 
 
-def quantization_of(folder: object, config: Mapping[str, Any]) -> Quantization | None:
+def quantization_of(folder: object, config: Mapping[str, Any]) -> StoredQuantization | None:
     """Read a model's config; None if it is not quantized. Raises LorakitError for a format that cannot be read."""
     for part, inner in ((config, False), (config.get("text_config"), True)):
         how = part.get("quantization_config") if isinstance(part, Mapping) else None
@@ -77,7 +77,7 @@ def quantization_of(folder: object, config: Mapping[str, Any]) -> Quantization |
             except LorakitError as error:
                 raise LorakitError(f"{folder} is quantized ({method}) and cannot be read: {error}") from error
             if settings is not None:
-                return Quantization(format, settings, how, inner)
+                return StoredQuantization(format, settings, how, inner)
         raise LorakitError(
             f"{folder} is quantized ({method}) in a format that cannot be merged; expected bitsandbytes (4 or 8 bits), "
             "gptq or awq\n"
@@ -87,7 +87,7 @@ def quantization_of(folder: object, config: Mapping[str, Any]) -> Quantization |
 
 
 def with_weights(
-    folder: object, tensors: Mapping[str, Slot], quantization: Quantization, model_type: str
+    folder: object, tensors: Mapping[str, Slot], quantization: StoredQuantization, model_type: str
 ) -> dict[str, Slot]:
     """Return the checkpoint's tensors with a weight in place of each module's packed tensors.
 
@@ -122,7 +122,7 @@ def _own(module: str, tensors: Mapping[str, Slot], format: Format) -> dict[str, 
 
 
 def _weight(
-    module: str, slots: Mapping[str, Slot], quantization: Quantization, model_type: str, folder: object
+    module: str, slots: Mapping[str, Slot], quantization: StoredQuantization, model_type: str, folder: object
 ) -> PackedSlot:
     format = quantization.format
     small = {name: slot for name, slot in slots.items() if slot.nbytes <= _SMALL}
@@ -134,7 +134,7 @@ def _weight(
         raise LorakitError(
             f"{folder}: '{module}' is not a sound {quantization.kind} weight: {why}\n  fetch the checkpoint again"
         ) from error
-    packed = PackedWeight(format, settings, shape, partial(read_all, slots), slots)
+    packed = QuantizedTensors(format, settings, shape, partial(read_all, slots), slots)
     return packed_slot(packed, slots[format.main], is_conv1d(module, model_type))
 
 

@@ -31,6 +31,9 @@ class Int8:
     def new_settings(self, kind: str, like: Any, dtype: torch.dtype) -> dict[str, Any]:
         return {}
 
+    def takes(self, shape: tuple[int, int], settings: Any) -> bool:
+        return True
+
     def config(self, settings: Any, unquantized: list[str]) -> dict[str, Any]:
         return {
             "quant_method": "bitsandbytes",

@@ -1,8 +1,8 @@
 """A module's quantized weight in the files, read as the weight that it stands for.
 
-PackedWeight    its tensors, their format, and W's shape
-PackedSlot      W itself, float32, for everything that reads a checkpoint's weights (`io.stream.Slot`): rows are
-                dequantized block by block; only the packed tensors of one module are in memory
+QuantizedTensors    its tensors, their format, and W's shape
+PackedSlot          W itself, float32, for everything that reads a checkpoint's weights (`io.stream.Slot`): rows are
+                    dequantized block by block; only the packed tensors of one module are in memory
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .format import Format, Shapes
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class QuantizedTensors:
     """`read`: returns the module's tensors by their own names; `shape`: (out, in); `slots`: where the tensors are, if
     they are in files.
     """
@@ -74,7 +74,7 @@ class PackedSlot(Slot):
     `dtype` is F32, and `nbytes` what W has in it; `start` is where the packed elements are.
     """
 
-    packed: PackedWeight
+    packed: QuantizedTensors
     transposed: bool = False
     offset: int = 0
 
@@ -101,14 +101,14 @@ class PackedSlot(Slot):
         """Return the same weight as other tensors hold it, in memory or in files, by their own names."""
         slots = {name: t for name, t in own.items() if isinstance(t, Slot)}
         read = partial(read_all, slots) if slots else lambda: {n: t for n, t in own.items() if isinstance(t, Tensor)}
-        return replace(self, packed=PackedWeight(format, settings, self.packed.shape, read, slots))
+        return replace(self, packed=QuantizedTensors(format, settings, self.packed.shape, read, slots))
 
     def sampled(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Return the elements at these flat positions of W, and the largest rounding error of each: both [n]."""
         return self.packed.elements(at, self.transposed)
 
 
-def packed_slot(packed: PackedWeight, main: Slot, transposed: bool) -> PackedSlot:
+def packed_slot(packed: QuantizedTensors, main: Slot, transposed: bool) -> PackedSlot:
     """Return W of a module in the files. `main`: the tensor that holds the elements."""
     out, inner = packed.shape
     shape = (inner, out) if transposed else (out, inner)

@@ -35,7 +35,8 @@ class Settings:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Read a model's `quantization_config`. Raises LorakitError for another layout, or another number of bits."""
-        bits = config.get("bits", config.get("w_bit", BITS))
+        named = next((key for key in ("bits", "w_bit") if key in config), None)
+        bits = BITS if named is None else gptq.whole(config, named)
         version = gptq.plain(config.get("version") or config.get("format") or "gemm").lower()
         if bits != BITS:
             raise LorakitError(f"AWQ weights of {bits} bits (quantization_config.bits)\n  expected 4")
@@ -44,8 +45,7 @@ class Settings:
                 f"AWQ weights in the layout '{version}' (quantization_config.version), which is made for one kernel\n"
                 "  expected gemm"
             )
-        size = config.get("group_size", config.get("q_group_size", 128))
-        return cls(-1 if size is None else int(size))
+        return cls(gptq.group_size(config, "group_size" if "group_size" in config else "q_group_size"))
 
 
 def shapes(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[int, int]:

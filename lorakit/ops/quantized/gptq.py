@@ -59,10 +59,23 @@ class Settings:
                 f"GPTQ weights in the format '{form}' (quantization_config.{key}), which is made for one "
                 f"kernel\n  expected {' or '.join(FORMATS)}: convert the checkpoint with gptqmodel"
             )
-        bits = config.get("bits")
+        bits = whole(config, "bits")
         if bits not in BITS:
             raise LorakitError(f"GPTQ weights of {bits} bits (quantization_config.bits)\n  expected 2, 3, 4 or 8")
-        return cls(bits, config.get("group_size", 128) or -1, bool(config.get("sym", True)), form == "gptq")
+        return cls(bits, group_size(config, "group_size"), bool(config.get("sym", True)), form == "gptq")
+
+
+def whole(config: Mapping[str, Any], key: str) -> int:
+    """Return a setting that is a whole number. Raises LorakitError, naming it, for anything else."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise LorakitError(f"quantization_config.{key} is {value!r}\n  expected a whole number, as {key}: 4 is")
+    return value
+
+
+def group_size(config: Mapping[str, Any], key: str) -> int:
+    """Return the inputs per scale: 128 where a config does not say, -1 (all of them) for None and 0."""
+    return 128 if key not in config else -1 if not config[key] else whole(config, key)
 
 
 def plain(value: Any) -> str:

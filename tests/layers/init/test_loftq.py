@@ -17,6 +17,8 @@ import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, ConfigError, LorakitError
 from lorakit.export.export import export
+from lorakit.methods.lora import attach as continue_from
+from lorakit.train.config import TrainConfig
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -155,6 +157,17 @@ def test_a_sum_is_right_on_the_same_quantized_base_only(dense, packed, settings)
     for other, said in (("int8", "bitsandbytes, 4 bits, and bitsandbytes, 8 bits"), ("fp4", "to different values")):
         with pytest.raises(AdapterError, match=said):
             lk.combine([own, values[other]], **settings)
+
+
+def test_a_run_that_continues_from_it_needs_the_same_base(dense, packed, tmp_path):
+    _, values = packed
+    values["nf4"].save(tmp_path / "first")
+    run = TrainConfig(data="-", adapter=str(tmp_path / "first"), model=str(dense), quantize="nf4")
+    with pytest.raises(AdapterError, match="this base's are not quantized"):
+        continue_from(quantized.llama(), run, "default", "CAUSAL_LM")
+    model = quantized.in_4_bits(dense)
+    continue_from(model, run, "default", "CAUSAL_LM")
+    assert lk.capture(model).metadata["only_on_quantized"] == "bitsandbytes, 4 bits"
 
 
 @pytest.mark.parametrize("receiver", ["llama.cpp", "mlx"])

@@ -121,6 +121,10 @@ def test_gptq_stores_zeros_less_one_in_its_first_format():
         ),
         (checkpoints.gptq_config(format="gptq_v2"), "two formats .*checkpoint_format is 'gptq', format is 'gptq_v2'"),
         (checkpoints.awq_config(bits=8), "AWQ weights of 8 bits.*\n  expected 4"),
+        (checkpoints.gptq_config(bits=None), "quantization_config.bits is None\n  expected a whole number"),
+        (checkpoints.gptq_config(bits="4"), "quantization_config.bits is '4'\n  expected a whole number"),
+        (checkpoints.gptq_config(group_size="128"), "quantization_config.group_size is '128'\n  expected a whole"),
+        (checkpoints.awq_config(group_size="128"), "quantization_config.group_size is '128'\n  expected a whole"),
         (checkpoints.awq_config(version="gemv_fast"), "the layout 'gemv_fast'.*\n  expected gemm"),
     ],
 )
