@@ -81,8 +81,8 @@ class KindSettings(Strict):
         for setting, needs in _NEEDS.items():
             changed = own[setting] != type(self).model_fields[setting].default
             if changed and not has_effect(setting, own):
-                wanted = " or ".join(f"{name}='{value}'" for name, value in needs)
-                raise ValueError(f"{setting} has an effect with {wanted} only; remove it, or give that")
+                accepted = " or ".join(f"{name}='{value}'" for name, value in needs)
+                raise ValueError(f"{setting} has an effect with {accepted} only; remove it, or give that")
         if self.adalora_warmup + self.adalora_final >= 1:
             raise ValueError(
                 f"adalora_warmup ({self.adalora_warmup:g}) and adalora_final ({self.adalora_final:g}) leave no steps "

@@ -214,11 +214,12 @@ def _together(adapter: Adapter) -> list[str]:
     others = [m for m in adapter.updates if m not in own]
     if not others:
         return []
+    fewer = own if len(own) < len(others) else others
     kinds = " and ".join(sorted({u.variant for u in adapter.updates.values()}))
     way = "" if any(adapter.updates[m].needs_base for m in others) else ": resize converts all to factors"
+    fewer = own if len(own) < len(others) else others
     return [
-        f"updates of another kind ({listing(own if len(own) < len(others) else others, 2)}): {kinds} together, and PEFT has "
-        f"{kind.peft_type} alone{way}"
+        f"updates of another kind ({listing(fewer, 2)}): {kinds} together, and PEFT has {kind.peft_type} alone{way}"
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..layers.expert_weight import ExpertWeight
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
+from ..layers.targets import module_names
 from ..layers.unreached import Unreached, unreached
 from ..layers.updates.update import LiveUpdate
 from .state import Attached, Weights, architecture_of, layer_at, names_of, saved_parameters, state_of
@@ -51,6 +52,7 @@ class Summary:
     unreached: Unreached | None = None
     notes: list[str] = field(default_factory=list)  # what else to know before the adapter is used elsewhere
     components: list[str] = field(default_factory=list)  # of a pipeline
+    expert_names: Collection[str] = ()  # of weights of experts, adapted or not
 
     @property
     def experts(self) -> str:
@@ -64,9 +66,9 @@ class Summary:
         return f"{len(rows)} weights of {counts} experts ({endings}), {elements:,} parameters"
 
     @property
-    def left_out(self) -> list[str]:
-        """One line for all modules of an ending that were skipped for one reason."""
-        return _by_ending(self.skipped)
+    def experts_skipped(self) -> list[str]:
+        """One line for all weights of experts of an ending that were skipped for one reason."""
+        return _by_ending({name: why for name, why in self.skipped.items() if name in self.expert_names})
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
@@ -78,7 +80,7 @@ class Summary:
             lines.append(f"  {component}: {f'{len(rows)} modules, {elements:,}' if rows else 'not adapted'}")
             lines += _grouped(rows, "    ")
         lines += [] if self.components else _grouped(self.rows, "  ")
-        lines += [f"  skipped: {line}" for line in self.left_out]
+        lines += [f"  skipped: {line}" for line in _by_ending(self.skipped)]
         lines += [f"  not reached: {self.unreached}"] if self.unreached else []
         lines += [f"  {row}" for row in self.fused]
         lines += [f"  note: {text}" for text in self.notes]
@@ -130,7 +132,19 @@ def summary(model: Any) -> Summary:
     total = parameter_count(model)
     notes = [text for a in state.adapters.values() if (text := _note(model, a)) is not None]
     components = list(model.components) if isinstance(model, PipelineModel) else []
-    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model), missed, notes, components)
+    expert_names = {name for name, module in module_names(model).items() if isinstance(module, ExpertWeight)}
+    return Summary(
+        trainable,
+        total,
+        rows,
+        dict(state.active),
+        skipped,
+        fused.report(model),
+        missed,
+        notes,
+        components,
+        expert_names,
+    )
 
 
 def _note(model: nn.Module, attached: Attached) -> str | None:

@@ -36,11 +36,11 @@ class Scaled(NamedTuple):
     factor: Tensor
     added: Tensor
 
-    def there(self, W: Tensor) -> Tensor:
+    def apply(self, W: Tensor) -> Tensor:
         """Return W' in W's precision, rounded once. W: [rows, -1]."""
         return torch.addcmul(self.added, W.to(self.added.dtype), self.factor).to(W.dtype)
 
-    def back(self, changed: Tensor) -> Tensor:
+    def invert(self, changed: Tensor) -> Tensor:
         """Return W, but for rounding, from W' [rows, -1]. Where the factor is zero, nothing of W is left: zero."""
         W = (changed.to(self.added.dtype) - self.added) / self.factor
         return torch.where(self.factor == 0, 0, W).to(changed.dtype)
@@ -51,10 +51,10 @@ class Added(NamedTuple):
 
     added: Tensor
 
-    def there(self, W: Tensor) -> Tensor:
+    def apply(self, W: Tensor) -> Tensor:
         return (W.to(self.added.dtype) + self.added).to(W.dtype)
 
-    def back(self, changed: Tensor) -> Tensor:
+    def invert(self, changed: Tensor) -> Tensor:
         return (changed.to(self.added.dtype) - self.added).to(changed.dtype)
 
 
@@ -103,7 +103,7 @@ def add_(weight: Tensor, change: Change, where: str | None = None) -> Undo:
             continue  # most of an embedding, of which some rows are trained
         original = weight[rows].reshape(own.added.shape)
         undo.checksum += _checksum(original)
-        merged = own.there(original)
+        merged = own.apply(original)
         if where is not None and not torch.isfinite(merged).all() and torch.isfinite(original).all():
             undo.checksum -= _checksum(original)
             subtract_(weight, change, undo, where)  # the blocks before
@@ -112,7 +112,7 @@ def add_(weight: Tensor, change: Change, where: str | None = None) -> Undo:
                 f"{str(weight.dtype).removeprefix('torch.')} ends at {torch.finfo(weight.dtype).max:.3g}\n"
                 "  look at the adapter's norms (lorakit inspect), or merge into a base of another precision"
             )
-        undo.blocks.append(_encode(rows, original, own.back(merged)))
+        undo.blocks.append(_encode(rows, original, own.invert(merged)))
         weight[rows] = merged.view(weight[rows].shape)
     return undo
 
@@ -126,7 +126,7 @@ def subtract_(weight: Tensor, change: Change, undo: Undo, where: str) -> None:
     restored = []
     for block in undo.blocks:
         own = change(block.rows)
-        restored.append(_decode(block, own.back(weight[block.rows].reshape(own.added.shape))))
+        restored.append(_decode(block, own.invert(weight[block.rows].reshape(own.added.shape))))
     if sum(_checksum(values) for values in restored) != undo.checksum:
         raise StateError(
             f"unmerge of {where} would not restore the base's bits: the weight or the adapter's factors have changed "

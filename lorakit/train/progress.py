@@ -193,14 +193,14 @@ def _packed(config: TrainConfig) -> str:
 
 
 def _reached(job: Job) -> list[tuple[str, str]]:
-    """Say which experts are adapted, what is left out and why, what share of the base no target reaches, and what others
-    would not load.
+    """Say which experts are adapted, or why not, what share of the base no target reaches, and what other
+    programs would not load.
     """
     if not job.method.keeps_base:
         return []
     found = summary(job.model)
     rows = [("experts", found.experts)] if found.experts else []
-    rows += [("left out", line) for line in found.left_out]
+    rows += [("left out", line) for line in found.experts_skipped]
     rows += [("not reached", str(found.unreached))] if found.unreached else []
     return [*rows, *(("note", text) for text in dict.fromkeys(found.notes))]
 

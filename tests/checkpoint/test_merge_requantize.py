@@ -266,3 +266,20 @@ def test_rows_that_are_no_whole_blocks_become_ordinary_in_4_bits(onto, tmp_path)
         assert (changed - W - factors.delta()).norm() < (0.11 if "down" in module else 0.01) * W.norm()
     base.load_state_dict(merged)
     torch.testing.assert_close(bases.logits(model), bases.logits(base), atol=1e-2, rtol=0)
+
+
+def test_a_head_that_is_untied_stays_unquantized_too(tmp_path):
+    base = quantized.llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "dense")
+    load = {"dtype": "fp32", "device": "cpu"}
+    lk.load_base(tmp_path / "dense", quantize="nf4", **load).save_pretrained(tmp_path / "packed")
+    adapter = bases.adapter(targets=["lm_head"])
+    merge_checkpoint(
+        tmp_path / "packed", adapter, tmp_path / "out", requantize="int8", keep_at_least=0, untie=True, force_base=True
+    )
+    head = lk.load_base(tmp_path / "out", **load).lm_head
+    assert type(head) is torch.nn.Linear
+    expected = base.lm_head.weight + adapter.factors["lm_head"].delta()
+    torch.testing.assert_close(head.weight, expected, atol=1e-6, rtol=1e-5)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny_pictures
@@ -22,8 +23,8 @@ from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
 
 # What a kind's config needs, as in test_updates.
-NEEDS = {"tokens": {"trainable_tokens": [1, 5]}, "vera": {"alpha": 32.0}}
-BESIDE = {
+NEEDS: dict[str, dict[str, Any]] = {"tokens": {"trainable_tokens": [1, 5]}, "vera": {"alpha": 32.0}}
+BESIDE: dict[str, dict[str, Any]] = {
     "alone": {},
     "trained tokens": {"trainable_tokens": [1, 5]},
     "all biases": {"bias": "all"},

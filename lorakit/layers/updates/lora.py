@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..layer import LoraLayer
 
 
-class Shifted(NamedTuple):
+class Subtracted(NamedTuple):
     """The pair [A; A - A₀] [2r, in], [B - B₀, B₀] [out, 2r], with the scale of rank r."""
 
     A: Tensor
@@ -53,7 +53,7 @@ class LoraFactors(LiveUpdate):
         self.rank = B.shape[-1] if self.is_packed else A.shape[0]
         self.width = A.shape[0]
         self.A0 = self.B0 = None
-        self._shifted: tuple[Versions, Shifted] | None = None
+        self._kept: tuple[Versions, Subtracted] | None = None
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -121,25 +121,25 @@ class LoraFactors(LiveUpdate):
         if torch.compiler.is_compiling() or trains:
             return self._subtracted(A, B, A0, B0)
         tensors = (A, B, A0, B0)
-        if self._shifted is None or not self._shifted[0].are(tensors):
+        if self._kept is None or not self._kept[0].are(tensors):
             versions = Versions.of(tensors)
             with torch.inference_mode(False), torch.no_grad():  # it outlives the call, which may be in inference mode
-                shifted = self._subtracted(A, B, A0, B0)
+                subtracted = self._subtracted(A, B, A0, B0)
             if versions is None:
-                return shifted
-            self._shifted = versions, shifted
-        return self._shifted[1]
+                return subtracted
+            self._kept = versions, subtracted
+        return self._kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shifted": None}  # a copy has other tensors
+        return {**self.__dict__, "_kept": None}  # a copy has other tensors
 
-    def _subtracted(self, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Shifted:
+    def _subtracted(self, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Subtracted:
         delta, up = A - A0, torch.cat([B - B0, B0], 1 if B.dim() == A.dim() else -1)
         if not self.is_packed:
-            return Shifted(torch.cat([A, delta]), up, self.scale, self.dropout)
+            return Subtracted(torch.cat([A, delta]), up, self.scale, self.dropout)
         parts = len(B)  # each part's own factors stay together: [A; A - A₀] of the first part, of the second, ...
         down = torch.cat([A.unflatten(0, (parts, -1)), delta.unflatten(0, (parts, -1))], 1)
-        return Shifted(down.flatten(0, 1), up, self.scale, self.dropout)
+        return Subtracted(down.flatten(0, 1), up, self.scale, self.dropout)
 
     def faster(self, layer: LoraLayer) -> tuple[str, ...]:
         """B. Not an embedding's: LoRA+'s ratio follows from A's many inputs, and each token has one."""
