@@ -66,6 +66,7 @@ def _held(cls: Hashable) -> type:
     # The module assigns its own mode before each forward.
     always = property(lambda self: True, lambda self, value: None)
     own: Any = cls
+    # By its own name in messages and a repr; copies and pickles go through `_of`, which finds it by its base.
     return type(own.__name__, (own,), {"is_training": always, "__reduce__": reduce, "__slots__": ()})
 
 

@@ -42,7 +42,7 @@ class BaseWeight(Protocol):
         """Whether the module computes x Wᵀ + b with this weight, though its class is not derived from nn.Linear."""
 
     def stored(self, module: nn.Module) -> tuple[str, ...]:
-        """Return the names of the module's parameters that hold the weight."""
+        """Return the names of the module's parameters that hold the weight; () if buffers hold it (GPTQ, AWQ)."""
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """Return the dense weight's shape."""
