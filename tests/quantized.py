@@ -137,3 +137,23 @@ def save(folder: Path) -> tuple[Path, Path]:
     for each in (dense, packed):
         tiny_lm.tokenizer().save_pretrained(each)
     return dense, packed
+
+
+def unpacked(folder: Path, model: nn.Module) -> nn.Module:
+    """The same model in float32 with the dequantized weights in place of the packed ones. `folder`: it, unquantized."""
+    from transformers import AutoModelForCausalLM
+
+    from lorakit.layers.bases import base_of
+    from lorakit.layers.bases import quantized as quantized_modules
+
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for name, module in quantized_modules(model).items():
+        dense.get_submodule(name).weight.data = base_of(module).dense(module).float()
+    return dense
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Those of the squared logits of `tiny.example`, by parameter."""
+    model.zero_grad()
+    model(**tiny.example(model)).logits.square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 
-from .measure import PRECISIONS, in_turn, kept_bytes
+from .measure import PRECISIONS, in_turn, kept_bytes, training_step
 from .suite import Row, need
 
 TITLE = (
@@ -108,18 +108,9 @@ def _last_hidden(ids: Tensor) -> Callable[[Any], Tensor]:
 
 
 def _step(models: Mapping[str, Any], forward: Callable[[Any], Tensor], rounds: int) -> Row:
-    def step(model: Any) -> Callable[[], None]:
-        def run_once() -> None:
-            y = forward(model)
-            if y.requires_grad:
-                y.square().mean().backward()
-            model.zero_grad()
-
-        return run_once
-
     for model in models.values():
         model.train()
-    row = _ratios(in_turn({name: step(model) for name, model in models.items()}, rounds))
+    row = _ratios(in_turn({name: training_step(model, forward) for name, model in models.items()}, rounds))
     for name, model in models.items():
         if name != "base":
             row[f"{name} kept MB"] = kept_bytes(model, partial(forward, model)) / 1e6

@@ -66,6 +66,18 @@ def seconds(call: Callable[..., object], *args: Any) -> float:
         gc.enable()
 
 
+def training_step(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[], None]:
+    """Return a call of a model's forward, with a backward if anything needs gradients, which are dropped."""
+
+    def run_once() -> None:
+        y = forward(model)
+        if y.requires_grad:
+            y.square().mean().backward()
+        model.zero_grad()
+
+    return run_once
+
+
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Return the bytes that autograd keeps for backward: each storage once, without model parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lorakit as lk
 
 from .dora import linear, llama
-from .measure import PRECISIONS, in_turn, kept_bytes
+from .measure import PRECISIONS, in_turn, kept_bytes, training_step
 from .suite import Row, need
 
 TITLE = (
@@ -92,18 +92,9 @@ def _step(base: nn.Module, targets: list[str], forward: Callable[[Any], Tensor],
         THEIRS: theirs(base, targets, "pissa"),
     }
 
-    def step(model: Any) -> Callable[[], None]:
-        def run_once() -> None:
-            y = forward(model)
-            if y.requires_grad:
-                y.square().mean().backward()
-            model.zero_grad()
-
-        return run_once
-
     for model in models.values():
         model.train()
-    seconds = in_turn({name: step(model) for name, model in models.items()}, rounds)
+    seconds = in_turn({name: training_step(model, forward) for name, model in models.items()}, rounds)
     row: Row = {f"{name} ms": value * 1e3 for name, value in seconds.items()}
     for name in (OURS, THEIRS):
         row[f"{name} kept MB"] = kept_bytes(models[name], partial(forward, models[name])) / 1e6

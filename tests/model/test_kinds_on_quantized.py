@@ -7,12 +7,10 @@ import pytest
 import quantized
 import tiny
 import torch
-from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.analysis.inspect import describe_adapter
 from lorakit.errors import StateError
-from lorakit.layers.bases import base_of
 from lorakit.layers.bases import quantized as quantized_modules
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
@@ -47,29 +45,13 @@ def config(kind: str) -> lk.LoraConfig:
     return lk.LoraConfig(**{"rank": 4, **scale, **KINDS[kind]})
 
 
-def unpacked(folder, model) -> nn.Module:
-    """The same model in float32 with the dequantized weights in place of the packed ones."""
-    from transformers import AutoModelForCausalLM
-
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for name, module in quantized_modules(model).items():
-        dense.get_submodule(name).weight.data = base_of(module).dense(module).float()
-    return dense
-
-
-def gradients(model) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(**tiny.example(model)).logits.square().sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_are_those_of_the_dequantized_weights(kind, folder, model):
-    dense = unpacked(folder, model)
+    dense = quantized.unpacked(folder, model)
     for each in (model, dense):
         tiny.randomise_factors(lk.attach(each, config(kind))).eval()
     torch.testing.assert_close(tiny.logits(model), tiny.logits(dense), atol=2e-5, rtol=1e-5)  # without gradients first
-    ours, theirs = gradients(model), gradients(dense)
+    ours, theirs = quantized.gradients(model), quantized.gradients(dense)
     assert set(ours) == set(theirs) == {n for n, p in model.named_parameters() if p.requires_grad}
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4)
@@ -77,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_the_dequantized_weights(kind, folder
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_it_goes_onto_either_base_and_leaves_every_byte(kind, folder, model, tmp_path):
-    before, dense = tiny.bits(model), unpacked(folder, model)
+    before, dense = tiny.bits(model), quantized.unpacked(folder, model)
     tiny.randomise_factors(lk.attach(model, config(kind)))
     y = tiny.logits(model)
     lk.capture(model).save(tmp_path)

@@ -12,12 +12,10 @@ import pytest
 import quantized
 import tiny
 import torch
-from torch import Tensor
 
 import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, StateError, TargetError
-from lorakit.layers.bases import base_of
 from lorakit.layers.bases import quantized as quantized_modules
 
 CONFIG = lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj", "down_proj"])
@@ -36,28 +34,12 @@ def model(request, folder):
     return quantized.in_4_bits(folder, double=request.param != "nf4")
 
 
-def unpacked(folder, model):
-    """The same model in float32 with the dequantized weights in place of the packed ones."""
-    from transformers import AutoModelForCausalLM
-
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for name, module in quantized_modules(model).items():
-        dense.get_submodule(name).weight.data = base_of(module).dense(module).float()
-    return dense
-
-
-def gradients(model) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(**tiny.example(model)).logits.square().sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def test_outputs_and_gradients_are_those_of_the_dequantized_weights(folder, model):
-    dense = unpacked(folder, model)
+    dense = quantized.unpacked(folder, model)
     for each in (model, dense):
         tiny.randomise_factors(lk.attach(each, CONFIG)).eval()
     torch.testing.assert_close(tiny.logits(model), tiny.logits(dense), atol=1e-5, rtol=1e-5)  # without gradients first
-    ours, theirs = gradients(model), gradients(dense)
+    ours, theirs = quantized.gradients(model), quantized.gradients(dense)
     assert set(ours) == set(theirs) == {n for n, p in model.named_parameters() if p.requires_grad}
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4)

@@ -17,7 +17,7 @@ what they hold.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,3 +117,28 @@ def refuse_activations(name: str, quantization: str | None) -> None:
         f"'{name}' quantizes its input as well as its weight ({quantization}), and passes no gradients on\n"
         "  load the base with its weights alone quantized; a trained adapter can be attached to this one"
     )
+
+
+class QuantizedTensorWeight(QuantizedWeight):
+    """A parameter of a tensor class that says its dense shape and dtype, and can dequantize itself."""
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return tuple(weight_of(module).shape)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        dtype: torch.dtype = weight_of(module).dtype
+        return dtype
+
+    def device(self, module: nn.Module) -> torch.device:
+        device: torch.device = weight_of(module).device
+        return device
+
+    def dense(self, module: nn.Module) -> Tensor:
+        with torch.no_grad():
+            dense: Tensor = weight_of(module).dequantize()
+        return dense
+
+
+def weight_of(module: nn.Module) -> Any:
+    """Return a module's parameter `weight`, whatever class of tensor it is."""
+    return module._parameters["weight"]

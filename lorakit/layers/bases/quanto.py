@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base_weight import BaseWeight, QuantizedWeight, refuse_activations
+from .base_weight import BaseWeight, QuantizedTensorWeight, refuse_activations, weight_of
 
 
-class Quanto(QuantizedWeight):
+class Quanto(QuantizedTensorWeight):
     """A frozen module. Before `freeze` its weight is an ordinary one, and only its forward rounds it."""
 
     quantization: ClassVar[str | None] = "quanto"
@@ -23,24 +23,8 @@ class Quanto(QuantizedWeight):
         weight = module._parameters.get("weight")
         return weight is not None and type(weight).__module__.startswith("optimum.quanto.")
 
-    def shape(self, module: nn.Module) -> tuple[int, ...]:
-        return tuple(_weight(module).shape)
-
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        dtype: torch.dtype = _weight(module).dtype
-        return dtype
-
-    def device(self, module: nn.Module) -> torch.device:
-        device: torch.device = _weight(module).device
-        return device
-
-    def dense(self, module: nn.Module) -> Tensor:
-        with torch.no_grad():
-            dense: Tensor = _weight(module).dequantize()
-        return dense
-
     def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
-        at, W, weight = at.to(self.device(module)), self.dense(module).float(), _weight(module)
+        at, W, weight = at.to(self.device(module)), self.dense(module).float(), weight_of(module)
         values, size_in = W.flatten()[at], W[0].numel()
         scale, data = getattr(weight, "_scale", None), getattr(weight, "_data", None)
         if scale is None or weight.axis != 0:
@@ -55,10 +39,6 @@ class Quanto(QuantizedWeight):
     def check(self, module: Any, name: str, trainable: bool) -> None:
         if trainable and getattr(module, "activation_qtype", None) is not None:
             refuse_activations(name, self.quantization)
-
-
-def _weight(module: nn.Module) -> Any:
-    return module._parameters["weight"]
 
 
 KINDS: tuple[BaseWeight, ...] = (Quanto(),)

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base_weight import BaseWeight, QuantizedWeight, refuse_activations
+from .base_weight import BaseWeight, QuantizedTensorWeight, refuse_activations, weight_of
 
 # Half the distance between adjacent float8 numbers, relative to them: 3 bits of mantissa, and 2.
 _FLOAT8 = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}
 
 
-class TorchAo(QuantizedWeight):
+class TorchAo(QuantizedTensorWeight):
     """A tensor class of torchao as the weight. It can be dequantized; the forward is the library's."""
 
     quantization: ClassVar[str | None] = "torchao"
@@ -32,29 +32,13 @@ class TorchAo(QuantizedWeight):
             and hasattr(weight, "dequantize")
         )
 
-    def shape(self, module: nn.Module) -> tuple[int, ...]:
-        return tuple(_weight(module).shape)
-
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        dtype: torch.dtype = _weight(module).dtype
-        return dtype
-
-    def device(self, module: nn.Module) -> torch.device:
-        device: torch.device = _weight(module).device
-        return device
-
-    def dense(self, module: nn.Module) -> Tensor:
-        with torch.no_grad():
-            dense: Tensor = _weight(module).dequantize()
-        return dense
-
     def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
-        at, W, weight = at.to(self.device(module)), self.dense(module).float(), _weight(module)
+        at, W, weight = at.to(self.device(module)), self.dense(module).float(), weight_of(module)
         values = W.flatten()[at]
         return values, _errors(weight, W, values, at)
 
     def check(self, module: nn.Module, name: str, trainable: bool) -> None:
-        if trainable and getattr(_weight(module), "act_quant_kwargs", None) is not None:
+        if trainable and getattr(weight_of(module), "act_quant_kwargs", None) is not None:
             refuse_activations(name, self.quantization)
 
 
@@ -71,10 +55,6 @@ def _errors(weight: Any, W: Tensor, values: Tensor, at: Tensor) -> Tensor:
             return values.abs() * _FLOAT8[qdata.dtype] + step * 2**-10
     # No block of a row reaches farther than the row; with four bits or more it has seven codes on a side.
     return W.abs().amax(-1).flatten()[at // W.shape[-1]] / 14
-
-
-def _weight(module: nn.Module) -> Any:
-    return module._parameters["weight"]
 
 
 KINDS: tuple[BaseWeight, ...] = (TorchAo(),)

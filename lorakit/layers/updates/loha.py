@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from ...adapter.loha import Loha
 from ...adapter.tucker import product
 from ...config import LoraConfig
-from ...errors import AdapterError, TargetError
+from ...errors import TargetError
 from ..bases import base_of
 from ..layer import init_a
-from .update import LiveUpdate, device_of, master_dtype, matrix_shape
+from .update import LiveUpdate, check_fits, check_not_packed, device_of, master_dtype, matrix_shape
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
@@ -59,10 +59,7 @@ class LohaFactors(LiveUpdate):
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
-        if config.parts_of(name) is not None:
-            raise TargetError(
-                f"'{name}' is a packed projection, and LoHa cannot adapt parts of one\n  remove it from `packed`"
-            )
+        check_not_packed(name, config, "LoHa")
         out, size_in = matrix_shape(layer)
         rank, dtype, device = config.rank_of(name), master_dtype(layer), device_of(layer)
         shapes = {"w1a": (out, rank), "w1b": (rank, size_in), "w2a": (out, rank), "w2b": (rank, size_in)}
@@ -76,12 +73,8 @@ class LohaFactors(LiveUpdate):
     @classmethod
     def of(cls, layer: LoraLayer, name: str, value: Loha, dropout: float, trainable: bool) -> Self:
         _check_layer(layer, name)
+        check_fits(layer, name, value, "LoHa")
         shape = base_of(layer).shape(layer)
-        if value.layout(shape, conv1d=layer.lora_transposed) is not layer.lora_transposed:
-            raise AdapterError(
-                f"the adapter's LoHa factors do not fit '{name}' ({type(layer).__name__.removeprefix('Lora')}): "
-                f"they are for a weight of {list(value.weight_shape())}; it has {list(matrix_shape(layer))}"
-            )
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
         return cls(factors, shape, value.rank, value.alpha, dropout, trainable)

@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from ...adapter.lokr import FIELDS, Lokr, kron_shapes
 from ...adapter.tucker import product
 from ...config import LoraConfig
-from ...errors import AdapterError, TargetError
+from ...errors import TargetError
 from ...ops import kronecker
 from ..bases import base_of
 from ..layer import init_a
-from .update import LiveUpdate, device_of, master_dtype, matrix_shape
+from .update import LiveUpdate, check_fits, check_not_packed, device_of, master_dtype, matrix_shape
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
@@ -58,10 +58,7 @@ class LokrFactors(LiveUpdate):
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
-        if config.parts_of(name) is not None:
-            raise TargetError(
-                f"'{name}' is a packed projection, and LoKr cannot adapt parts of one\n  remove it from `packed`"
-            )
+        check_not_packed(name, config, "LoKr")
         shape, rank = base_of(layer).shape(layer), config.rank_of(name)
         out, inner = matrix_shape(layer)
         kernel = shape[2:]
@@ -77,12 +74,8 @@ class LokrFactors(LiveUpdate):
     @classmethod
     def of(cls, layer: LoraLayer, name: str, value: Lokr, dropout: float, trainable: bool) -> Self:
         _check_layer(layer, name)
+        check_fits(layer, name, value, "LoKr")
         shape = base_of(layer).shape(layer)
-        if value.layout(shape, conv1d=layer.lora_transposed) is not layer.lora_transposed:
-            raise AdapterError(
-                f"the adapter's LoKr factors do not fit '{name}' ({type(layer).__name__.removeprefix('Lora')}): "
-                f"they are for a weight of {list(value.weight_shape())}; it has {list(matrix_shape(layer))}"
-            )
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
         return cls(factors, shape, value.alpha, dropout, trainable)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...adapter.update import Rows, Update
 from ...config import LoraConfig
-from ...errors import TargetError
+from ...errors import AdapterError, TargetError
 from ..bases import base_of
 from ..layer import Own
 
@@ -173,3 +173,20 @@ def matrix_shape(layer: LoraLayer) -> tuple[int, int]:
     out, *sizes = base_of(layer).shape(layer)
     size_in = math.prod(sizes)
     return (size_in, out) if layer.lora_transposed else (out, size_in)
+
+
+def check_fits(layer: LoraLayer, name: str, value: Update, kind: str) -> None:
+    """Raise AdapterError unless a value of this kind ("LoHa") is for a weight of the layer's shape."""
+    if value.layout(base_of(layer).shape(layer), conv1d=layer.lora_transposed) is not layer.lora_transposed:
+        raise AdapterError(
+            f"the adapter's {kind} factors do not fit '{name}' ({type(layer).__name__.removeprefix('Lora')}): they are "
+            f"for a weight of {list(value.weight_shape())}; it has {list(matrix_shape(layer))}"
+        )
+
+
+def check_not_packed(name: str, config: LoraConfig, kind: str) -> None:
+    """Raise TargetError for a packed projection. `kind`: of update, which cannot adapt parts of one."""
+    if config.parts_of(name) is not None:
+        raise TargetError(
+            f"'{name}' is a packed projection, and {kind} cannot adapt parts of one\n  remove it from `packed`"
+        )
