@@ -18,7 +18,8 @@ from .short_names import SHORT_NAMES, spelled_out
 from .strict import check_pattern
 
 ALL_LINEAR = "all-linear"
-PRESETS = (ALL_LINEAR, "attention", "kohya", "locon")  # sets of targets by name, the others in layers/presets.py
+NONE = "none"  # adapts nothing: only biases, `save_modules` or `trainable_tokens` are trained
+PRESETS = (ALL_LINEAR, NONE, "attention", "kohya", "locon")  # sets of targets by name, others in layers/presets.py
 EXPERTS = "experts"
 MAX_RANK = 65536  # beyond any sensible rank
 Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
@@ -42,8 +43,8 @@ class LoraSettings(KindSettings):
     )
     targets: str | list[str] = Field(
         ALL_LINEAR,
-        description="modules to adapt: all-linear, attention, kohya, locon, name endings, or one regular expression "
-        "for full names",
+        description="modules to adapt: all-linear, none, attention, kohya, locon, name endings, or one regular "
+        "expression for full names",
     )
     components: list[str] | None = Field(
         None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..bases.pipeline import PipelineModel, component_of, is_text_encoder
-from ..config import ALL_LINEAR, PRESETS, LoraConfig
+from ..config import ALL_LINEAR, NONE, PRESETS, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
 from ..module_names import ends_with, matches, pattern_matches
 from . import attention_targets
@@ -91,6 +91,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
     """
     names = in_components(model, config)
     skipped: dict[str, str] = {}
+    if config.targets == NONE:
+        return Targets({})
     if config.targets in PRESETS:
         chosen, skipped = _by_preset(model, config, names)
     else:

@@ -1,4 +1,7 @@
-"""Fine-tuning methods: what is trained and how the result is saved. One file per method, found by its name."""
+"""Fine-tuning methods: what is trained and how the result is saved. One file per method, found by its name.
+
+`shared/` holds what several methods do alike.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _PROTOCOL = "method"
 def method_names() -> list[str]:
     """List all methods, the default first."""
     return sorted(
-        (file.name for file in iter_modules(__path__) if file.name != _PROTOCOL),
+        (file.name for file in iter_modules(__path__) if not file.ispkg and file.name != _PROTOCOL),
         key=lambda name: (name != DEFAULT, name),
     )
 

@@ -222,6 +222,11 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     modules = {**targets.modules, **{m: names[m] for m in tokens}}
     check_adaptable(names, {m: names[m] for m in tokens})
     saved_values = fresh_saved(model, config, targets.modules)
+    if not modules and not saved_values:
+        raise TargetError(
+            "nothing would be trained: LoraConfig.targets is 'none', and no bias, save_modules or trainable_tokens is\n"
+            "  give one of these, or targets"
+        )
     metadata = {"fingerprint": base_fingerprint(model, [*modules, *saved_values])}
     return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
 

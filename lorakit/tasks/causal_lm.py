@@ -186,6 +186,10 @@ def _options(own: CausalSettings) -> ChatOptions:
     return ChatOptions(own.chat_template_kwargs, own.date)
 
 
+def recognizes(row: Mapping[str, Any]) -> bool:
+    return False  # the default, for rows that no other task recognizes
+
+
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
     return {}
 

@@ -124,6 +124,10 @@ def data(config: RunSettings, processor: Any) -> Data:
     return Data(train, held_out, shape, [("length", length)], {"labels": names}, dataset.notes)
 
 
+def recognizes(row: Mapping[str, Any]) -> bool:
+    return {"text", "label"} <= row.keys() and isinstance(row["label"], str | int)
+
+
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
     names = about.get("labels") or [base.id2label[label] for label in sorted(base.id2label)]
     return {} if names == [f"LABEL_{label}" for label in range(len(names))] else {"labels": list(names)}

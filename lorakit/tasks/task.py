@@ -148,6 +148,9 @@ class Task(Protocol):
     def drawn(self, item: Any, seed: int, epoch: int) -> Any:
         """Return an item as an epoch sees it, such as with another crop: a function of the arguments alone."""
 
+    def recognizes(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of data with these columns is unambiguously of this task, so that it need not be named."""
+
     def remembered(self, about: Mapping[str, Any], base: Any) -> dict[str, Any]:
         """Return the settings to evaluate a result with, so that they need not be given again.
 
@@ -231,6 +234,18 @@ class Task(Protocol):
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
         """Evaluate the model: metric name -> value. The first metric is a loss, which early stopping uses."""
+
+    def to_predict(self, config: RunSettings, processor: Any) -> list[Any]:
+        """Read the rows of `config.data`, which need no labels or answers, as items to predict, in their order.
+
+        Raises DataError for a row that cannot be predicted: none is dropped.
+        """
+
+    def predict(self, config: RunSettings, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
+        """Return what the model predicts for each item, in their order, as plain data to write as JSON.
+
+        Such as {"label": "ENTY", "score": 0.93, "scores": {...}}. Raises ConfigError if the task predicts nothing.
+        """
 
     def prompts(self, config: RunSettings, base: Base, data: Data) -> Sequence[Any]:
         """Return the prompts to sample from at each evaluation; empty for no samples."""

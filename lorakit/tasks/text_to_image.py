@@ -183,6 +183,10 @@ def drawn(item: Any, seed: int, epoch: int) -> PictureRow:
     return item.in_epoch(seed, epoch)
 
 
+def recognizes(row: Mapping[str, Any]) -> bool:
+    return False
+
+
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
     return {}
 
