@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from ..config import RunSettings, part
 from ..data.columns import is_labelled, is_measure
@@ -56,7 +54,7 @@ from .text.headed import (  # noqa: F401 (names of the task)
     uses_all,
     write_samples,
 )
-from .text.settings import Columns, Lengths
+from .text.settings import Columns, Labels, Lengths
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +63,8 @@ if TYPE_CHECKING:
     from ..data.labelled import LabelledItem
 
 
-class ClassificationSettings(Lengths, Columns):
-    rows: ClassVar = {"labels"}
-
-    labels: list[str] = Field(
-        default_factory=list, description="label names, in the order of their ids; default: those of the data, sorted"
-    )
+class ClassificationSettings(Labels, Lengths, Columns):
+    pass
 
 
 settings = ClassificationSettings

@@ -27,6 +27,14 @@ class Columns(Strict):
         return {ours: str(own) if type(own) is int else own for ours, own in value.items()}
 
 
+class Labels(Strict):
+    rows: ClassVar = {"labels"}
+
+    labels: list[str] = Field(
+        default_factory=list, description="label names, in the order of their ids; default: those of the data, sorted"
+    )
+
+
 class Prompts(Strict):
     free: ClassVar = {"sample_prompts"}
 
