@@ -15,6 +15,7 @@ from ..adapter.fingerprint import ONLY_ON
 from ..adapter.tokens import Tokens
 from ..adapter.update import Update
 from ..bases.pipeline import PipelineModel, as_module
+from ..bases.rope import RECORD, SCALED, check_scaling
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, StateError, TargetError
 from ..layers import fastpath, fused_qkv, peft_layers, saved
@@ -228,6 +229,8 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
             "  give one of these, or targets"
         )
     metadata = {"fingerprint": base_fingerprint(model, [*modules, *saved_values])}
+    if SCALED in model.__dict__:
+        metadata[RECORD] = model.__dict__[SCALED]
     return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
 
 
@@ -244,6 +247,8 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     adapter = stacked(model, adapter.check())
     live = live_names(model, adapter)
     check_base(model, adapter, force, live)
+    if not force:
+        check_scaling(getattr(model, "config", None), adapter.metadata)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
     check_quantization(model, modules, adapter, force)

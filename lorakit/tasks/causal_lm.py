@@ -41,7 +41,7 @@ from .text.base import (  # noqa: F401 (names of the task)
 )
 from .text.causal_rows import Sources
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
-from .text.settings import Columns, Lengths, Prompts
+from .text.settings import Columns, Lengths, LongContext, Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, Writing, Columns, Sources, Prompts):
+class CausalSettings(Lengths, LongContext, Writing, Columns, Sources, Prompts):
     free: ClassVar = {"sample_tokens"}
 
     packing: bool = Field(
@@ -202,7 +202,13 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
     from .text.vocabulary import grow_for
 
     model = load_model(
-        config.model, dtype, device, config.revision, config.trust_remote_code, part(config, Quantization)
+        config.model,
+        dtype,
+        device,
+        config.revision,
+        config.trust_remote_code,
+        part(config, Quantization),
+        rope_scaling=part(config, CausalSettings).rope_scaling,
     )
     grow_for(config, model, processor)
     stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))

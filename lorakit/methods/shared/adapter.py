@@ -65,6 +65,7 @@ def start_from(config: RunSettings, fixes: Collection[str]) -> Start | None:
     source = part(config, Earlier).adapter
     if source is None:
         return None
+    from ...bases.rope import record_of
     from ...bases.vocabulary import recorded_tokens
 
     adapter = _load(source)
@@ -82,6 +83,8 @@ def start_from(config: RunSettings, fixes: Collection[str]) -> Start | None:
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
+    if scaling := record_of(adapter.metadata):
+        fixed["rope_scaling"] = scaling
     about = adapter.metadata.get("data")
     own = adapter.config
     return Start(
@@ -117,6 +120,7 @@ def attach_adapter(
     """Attach a new adapter of this config, or the earlier one that the run starts from."""
     from ...adapter.fingerprint import ONLY_ON
     from ...bases.pipeline import as_module
+    from ...bases.rope import RECORD
     from ...model.attach import attach, attach_from
     from ...model.known_base import base_fingerprint
     from ...model.start import Sources
@@ -131,7 +135,7 @@ def attach_adapter(
     continued = earlier.config.replace(**in_training, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, source)}
-    metadata |= {ONLY_ON: earlier.metadata[ONLY_ON]} if ONLY_ON in earlier.metadata else {}
+    metadata |= {name: earlier.metadata[name] for name in (ONLY_ON, RECORD) if name in earlier.metadata}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 
 
