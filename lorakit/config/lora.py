@@ -16,7 +16,7 @@ from ..module_names import Patterns, ends_with
 from .kinds import KindSettings
 from .placement import Placement
 from .short_names import SHORT_NAMES, spelled_out
-from .strict import check_pattern
+from .strict import Strict, check_pattern
 
 EXPERTS = "experts"
 MAX_RANK = 65536  # beyond any sensible rank
@@ -26,11 +26,8 @@ _OF_STARTS = ("eva_rho", "init_batches")
 _RANDOM = ("default", "gaussian")
 
 
-class LoraSettings(KindSettings, Placement):
-    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
-
-    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
-    """
+class LowRank(Strict):
+    """The shape of a low-rank update, and how it is trained."""
 
     rank: int = Field(16, ge=1, le=MAX_RANK, description="rank of the update")
     # 32 whatever the rank ("LoRA Without Regret", 2025): the best learning rate then hardly depends on the rank.
@@ -39,6 +36,14 @@ class LoraSettings(KindSettings, Placement):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases to train: none, all, or those of adapted modules"
     )
+
+
+class LoraSettings(KindSettings, Placement, LowRank):
+    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
+
+    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
+    """
+
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )

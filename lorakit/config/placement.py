@@ -1,4 +1,4 @@
-"""Settings by which a method chooses modules of a model: those that get an update, and those that are trained in full."""
+"""Settings that choose modules of a model: those that get an update, and those that are trained in full."""
 
 from __future__ import annotations
 
