@@ -91,9 +91,8 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
         fixed["rope_scaling"] = scaling
     about = adapter.metadata.get("data")
     own = adapter.config
-    return Start(
-        source, fixed, spellings, own.task, own.base, own.revision, about if isinstance(about, Mapping) else {}
-    )
+    about = about if isinstance(about, Mapping) else {}
+    return Start(source, fixed, spellings, own.task, own.base, own.revision, about, adapter.metadata)
 
 
 def _check_kind(adapter: Adapter, source: str, method: str, kind: str) -> None:
