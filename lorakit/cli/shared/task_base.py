@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import Quantization
 from ...errors import ConfigError
-from ...tasks import DEFAULT, task_for, task_of
+from ...tasks import DEFAULT, task_of, task_of_adapter
 from ...train.config import TrainConfig
 from ...train.config import task_named as canonical
 
@@ -26,7 +26,7 @@ NO_LIMIT = 1 << 30
 
 def task_named(requested: str | None, values: Mapping[str, Adapter]) -> str:
     """Return the requested task, or the one the adapters were trained for. ConfigError if these are several."""
-    tasks = {task_for(value.config.task) or DEFAULT for value in values.values()}
+    tasks = {task_of_adapter(value.config.task, value.metadata) or DEFAULT for value in values.values()}
     if requested is not None:
         name: str = canonical(requested)
         return name
