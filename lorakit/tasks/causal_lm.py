@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..config import Quantization, RunSettings, Strict, part
 from ..errors import TrainError
-from .task import Base, Data
+from .task import Asked, Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
     blueprint,
     checkpoint,
@@ -113,12 +113,7 @@ settings = CausalSettings
 peft_type = "CAUSAL_LM"
 summary = "predict the next token (a language model)"
 unit = "tokens"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    ids: list[int]
+writes = True
 
 
 # ------------------------------------------------------------------------------------- rows
@@ -196,8 +191,10 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
     from ..bases.load import load_model, stop_at
+    from .text.kind import check_decoder_only
     from .text.vocabulary import grow_for
 
+    check_decoder_only(config.model, blueprint(config))
     model = load_model(
         config.model, dtype, device, config.revision, config.trust_remote_code, part(config, Quantization)
     )
@@ -209,8 +206,10 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from .text.kind import check_decoder_only
     from .text.vocabulary import grow_skeleton
 
+    check_decoder_only(config.model, base)
     grow_skeleton(config, base)
     return AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=config.trust_remote_code)
 
@@ -219,11 +218,6 @@ def check(config: RunSettings, model: Any, items: Iterable[Item]) -> None:
     from .text.packed import check_packing
     from .text.positions import check_positions
 
-    if model.config.is_encoder_decoder:
-        raise TrainError(
-            f"{config.model} is an encoder-decoder ({type(model).__name__}); expected a decoder-only model\n"
-            "  choose another base (--model)"
-        )
     check_positions(config, model, items)
     if packs(config):
         check_packing(model)
@@ -299,6 +293,12 @@ def evaluate(base: Base, items: Sequence[Item], batch_size: int) -> dict[str, fl
     return {"loss": measured.loss, "perplexity": measured.perplexity}
 
 
+def asked(base: Base, items: Sequence[Item]) -> list[Asked]:
+    from .text.prompts_of import prompts_of
+
+    return prompts_of(items, base.processor)
+
+
 def to_predict(config: RunSettings, processor: Any) -> list[Question]:
     """Read questions, in the run's template: `template: chat` and `plain` take a prompt for a user's turn."""
     from ..bases.load import end_tokens
@@ -323,7 +323,7 @@ def predict(config: RunSettings, base: Base, items: Sequence[Question], batch_si
 # ------------------------------------------------------------------------------------- samples
 
 
-def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
+def prompts(config: RunSettings, base: Base, data: Data) -> list[Asked]:
     """Return the configured prompts in the data's template, or those of the first held-out rows.
 
     Held-out rows are used if they have a prompt and the model has positions left for an answer.
@@ -338,25 +338,21 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
         tokenizer, options = _tokenizer(own, base.processor), _options(own)
         ids = [question_ids(text, tokenizer, data.about["template"], options) for text in own.sample_prompts]
         check_prompts(base.model, ids, own.sample_tokens, [f"sample prompt {text!r}" for text in own.sample_prompts])
-        return [Prompt(text, i) for text, i in zip(own.sample_prompts, ids, strict=True)]
+        return [Asked(i, text, (), "sample_prompts") for text, i in zip(own.sample_prompts, ids, strict=True)]
     positions = positions_of(base.model)
     room = math.inf if positions is None else positions - own.sample_tokens
-    chosen: list[Prompt] = []
+    chosen: list[Asked] = []
     for item in data.held_out:
         prompt = item.ids[: item.prompt_length]
         if 0 < len(prompt) <= room and prompt not in [p.ids for p in chosen]:
-            chosen.append(Prompt(base.processor.decode(prompt), prompt))
+            chosen.append(Asked(prompt, base.processor.decode(prompt), (), item.where))
         if len(chosen) == DEFAULT_PROMPTS:
             break
     return chosen
 
 
-def samples(config: RunSettings, base: Base, prompts: Sequence[Prompt]) -> list[TextSample]:
+def samples(config: RunSettings, base: Base, prompts: Sequence[Asked]) -> list[TextSample]:
     """Generate one answer per prompt."""
-    from ..generate.generate import generate
-    from .text.answers import options_of
+    from .text.answers import sampled
 
-    if not prompts:
-        return []
-    answers = generate(base.model, base.processor, [p.ids for p in prompts], seed=config.seed, **options_of(config))
-    return [TextSample(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return sampled(config, base, prompts)

@@ -21,6 +21,7 @@ from ..data.columns import is_labelled, is_measure
 from ..errors import ConfigError, NotFiniteError, TrainError
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
+    asked,
     blueprint,
     checkpoint,
     compares,
@@ -45,6 +46,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     tried_with,
     unsaved,
     uses_all,
+    writes,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
 from .text.settings import Columns, Lengths
