@@ -54,6 +54,16 @@ class Sample(Protocol):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A prompt for a text, with all its correct answers. `ids`: token ids; `text`: to show; `where`: its first row."""
+
+    ids: list[int]
+    text: str
+    references: tuple[str, ...]
+    where: str
+
+
+@dataclass(frozen=True)
 class Shown:
     """A file of samples, for the report: rows of {"prompt", "base", "tuned"}, or a picture (PNG)."""
 
@@ -122,6 +132,7 @@ class Task(Protocol):
     shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
     traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
     uses_all: bool  # whether each step gives every trained parameter a gradient
+    writes: bool  # whether it answers prompts in text, which `lorakit eval` scores against references
     compares: bool  # whether the base is evaluated too, before the first step
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -234,6 +245,12 @@ class Task(Protocol):
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
         """Evaluate the model: metric name -> value. The first metric is a loss, which early stopping uses."""
+
+    def asked(self, base: Base, items: Sequence[Any]) -> list[Asked]:
+        """Return the items' distinct prompts with their correct answers, for a task that `writes`; else none.
+
+        Raises DataError for an item without a prompt.
+        """
 
     def to_predict(self, config: RunSettings, processor: Any) -> list[Any]:
         """Read the rows of `config.data`, which need no labels or answers, as items to predict, in their order.

@@ -20,7 +20,7 @@ from ..errors import ConfigError, TrainError, did_you_mean
 from ..nondefault import nondefault
 from .image.settings import DiffusionSettings
 from .image.sliding import Sliding, check_slider
-from .task import Base, Data, Shown
+from .task import Asked, Base, Data, Shown
 from .text.settings import Columns, Prompts
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ summary = "draw pictures for captions (a diffusion pipeline)"
 unit = "pictures"
 size_unit = "pixels"
 compares = True
+writes = False
 traced = False
 shares = False
 uses_all = False  # SDXL does not use the last layer of its first text encoder
@@ -303,6 +304,11 @@ def evaluate(base: Base, items: Sequence[Any], batch_size: int) -> dict[str, flo
 
 
 # ------------------------------------------------------------------------------------- samples
+
+
+def asked(base: Base, items: Sequence[Any]) -> list[Asked]:
+    """Return none: pictures are drawn, not written."""
+    return []
 
 
 def prompts(config: RunSettings, base: Base, data: Data) -> list[PicturePrompt]:
