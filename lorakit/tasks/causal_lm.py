@@ -14,6 +14,7 @@ from ..config import Quantization, RunSettings, Strict, part
 from ..errors import TrainError
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
+    before_step,
     blueprint,
     checkpoint,
     compares,
@@ -94,22 +95,28 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, Writing, Columns, Sources, Prompts):
-    free: ClassVar = {"sample_tokens"}
-
+class Packing(Strict):
     packing: bool = Field(
         False,
         description="put several rows of a batch into one sequence, each with its own positions and attention: the "
         "same result with less padding",
     )
 
-    sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
-
     @model_validator(mode="after")
-    def _not_compiled(self) -> CausalSettings:
+    def _not_compiled(self) -> Packing:
         if self.packing and getattr(self, "compile", False):
             raise ValueError("packing is not tested with compile; remove one of the two")
         return self
+
+
+class SampleLength(Strict):
+    free: ClassVar = {"sample_tokens"}
+
+    sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
+
+
+class CausalSettings(SampleLength, Packing, Lengths, Writing, Columns, Sources, Prompts):
+    pass
 
 
 settings = CausalSettings
@@ -149,7 +156,7 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, CausalSettings)
     check_limit(config)
-    tokenizer, options = _tokenizer(own, processor), _options(own)
+    tokenizer, options = chat_tokenizer(own, processor), chat_options(own)
     how = {
         "columns": own.columns or None,
         "template": own.template,
@@ -172,7 +179,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(data, about=about, files=files, facts=facts)
 
 
-def _tokenizer(own: CausalSettings, processor: Any) -> Any:
+def chat_tokenizer(own: Writing, processor: Any) -> Any:
     """Return the tokenizer with the run's chat template."""
     from ..data.templates import read_template, with_template
 
@@ -180,7 +187,7 @@ def _tokenizer(own: CausalSettings, processor: Any) -> Any:
     return processor if path is None else with_template(processor, read_template(path), path)
 
 
-def _options(own: CausalSettings) -> ChatOptions:
+def chat_options(own: Writing) -> ChatOptions:
     from ..data.templates import ChatOptions
 
     return ChatOptions(own.chat_template_kwargs, own.date)
@@ -317,7 +324,7 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
     if own.sample_tokens == 0:
         return []
     if own.sample_prompts:
-        tokenizer, options = _tokenizer(own, base.processor), _options(own)
+        tokenizer, options = chat_tokenizer(own, base.processor), chat_options(own)
         ids = [question_ids(text, tokenizer, data.about["template"], options) for text in own.sample_prompts]
         check_prompts(base.model, ids, own.sample_tokens, [f"sample prompt {text!r}" for text in own.sample_prompts])
         return [Prompt(text, i) for text, i in zip(own.sample_prompts, ids, strict=True)]

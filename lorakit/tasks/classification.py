@@ -20,6 +20,7 @@ from ..config import Quantization, RunSettings, part
 from ..errors import ConfigError, NotFiniteError, TrainError
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
+    before_step,
     blueprint,
     checkpoint,
     compares,

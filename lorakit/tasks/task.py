@@ -7,7 +7,7 @@ Such a file imports torch inside its functions only, so that `lorakit --help` st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -74,11 +74,14 @@ class Epochs(Protocol):
 
 @dataclass
 class Base:
-    """A model and its processor: a tokenizer or a pipeline. `config`: the run's, for tasks whose batches need it."""
+    """A model and its processor: a tokenizer or a pipeline. `config`: the run's, for tasks whose batches need it;
+    `kept`: what `before_step` keeps of a step for its batches.
+    """
 
     model: Any
     processor: Any
     config: Any = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,16 @@ class Task(Protocol):
     def configure(self, model: Any, device: torch.device, longest: int) -> None:
         """Choose how the model computes, such as its attention. `longest`: size of the largest item."""
 
-    def prepare(self, base: Base, items: Sequence[Any]) -> None:
+    def prepare(self, base: Base, items: Iterable[Any]) -> None:
         """Do before the first step what needs the model and the items. Raises TrainError for what would fail later.
 
-        Called before the adapter is attached too, if that starts from data (`LoraConfig.init`).
+        `items`: the run's, training and held out. Its adapter is attached and active, as it is before training. Called
+        before the adapter is attached too, with the training items, if that starts from data (`LoraConfig.init`).
         """
+
+    # Computes before a step's first batch what the loss of its rows depends on together, and keeps it in `Base.kept`;
+    # None: nothing. It gets the step's items, in every process those of all processes; the run's adapter is active.
+    before_step: Callable[[Base, Sequence[Any]], None] | None
 
     def checkpoint(self, model: Any) -> None:
         """Let the model recompute activations in backward. Raises TrainError if it cannot."""
@@ -223,7 +231,9 @@ class Task(Protocol):
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed loss of each item: [items], float32. Training and evaluation use this same loss.
 
-        Random numbers must come from torch's default generator, which the loop seeds by run and step.
+        Random numbers must come from torch's default generator, which the loop seeds by run and step. Further figures
+        of each item go into the batch, as `batch["logged"]`: name -> [items], NaN where a figure does not concern an
+        item. A step logs their means.
         """
 
     def loss_labels(self, items: Sequence[Any]) -> list[str]:

@@ -86,6 +86,7 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
 
 settings = TextToImageSettings
 peft_type = "TEXT_TO_IMAGE"
+before_step = None
 summary = "draw pictures for captions (a diffusion pipeline)"
 unit = "pictures"
 size_unit = "pixels"
@@ -254,7 +255,7 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
     """Do nothing: `prepare` finds out how the pipeline takes its latents."""
 
 
-def prepare(base: Base, items: Sequence[Any]) -> None:
+def prepare(base: Base, items: Iterable[Any]) -> None:
     """Find out how the pipeline takes its latents."""
     base.processor.prepare(base.model, items)
 
