@@ -208,7 +208,7 @@ def _task_metrics(
     processor = task.processor(config)
     rows = task.data(config, processor)
     items, device = rows.train[:limit], choose_device().value
-    base = Base(task.load(config, processor, rows, choose_dtype(precision, device).value, device), processor)
+    base = Base(task.load(config, processor, rows, choose_dtype(precision, device).value, device), processor, config)
     for each, value in values.items():
         attach(base.model, value, each)
     task.check(config, base.model, items)

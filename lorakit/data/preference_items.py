@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from ..errors import ConfigError, DataError
 from .dataset import LEFT_OUT, Item, OnLong, length_limit, unused_columns
 from .parse import Row
@@ -130,7 +128,9 @@ def build_preferences(
             f"{rows[0].where}: its answer has a label, but this loss compares two answers: chosen and rejected\n"
             "  use loss: kto, or give pairs"
         )
-    all_turns, last_turn = (Renderer(tokenizer, template, "completion", turns, options, ends) for turns in ("all", "last"))
+    all_turns, last_turn = (
+        Renderer(tokenizer, template, "completion", turns, options, ends) for turns in ("all", "last")
+    )
     notes: Counter[str] = Counter()
     items: list[PreferenceItem] = []
     for preference in preferences:

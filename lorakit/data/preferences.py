@@ -135,22 +135,21 @@ def _desirable(label: object, row: Row) -> bool:
 def _pair(values: Mapping[str, Any], row: Row) -> tuple[list[Row], None, set[str]]:
     """Return the rows of a pair's two answers, and the columns that are used."""
     chosen, rejected = (_answer(values[name], name, row) for name in PAIR)
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    prompt, used = _prompt(values, row)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        asked, *answers = (prompt, chosen, rejected) if prompt is not None else _parted_texts(chosen, rejected, row)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        asked, *answers = _parted_turns(prompt, chosen, rejected, row)
+    else:
         kinds = ["a text" if isinstance(answer, str) else "messages" for answer in (chosen, rejected)]
         raise DataError(f"{row.where}: chosen is {kinds[0]} and rejected is {kinds[1]}; expected two of one kind")
-    prompt, used = _prompt(values, row)
-    if isinstance(chosen, str):
-        if prompt is None:
-            prompt, chosen, rejected = _parted_texts(chosen, rejected, row)
-    else:
-        prompt, chosen, rejected = _parted_turns(prompt, chosen, rejected, row)
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer if isinstance(answer, list) else not answer.strip():
+    for name, answer in zip(PAIR, answers, strict=True):
+        if not (answer.strip() if isinstance(answer, str) else answer):
             raise DataError(
                 f"{row.where}: {name} is empty, so it is no answer to the prompt\n  remove the row, or give it one"
             )
     context = {name: values[name] for name in CONTEXT if name in values}
-    rows = [Row({"prompt": prompt, "completion": answer, **context}, row.file, row.number) for answer in (chosen, rejected)]
+    rows = [Row({"prompt": asked, "completion": answer, **context}, row.file, row.number) for answer in answers]
     return rows, None, {*PAIR, *used, *context}
 
 
@@ -163,10 +162,9 @@ def _answer(value: object, name: str, row: Row) -> str | list[dict[str, Any]]:
             return value  # a text that begins so
     if isinstance(value, str):
         return turns.string(value, name, row)
-    value = [value] if isinstance(value, dict) else value
-    turns.conversation(value, name, row)  # for errors that name this column
-    assert isinstance(value, list)
-    return value
+    found: Any = [value] if isinstance(value, dict) else value
+    turns.conversation(found, name, row)  # for errors that name this column
+    return list(found)
 
 
 def _prompt(values: Mapping[str, Any], row: Row) -> tuple[str | list[dict[str, Any]] | None, set[str]]:
@@ -174,12 +172,13 @@ def _prompt(values: Mapping[str, Any], row: Row) -> tuple[str | list[dict[str, A
     if "instruction" in values:
         parts = [turns.string(values[name], name, row) for name in ("instruction", "input") if values.get(name)]
         asked = "\n\n".join(parts)
+        if not asked.strip():
+            raise DataError(f"{row.where}: instruction and input are both empty")
         history = values.get("history") or []
-        before = [
-            turn
-            for pair in history
-            for turn in ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
-        ]
+        if not isinstance(history, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
+            raise DataError(f"{row.where}: history is expected to be a list of [instruction, answer] pairs")
+        roles = ("user", "assistant")
+        before = [{"role": role, "content": said} for pair in history for role, said in zip(roles, pair, strict=True)]
         return [*before, {"role": "user", "content": asked}], {"instruction", "input", "history"}
     names = [name for name in (*PROMPTS, *CONVERSATIONS) if name in values]
     if not names:
@@ -187,8 +186,7 @@ def _prompt(values: Mapping[str, Any], row: Row) -> tuple[str | list[dict[str, A
     name = names[0]
     if len(names) > 1 and name != "prompt":
         raise DataError(
-            f"{row.where}: {' and '.join(names)} could each be the prompt\n"
-            f"  say which: columns: {{prompt: {name}}}"
+            f"{row.where}: {' and '.join(names)} could each be the prompt\n  say which: columns: {{prompt: {name}}}"
         )
     value = _answer(values[name], name, row)
     if isinstance(value, str) and not value.strip():

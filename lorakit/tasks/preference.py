@@ -3,8 +3,8 @@
     pairs (chosen, rejected)      dpo, ipo, orpo, simpo; kto takes them apart
     answers with a label          kto
 
-The losses are in `preferences/losses/`, a file each with its equation. A step's loss is the mean over its rows. A pair's
-two answers share a forward pass; the reference is computed before the first step (`preferences/reference.py`).
+The losses are in `preferences/losses/`, a file each with its equation. A step's loss is the mean over its rows. The two
+answers of a pair share a forward pass; the reference is computed before the first step (`preferences/reference.py`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Choice, RunSettings, part
 from ..errors import ConfigError
 from ..nondefault import nondefault
-from .causal_lm import (  # noqa: F401 (names of the task)
-    Packing,
-    SampleLength,
-    Writing,
-    check,
-    load,
-    packs,
-    prompts,
-    resolved,
-    samples,
-    skeleton,
-)
+from .causal_lm import Packing, SampleLength, Writing, check, load, packs, prompts, resolved, samples, skeleton  # noqa: F401 (names of the task)
 from .preferences.settings import LossSettings, check_settings
 from .task import Base, Data
 from .text import base as text
@@ -186,8 +175,8 @@ def recognizes(row: Mapping[str, Any]) -> bool:
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
     """Return the loss and its settings, as far as they are known."""
-    recorded = about.get("preference")
-    return {k: v for k, v in recorded.items() if k in LossSettings.model_fields} if isinstance(recorded, Mapping) else {}
+    own = about.get("preference")
+    return {k: v for k, v in own.items() if k in LossSettings.model_fields} if isinstance(own, Mapping) else {}
 
 
 # ------------------------------------------------------------------------------------- the base

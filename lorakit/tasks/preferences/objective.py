@@ -25,8 +25,9 @@ class Objective:
         return loss_of(self.own.loss)
 
     def losses(self, scores: Scores) -> Tensor:
-        """Return the loss of each row: [n], float32. With `sft_weight` α > 0, −α log π(chosen) / |chosen| is added (RPO,
-        Pang et al. 2024, arXiv 2404.19733, equation 2).
+        """Return the loss of each row: [n], float32.
+
+        With `sft_weight` α > 0, −α log π(chosen) / |chosen| is added (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
         """
         losses = self.loss.losses(scores, self.own)
         return losses - self.own.sft_weight * scores.means[:, 0] if self.own.sft_weight else losses
@@ -42,7 +43,8 @@ class Objective:
                 "reward_margin": margin,
                 "reward_accuracy": (margin > 0).float(),
             }
-        assert scores.desirable is not None and scores.kl is not None
+        assert scores.desirable is not None
+        assert scores.kl is not None
         reward, nan = rewards[:, 0], float("nan")
         right = (scores.ratios[:, 0] > scores.kl) == scores.desirable
         return {

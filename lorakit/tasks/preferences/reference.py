@@ -62,7 +62,7 @@ def add_references(base: Base, items: Iterable[PreferenceItem]) -> None:
 
 
 def references_of(base: Base, items: Sequence[PreferenceItem]) -> list[tuple[float, ...]]:
-    """Return the references of items, each with one value for an answer and one for the mismatched row, if there is one.
+    """Return the references of items: a value for each answer, and one for the mismatched row, if there is one.
 
     Raises TrainError for an item whose reference has not been computed.
     """

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...data.batches import collate, pad_id
 from ...data.dataset import Item

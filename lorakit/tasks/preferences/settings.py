@@ -27,6 +27,16 @@ def _having(setting: str) -> str:
 
 class LossSettings(Strict):
     rows: ClassVar = {"loss"}  # kto takes pairs apart
+    anew: ClassVar = {
+        "loss",
+        "beta",
+        "label_smoothing",
+        "sft_weight",
+        "simpo_gamma",
+        "orpo_lambda",
+        "desirable_weight",
+        "undesirable_weight",
+    }
 
     loss: LossName = Field(
         "auto",
@@ -35,11 +45,14 @@ class LossSettings(Strict):
     )
     beta: float | Auto = Field(
         "auto",
-        description="how strongly the loss acts on the log-probabilities, which is also how close it keeps the model to "
-        "its reference; auto: 0.1, for simpo 2",
+        description="what a change of the log-probabilities counts in the loss: the higher, the closer the model stays "
+        "to its reference; auto: 0.1, for simpo 2",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description=f"{_having('label_smoothing')}: the share of pairs taken to be the wrong way round"
+        0.0,
+        ge=0,
+        lt=0.5,
+        description=f"{_having('label_smoothing')}: the share of pairs taken to be the wrong way round",
     )
     sft_weight: float = Field(
         0.0,
@@ -60,6 +73,11 @@ class LossSettings(Strict):
     undesirable_weight: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="kto: the weight of the losses of undesirable answers"
     )
+
+    @property
+    def beta_value(self) -> float:
+        """`beta`, where `objective_of` has resolved it."""
+        return float(self.beta)
 
 
 def check_settings(own: LossSettings) -> None:

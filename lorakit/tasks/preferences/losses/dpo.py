@@ -27,14 +27,12 @@ uses = frozenset({"beta", "label_smoothing", "sft_weight"})
 def losses(scores: Scores, own: LossSettings) -> Tensor:
     import torch.nn.functional as F
 
-    assert own.beta != "auto"
     ratios = scores.ratios  # [n, 2]
-    margin = own.beta * (ratios[:, 0] - ratios[:, 1])  # [n]
+    margin = own.beta_value * (ratios[:, 0] - ratios[:, 1])  # [n]
     smoothing = own.label_smoothing
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
 def rewards(scores: Scores, own: LossSettings) -> Tensor:
     """β log π/π_ref (equation 5, up to a term that depends on the prompt alone)."""
-    assert own.beta != "auto"
-    return own.beta * scores.ratios.detach()
+    return own.beta_value * scores.ratios.detach()

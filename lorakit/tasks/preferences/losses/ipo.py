@@ -25,12 +25,10 @@ uses = frozenset({"beta", "sft_weight"})
 
 
 def losses(scores: Scores, own: LossSettings) -> Tensor:
-    assert own.beta != "auto"
     ratios = scores.ratios / scores.tokens  # [n, 2]
-    return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * own.beta)).square()
+    return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * own.beta_value)).square()
 
 
 def rewards(scores: Scores, own: LossSettings) -> Tensor:
     """β log π/π_ref per token, so that their difference is what the loss pulls towards 1/2."""
-    assert own.beta != "auto"
-    return own.beta * scores.ratios.detach() / scores.tokens
+    return own.beta_value * scores.ratios.detach() / scores.tokens

@@ -28,8 +28,9 @@ uses = frozenset({"beta", "desirable_weight", "undesirable_weight"})
 def losses(scores: Scores, own: LossSettings) -> Tensor:
     import torch
 
-    assert own.beta != "auto" and scores.desirable is not None and scores.kl is not None
-    gain = own.beta * (scores.ratios[:, 0] - scores.kl)  # [n]
+    assert scores.desirable is not None
+    assert scores.kl is not None
+    gain = own.beta_value * (scores.ratios[:, 0] - scores.kl)  # [n]
     desirable = own.desirable_weight * (1 - torch.sigmoid(gain))
     undesirable = own.undesirable_weight * (1 - torch.sigmoid(-gain))
     return torch.where(scores.desirable, desirable, undesirable)
@@ -37,5 +38,4 @@ def losses(scores: Scores, own: LossSettings) -> Tensor:
 
 def rewards(scores: Scores, own: LossSettings) -> Tensor:
     """β log π/π_ref, as DPO's."""
-    assert own.beta != "auto"
-    return own.beta * scores.ratios.detach()
+    return own.beta_value * scores.ratios.detach()

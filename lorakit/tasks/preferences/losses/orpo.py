@@ -2,7 +2,7 @@
 
     loss = −log P(chosen) − λ log σ(log odds(chosen) − log odds(rejected))          odds = P / (1 − P)
 
-log P is log π per token (equation 1 of the paper). There is no reference: the first term is that of supervised training.
+log P is log π per token (equation 1 of the paper). There is no reference: the first term is supervised training's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """SimPO, simple preference optimization (Meng et al. 2024, arXiv 2405.14734, equation 6).
 
-    loss = −(1 − ε) log σ(β h − γ) − ε log σ(γ − β h)          h = log π(chosen) / |chosen| − log π(rejected) / |rejected|
+    loss = −(1 − ε) log σ(β h − γ) − ε log σ(γ − β h)
+    h    = log π(chosen) / |chosen| − log π(rejected) / |rejected|
 
 There is no reference. ε is `label_smoothing`, 0 in the paper.
 """
@@ -26,14 +27,12 @@ uses = frozenset({"beta", "label_smoothing", "sft_weight", "simpo_gamma"})
 def losses(scores: Scores, own: LossSettings) -> Tensor:
     import torch.nn.functional as F
 
-    assert own.beta != "auto"
     means = scores.means  # [n, 2]
-    margin = own.beta * (means[:, 0] - means[:, 1]) - own.simpo_gamma  # [n]
+    margin = own.beta_value * (means[:, 0] - means[:, 1]) - own.simpo_gamma  # [n]
     smoothing = own.label_smoothing
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
 def rewards(scores: Scores, own: LossSettings) -> Tensor:
     """β log π per token."""
-    assert own.beta != "auto"
-    return own.beta * scores.means.detach()
+    return own.beta_value * scores.means.detach()
