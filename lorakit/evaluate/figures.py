@@ -23,6 +23,13 @@ MEASURES = {
     "reward_rejected": ("reward rejected", 4),
     "likelihood_accuracy": ("chosen likelier", 4),  # per token, without a reference
     "kl": ("KL", 4),
+    "matthews": ("Matthews", 4),
+    "pearson": ("Pearson", 4),
+    "spearman": ("Spearman", 4),
+    "entity_f1": ("entity f1", 4),
+    "entity_precision": ("precision", 4),
+    "entity_recall": ("recall", 4),
+    "answer_f1": ("answer f1", 1),
     "bleu": ("BLEU", 1),
     "chrf": ("chrF", 1),
     "rouge_l": ("ROUGE-L", 1),

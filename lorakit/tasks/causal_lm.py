@@ -14,7 +14,6 @@ from ..config import Quantization, RunSettings, Strict, part
 from ..errors import TrainError
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
-    before_step,
     blueprint,
     checkpoint,
     compares,

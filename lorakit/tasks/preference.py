@@ -113,7 +113,9 @@ def data(config: RunSettings, processor: Any) -> Data:
             )
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
+    before_step = None
     if objective.loss.answers == 1:
+        before_step = keep_divergence
         train = with_mismatches(train, dataset.max_length)
         held_out = with_mismatches(held_out, dataset.max_length) if held_out else held_out
     check_vocabulary(config, processor, [answer for item in chain(train, held_out) for answer in item.answers])
@@ -123,7 +125,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     if objective.loss.answers == 1:
         facts.append(("answers", _balance(train, objective.own)))
     about |= {"preference": objective.recorded()}
-    return Data(train, held_out, f"shape {dataset.shape}", facts, about, notes, files)
+    shape = f"shape {dataset.shape}"
+    return Data(train, held_out, shape, facts, about, notes, files, before_step=before_step)
 
 
 def _read(config: RunSettings, source: str, split: str | None, max_length: Any, tokenizer: Any) -> Preferences:
@@ -224,10 +227,9 @@ def saved_padding(batches: Sequence[Sequence[PreferenceItem]]) -> str:
     return saved_padding([[answer.size for item in batch for answer in item.answers] for batch in batches])
 
 
-def before_step(base: Base, items: Sequence[PreferenceItem]) -> None:
-    """Estimate the KL divergence from the reference over all rows of the step, for KTO."""
-    if _objective(base, items).loss.answers == 1:
-        base.kept["kl"] = _divergence(base, items)
+def keep_divergence(base: Base, items: Sequence[PreferenceItem]) -> None:
+    """Estimate the KL divergence from the reference, for KTO: over all rows of a step, before its first batch."""
+    base.kept["kl"] = _divergence(base, items)
 
 
 def _divergence(base: Base, items: Sequence[PreferenceItem]) -> float:

@@ -75,7 +75,7 @@ class Epochs(Protocol):
 @dataclass
 class Base:
     """A model and its processor: a tokenizer or a pipeline. `config`: the run's, for tasks whose batches need it;
-    `kept`: what `before_step` keeps of a step for its batches.
+    `kept`: what `Data.before_step` keeps for the step's batches.
     """
 
     model: Any
@@ -90,7 +90,9 @@ class Data:
 
     `shape`: a description for the start panel; `facts`: further lines of it, by name; `about`: stored in the result's
     metadata; `notes`: message -> number of rows it concerns; `files`: file name -> text to write into the result's
-    folder; `watched`: training items that are evaluated where none are held out.
+    folder; `watched`: training items that are evaluated where none are held out; `before_step`: for losses of items that
+    depend on all items of their step: computes that before the step's first batch, and keeps it in `Base.kept`. It gets
+    the step's items, in every process those of all processes, while the run's adapter is active.
     """
 
     train: list[Any]
@@ -102,6 +104,7 @@ class Data:
     files: Mapping[str, str] = field(default_factory=dict)
     watched: Sequence[Any] = ()
     mixture: Epochs | None = None  # what an epoch has of several data sets; None: all training items
+    before_step: Callable[[Base, Sequence[Any]], None] | None = None
 
     @property
     def rows(self) -> int:
@@ -184,10 +187,6 @@ class Task(Protocol):
         `items`: the run's, training and held out. Its adapter is attached and active, as it is before training. Called
         before the adapter is attached too, with the training items, if that starts from data (`LoraConfig.init`).
         """
-
-    # Computes before a step's first batch what the loss of its rows depends on together, and keeps it in `Base.kept`;
-    # None: nothing. It gets the step's items, in every process those of all processes; the run's adapter is active.
-    before_step: Callable[[Base, Sequence[Any]], None] | None
 
     def checkpoint(self, model: Any) -> None:
         """Let the model recompute activations in backward. Raises TrainError if it cannot."""

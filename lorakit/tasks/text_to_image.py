@@ -86,7 +86,6 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
 
 settings = TextToImageSettings
 peft_type = "TEXT_TO_IMAGE"
-before_step = None
 summary = "draw pictures for captions (a diffusion pipeline)"
 unit = "pictures"
 size_unit = "pixels"

@@ -131,11 +131,11 @@ class Loop:
 
     def _batch(self, run: Run) -> list[Item]:
         """Return the rows of a run's next step, after its task has looked at them together."""
-        batch = run.batch()
-        if self.task.before_step is not None:
+        batch, before_step = run.batch(), run.job.data.before_step
+        if before_step is not None:
             if len(self.runs) > 1:
                 self.method.activate(self.model, run.job.adapter)
-            self.task.before_step(run.job.base, batch)
+            before_step(run.job.base, batch)
         return batch
 
     def _evaluate(self, run: Run) -> None:

@@ -28,7 +28,6 @@ CPU_TOKENS = 4096  # per micro-batch on a CPU: larger matrices are no faster the
 MARGIN = 1.0
 
 compares = False
-before_step = None
 traced = True
 shares = True
 uses_all = True

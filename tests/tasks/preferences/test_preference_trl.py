@@ -65,7 +65,8 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 def ours(job: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
     """The mean loss of all rows, its gradients, and the batch."""
     job.model.train()
-    TASK.before_step(job.base, job.train)
+    if job.data.before_step is not None:
+        job.data.before_step(job.base, job.train)
     batch = TASK.collate(job.train, job.base)
     loss = TASK.losses(job.model, batch).sum() / weight_of(job.train)
     return loss, gradients(job.model, loss), batch
