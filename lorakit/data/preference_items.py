@@ -15,12 +15,13 @@ from ..errors import ConfigError, DataError
 from .dataset import LEFT_OUT, Item, OnLong, length_limit, unused_columns
 from .parse import Row
 from .preferences import Preference, read_preferences
-from .render import Renderer
+from .render import LAST_TURN_ONLY, Renderer
 from .templates import ChatOptions, Style, Template, style_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+EARLIER = "earlier answers of the conversation are context: the label is of the last one"
 EQUAL = "chosen and rejected are equal, so they are left out"
 
 
@@ -186,7 +187,7 @@ def _rendered(preference: Preference, number: int, renderer: Renderer, notes: Co
     if not any(rendered[0].trained[1:]):
         raise DataError(f"{row.where}: no trained tokens: the template or tokenizer wrote nothing for {name}")
     if number == 0:
-        notes.update(rendered[0].notes)
+        notes.update(EARLIER if note == LAST_TURN_ONLY else note for note in rendered[0].notes)
     return Item(rendered[0].ids, rendered[0].trained, row, rendered[0].prompt)
 
 
