@@ -95,7 +95,7 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, LongContext, Writing, Columns, Sources, Prompts, Sampling):
+class Packing(Strict):
     packing: bool = Field(
         False,
         description="put several rows of a batch into one sequence, each with its own positions and attention: the "
@@ -103,10 +103,14 @@ class CausalSettings(Lengths, LongContext, Writing, Columns, Sources, Prompts, S
     )
 
     @model_validator(mode="after")
-    def _not_compiled(self) -> CausalSettings:
+    def _not_compiled(self) -> Packing:
         if self.packing and getattr(self, "compile", False):
             raise ValueError("packing is not tested with compile; remove one of the two")
         return self
+
+
+class CausalSettings(Lengths, LongContext, Packing, Writing, Columns, Sources, Prompts, Sampling):
+    pass
 
 
 settings = CausalSettings
@@ -141,7 +145,7 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, CausalSettings)
     check_limit(config)
-    tokenizer, options = _tokenizer(own, processor), _options(own)
+    tokenizer, options = chat_tokenizer(own, processor), chat_options(own)
     how = {
         "columns": own.columns or None,
         "template": own.template,
@@ -164,7 +168,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(data, about=about, files=files, facts=facts)
 
 
-def _tokenizer(own: CausalSettings, processor: Any) -> Any:
+def chat_tokenizer(own: Writing, processor: Any) -> Any:
     """Return the tokenizer with the run's chat template."""
     from ..data.templates import read_template, with_template
 
@@ -172,7 +176,7 @@ def _tokenizer(own: CausalSettings, processor: Any) -> Any:
     return processor if path is None else with_template(processor, read_template(path), path)
 
 
-def _options(own: CausalSettings) -> ChatOptions:
+def chat_options(own: Writing) -> ChatOptions:
     from ..data.templates import ChatOptions
 
     return ChatOptions(own.chat_template_kwargs, own.date)
@@ -341,7 +345,7 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Asked]:
     if own.sample_tokens == 0:
         return []
     if own.sample_prompts:
-        tokenizer, options = _tokenizer(own, base.processor), _options(own)
+        tokenizer, options = chat_tokenizer(own, base.processor), chat_options(own)
         ids = [question_ids(text, tokenizer, data.about["template"], options) for text in own.sample_prompts]
         check_prompts(base.model, ids, own.sample_tokens, [f"sample prompt {text!r}" for text in own.sample_prompts])
         return [Asked(i, text, (), "sample_prompts") for text, i in zip(own.sample_prompts, ids, strict=True)]

@@ -250,7 +250,7 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
     """Do nothing: `prepare` finds out how the pipeline takes its latents."""
 
 
-def prepare(base: Base, items: Sequence[Any]) -> None:
+def prepare(base: Base, items: Iterable[Any]) -> None:
     """Find out how the pipeline takes its latents."""
     base.processor.prepare(base.model, items)
 

@@ -90,8 +90,8 @@ class Run:
     def update(self, loss: float, norm: float, items: list[Item], apart: Mapping[str, float]) -> dict[str, Any]:
         """Clip the gradients and take an optimizer step. Returns the metrics to log.
 
-        `loss`: mean of the step; `norm`: of all gradients together; `items`: the step's rows; `apart`: the mean losses
-        of rows with a label.
+        `loss`: mean of the step; `norm`: of all gradients together; `items`: the step's rows; `apart`: further means to
+        log, by name.
         """
         rate = self.job.rate.value * optimizer.rate_factor(self.config, self.step, self.job.steps)
         rates = optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
@@ -105,7 +105,7 @@ class Run:
         return {
             "loss": round(loss, 5),
             **({} if self.penalty is None else {"penalty": round(float(self.penalty), 5)}),
-            **{f"{label}_loss": round(value, 5) for label, value in apart.items()},
+            **{name: round(value, 5) for name, value in apart.items()},
             "learning_rate": rate,
             **{f"learning_rate_{label}": value for label, value in rates.items()},
             "gradient_norm": round(norm, 5),

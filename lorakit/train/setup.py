@@ -206,7 +206,9 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
             )
         )
     for job in jobs:
-        task.prepare(job.base, job.train)
+        if not alone:
+            method.activate(model, job.adapter)
+        task.prepare(job.base, chain(job.train, job.held_out))
     if alone and task.packs(config):
         jobs[0].packed = task.saved_padding(_at_once(jobs[0]))
     return jobs

@@ -26,10 +26,11 @@ from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
 from lorakit.errors import ConfigError
 from lorakit.generate.eval_mode import evaluating
+from lorakit.methods.lora import base_alone
 from lorakit.plan.static import static_estimate
 from lorakit.tasks import task_for, task_names, task_of, task_of_adapter
 from lorakit.tasks.image.loss import fixed_losses
-from lorakit.tasks.task import Base, weight_of
+from lorakit.tasks.task import Base, Task, weight_of
 from lorakit.train.config import TrainConfig
 from lorakit.train.memory import planner_for
 from lorakit.train.progress import Progress
@@ -71,6 +72,21 @@ def causal_loss(model: Any, item: Any) -> torch.Tensor:
 
 def label_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(torch.tensor([item.ids])).logits[0].log_softmax(0)[item.label]
+
+
+def pair_loss(model: Any, pair: Any) -> torch.Tensor:
+    """DPO's, with beta 0.1: −log σ(β (log π/π_ref of the chosen answer − that of the rejected one))."""
+    own = [-causal_loss(model, answer) for answer in pair.answers]
+    with model.disable_adapter() if isinstance(model, peft.PeftModel) else base_alone(model):
+        reference = [-causal_loss(model, answer) for answer in pair.answers]
+    return -F.logsigmoid(0.1 * ((own[0] - reference[0]) - (own[1] - reference[1])))
+
+
+def pairs() -> list[dict[str, Any]]:
+    return [
+        row | {"chosen": row.pop("completion"), "rejected": "pears" * (i % 3) + "!"}
+        for i, row in enumerate(tiny_lm.rows())
+    ]
 
 
 def rows_in(rows: list[dict[str, Any]]) -> Callable[[Path], Path]:
@@ -147,6 +163,12 @@ KINDS = {
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
     ),
     "classification": Kind(rows_in(LABELLED), len(LABELLED), label_loss, classifier),
+    "preference": Kind(
+        rows_in(pairs()),
+        len(tiny_lm.rows()),
+        pair_loss,
+        lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
+    ),
     "seq2seq": Kind(
         rows_in(tiny_seq.pairs()),
         len(tiny_seq.pairs()),
@@ -200,6 +222,13 @@ def make(request, make_config, tmp_path, name):
 
 def test_every_task_has_a_row_here():
     assert KINDS.keys() == set(task_names())
+
+
+def test_every_task_defines_all_names_of_the_interface(name):
+    names = [*Task.__annotations__, *(n for n, value in vars(Task).items() if callable(value) and n[0] != "_")]
+    assert len(names) > 40
+    missing = [n for n in names if not hasattr(task_of(name), n) and n not in ("to_predict", "predict")]
+    assert missing == []
 
 
 def test_a_runs_config_has_its_settings_and_takes_pefts_name_for_it(name):
@@ -265,7 +294,11 @@ def test_a_batch_is_planned_as_it_is_made(make, name):
         return
     made = job.task.collate(job.train[:2], job.base)
     planned = job.task.example(2, *KINDS[name].planned(made))
-    assert {n: (t.shape, t.dtype) for n, t in planned.items()} == {n: (t.shape, t.dtype) for n, t in made.items()}
+    shapes = [
+        {n: (t.shape, t.dtype) if isinstance(t, torch.Tensor) else type(t) for n, t in each.items()}
+        for each in (planned, made)
+    ]
+    assert shapes[0] == shapes[1]
     estimate = planner_for(config, torch.float32, CPU, validation=2).estimate(2, 16)
     assert estimate.parts["activations"] > 0
     skeleton = job.task.skeleton(config, load_config(config.model), torch.float32)
