@@ -1,0 +1,88 @@
+"""Checkpoints of a `Trainer` that hold the adapter instead of the model.
+
+    checkpoint-N/adapter_config.json, adapter_model.safetensors, lorakit.json    the adapter (see `adapter_state`)
+                 tokenizer files, training_args.bin, optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json
+
+The trainer gets a class with `AdapterCheckpoints` in front of its own, whose three methods for writing and reading the
+model's weights are these. All others are its own: when to save, what to delete, the best checkpoint, uploads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import StateError
+from ..model.state import qualified_name
+from . import adapter_state
+from .trained_adapter import check_trainer, model_of, trained_adapter
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # a mixin in front of a trainer's own class
+
+T = TypeVar("T")
+TRAINING_ARGS = "training_args.bin"
+
+
+class AdapterCheckpoints(_Trainer):
+    """A mixin for `Trainer` and classes derived from it. In a class of your own it goes first."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapter, the tokenizer or processor, and the training arguments. `state_dict` is not used."""
+        import torch
+
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)  # type: ignore[arg-type]
+        model = model_of(self)
+        adapter_state.save(model, trained_adapter(model), folder)
+        collator: Any = self.data_collator
+        processor = self.processing_class or getattr(collator, "tokenizer", None)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put a checkpoint's values into the attached adapter. Raises AdapterError if they do not fit."""
+        model = model_of(self)
+        adapter_state.restore(model, trained_adapter(model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Put the best checkpoint's values into the attached adapter."""
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        self._load_from_checkpoint(best)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint. The trainer copies the files that it knows; the adapter's are written again."""
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
+            self._save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+def adapter_trainer(trainer: T) -> T:
+    """Make a trainer of transformers or TRL write, resume from and upload the adapter alone. Returns the same trainer.
+
+    The model has one trained adapter of lorakit, and any number of frozen ones. A run resumes bit for bit when the same
+    adapters are attached as before. Checkpoints from before this call, which hold the model too, can be resumed from.
+
+    Raises StateError for a trainer whose adapter would not be trained or saved as expected: none or several trained,
+    inactive, merged; FSDP and DeepSpeed; LoRA+ with the trainer's own optimizer; AdaLoRA; an adapted output layer with
+    TRL's fused one; sync_ref_model.
+    """
+    from transformers import Trainer
+
+    if not isinstance(trainer, Trainer):
+        raise StateError(
+            f"adapter_trainer(trainer): got a {qualified_name(trainer)}\n"
+            "  expected a transformers.Trainer, or a trainer of TRL, made of the model with its adapter"
+        )
+    if not isinstance(trainer, AdapterCheckpoints):
+        model = model_of(trainer)
+        check_trainer(trainer, model, trained_adapter(model))
+        cls = type(trainer)
+        # Under its own name, which TRL puts into model cards.
+        trainer.__class__ = type(cls.__name__, (AdapterCheckpoints, cls), {"__module__": cls.__module__})
+    return trainer  # type: ignore[return-value]
