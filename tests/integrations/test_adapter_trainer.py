@@ -7,6 +7,7 @@ import json
 import re
 
 import hub_stub
+import huggingface_hub
 import pytest
 import quantized
 import tiny
@@ -25,8 +26,8 @@ CONFIG = lk.LoraConfig(rank=4, dropout=0.2)
 WEIGHTS = "adapter_model.safetensors"
 
 
-def rows(count: int = 16, label: bool = False) -> Dataset:
-    made = torch.Generator().manual_seed(3)
+def rows(count: int = 16, label: bool = False, seed: int = 3) -> Dataset:
+    made = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, tiny.VOCAB, (count, 6), generator=made).tolist()
     return Dataset.from_list([{"input_ids": i, "labels": i[0] % 3 if label else i} for i in ids])
 
@@ -126,10 +127,11 @@ def test_the_best_checkpoint_is_put_back_and_the_limit_holds(tmp_path):
         "save_steps": 1,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
-        "learning_rate": 0.5,
-        "max_steps": 5,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_steps": 8,
     }
-    trainer = Trainer(model, arguments(tmp_path, **changes), train_dataset=rows(), eval_dataset=rows(8))
+    trainer = Trainer(model, arguments(tmp_path, **changes), train_dataset=rows(4), eval_dataset=rows(8, seed=4))
     adapter_trainer(trainer).train()
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert trainer.state.best_metric == min(losses) < losses[-1]
@@ -170,6 +172,7 @@ def test_a_trainers_own_checkpoint_loads_with_the_adapter(tmp_path):
 
 def test_push_to_hub_uploads_the_adapter(tmp_path, monkeypatch):
     with hub_stub.serve(monkeypatch, tmp_path) as hub:
+        monkeypatch.setattr("transformers.utils.hub._hf_api", huggingface_hub.HfApi(hub.url))
         settings = {
             "push_to_hub": True,
             "hub_model_id": "someone/tuned",
@@ -285,7 +288,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
     checkpoint = tmp_path / "a" / "checkpoint-1"
     others = {
         r"only the checkpoint has 'model.layers.0.mlp": lk.LoraConfig(rank=4, targets=["q_proj"]),
-        r"is \[4, 16\] there, \[8, 16\] here": lk.LoraConfig(rank=8, alpha=16.0),
+        r"is \[4, 16\] there, \[8, 16\] here": lk.LoraConfig(rank=8, alpha=2 * CONFIG.alpha),
         r"the scale \(alpha / rank\) of 'model.layers.0.self_attn": CONFIG.replace(alpha=3.0),
     }
     for message, config in others.items():
