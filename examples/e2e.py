@@ -60,9 +60,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows(count: int, file: str = "train") -> list[dict[str, str]]:
-    """Read the first rows of a file, `train` or `test`."""
+    """Read the first rows of a file: `train`, or `test`, whose rows have several sentences, of which this is the first."""
     lines = (files("lorakit") / "assets" / "e2e" / f"{file}.jsonl").read_text(encoding="utf8").splitlines()
-    return [{key: json.loads(line)[key] for key in ("prompt", "completion")} for line in lines[:count]]
+    read = (json.loads(line) for line in lines[:count])
+    return [{"prompt": r["prompt"], "completion": r.get("completion") or r["references"][0]} for r in read]
 
 
 def pairs(count: int, file: str = "train") -> Dataset:
