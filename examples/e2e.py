@@ -1,6 +1,6 @@
-"""What the examples share: the embedded model and E2E rows (properties of a restaurant to a sentence), and their flags.
+"""What the examples share: the embedded model and E2E rows (properties to a sentence), and their flags.
 
-    {"prompt": "name[The Vaults], eatType[pub], near[Café Adriatic]\n", "completion": "Near Café Adriatic is a pub, ..."}
+{"prompt": "name[The Vaults], eatType[pub], near[Café Adriatic]\n", "completion": "Near Café Adriatic is ..."}
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows(count: int, file: str = "train") -> list[dict[str, str]]:
-    """Read the first rows of a file: `train`, or `test`, whose rows have several sentences, of which this is the first."""
+    """Read the first rows of a file: `train` or `test`. Rows of the latter have several sentences; the first is read."""
     lines = (files("lorakit") / "assets" / "e2e" / f"{file}.jsonl").read_text(encoding="utf8").splitlines()
     read = (json.loads(line) for line in lines[:count])
     return [{"prompt": r["prompt"], "completion": r.get("completion") or r["references"][0]} for r in read]

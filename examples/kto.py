@@ -1,6 +1,6 @@
 """Kahneman-Tversky optimization (Ethayarajh et al. 2024) with TRL's KTOTrainer: single answers, good or bad.
 
-    python examples/kto.py --out runs/kto
+python examples/kto.py --out runs/kto
 """
 
 from __future__ import annotations

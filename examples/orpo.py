@@ -1,6 +1,6 @@
 """Odds-ratio preference optimization (Hong et al. 2024) with TRL's ORPOTrainer, which needs no reference.
 
-    python examples/orpo.py --out runs/orpo
+python examples/orpo.py --out runs/orpo
 """
 
 from __future__ import annotations

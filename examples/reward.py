@@ -1,6 +1,6 @@
 """A reward model with TRL's RewardTrainer: a classifier of one output, whose new head is trained in full.
 
-    python examples/reward.py --out runs/reward
+python examples/reward.py --out runs/reward
 """
 
 from __future__ import annotations

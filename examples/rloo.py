@@ -1,6 +1,6 @@
 """REINFORCE leave-one-out (Ahmadian et al. 2024) with TRL's RLOOTrainer: as grpo.py, with another advantage.
 
-    python examples/rloo.py --out runs/rloo
+python examples/rloo.py --out runs/rloo
 """
 
 from __future__ import annotations

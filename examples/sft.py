@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer.
 
-    python examples/sft.py --out runs/sft
+python examples/sft.py --out runs/sft
 """
 
 from __future__ import annotations

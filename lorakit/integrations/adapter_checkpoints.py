@@ -3,8 +3,9 @@
     checkpoint-N/adapter_config.json, adapter_model.safetensors, lorakit.json    the adapter (see `adapter_state`)
                  tokenizer files, training_args.bin, optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json
 
-The trainer gets a class with `AdapterCheckpoints` in front of its own, whose three methods for writing and reading the
-model's weights are these. All others are its own: when to save, what to delete, the best checkpoint, uploads.
+The trainer gets a class with `AdapterCheckpoints` in front of its own, whose methods write and read the adapter instead
+of the model's weights. All others are its own: when to save, what to delete, the best checkpoint, uploads. With LoRA+,
+its optimizer gets the second learning rate.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch import nn
+
 from ..errors import StateError
-from ..model.state import qualified_name
+from ..model.state import qualified_name, state_of
+from ..model.training import faster_parameters
 from . import adapter_state
 from .trained_adapter import check_trainer, model_of, trained_adapter
 
@@ -31,8 +36,6 @@ class AdapterCheckpoints(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter, the tokenizer or processor, and the training arguments. `state_dict` is not used."""
-        import torch
-
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)  # type: ignore[arg-type]
@@ -55,11 +58,36 @@ class AdapterCheckpoints(_Trainer):
         assert best is not None
         self._load_from_checkpoint(best)
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the trainer's own optimizer; with LoRA+, give B and what takes its place their learning rate."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            own = model_of(self)
+            name = trained_adapter(own)
+            ratio = state_of(own).adapters[name].config.lora_plus
+            if ratio is not None:
+                _split(optimizer, faster_parameters(own, name), ratio)
+        return optimizer
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint. The trainer copies the files that it knows; the adapter's are written again."""
         if self.is_world_process_zero() and self.args.hub_strategy != "end":
             self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _split(optimizer: torch.optim.Optimizer, faster: set[nn.Parameter], ratio: float) -> None:
+    """Move these parameters of a new optimizer into groups of their own, at `ratio` times the learning rate."""
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if p in faster]
+        if not own:
+            continue
+        options = {key: value for key, value in group.items() if key != "params"}
+        group["params"] = [p for p in group["params"] if p not in faster]
+        if not group["params"]:
+            optimizer.param_groups.remove(group)
+        optimizer.add_param_group({**options, "params": own, "lr": group["lr"] * ratio})
 
 
 def adapter_trainer(trainer: T) -> T:
@@ -69,8 +97,7 @@ def adapter_trainer(trainer: T) -> T:
     adapters are attached as before. Checkpoints from before this call, which hold the model too, can be resumed from.
 
     Raises StateError for a trainer whose adapter would not be trained or saved as expected: none or several trained,
-    inactive, merged; FSDP and DeepSpeed; LoRA+ with the trainer's own optimizer; AdaLoRA; an adapted output layer with
-    TRL's fused one; sync_ref_model.
+    inactive, merged; FSDP and DeepSpeed; AdaLoRA; an adapted output layer with TRL's fused one; sync_ref_model.
     """
     from transformers import Trainer
 

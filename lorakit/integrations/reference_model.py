@@ -190,4 +190,3 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
         "save_pretrained of a reference with adapters would write the base's weights and theirs under lorakit's names\n"
         "  save the adapter: lorakit.capture(model, NAME).save(PATH)"
     )
-

@@ -13,6 +13,7 @@ from ..layers.layer import LoraLayer, child_name
 from ..layers.updates.update import LiveUpdate
 from ..model.sharded import how_sharded
 from ..model.state import STATE, State, architecture_of, layer_at, names_of, saved_parameters, state_of
+from ..model.training import faster_parameters
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -51,8 +52,8 @@ def trained_adapter(model: nn.Module) -> str:
         raise StateError(f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) first")
     if name not in state.active:
         raise StateError(
-            f"adapter '{name}' is to be trained, and is not active (active: {names_of(state.active) or 'the base alone'})"
-            f"\n  call lorakit.activate(model, '{name}') first"
+            f"adapter '{name}' is to be trained, and is not active; {names_of(state.active) or 'the base alone'} is\n"
+            f"  call lorakit.activate(model, '{name}') first"
         )
     _check_all_saved(model, state, name)
     return name
@@ -93,16 +94,13 @@ def check_trainer(trainer: Trainer, model: nn.Module, name: str) -> None:
             "the base's own\n  leave it out"
         )
     config = state_of(model).adapters[name].config
-    if config.lora_plus is not None and trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-        raise StateError(
-            f"adapter '{name}' has lora_plus={config.lora_plus:g}, and the trainer's own optimizer has one learning rate"
-            "\n  give the trainer one: optimizers=(torch.optim.AdamW(lorakit.parameter_groups(model, RATE)), None)"
-        )
+    if config.lora_plus is not None:
+        faster_parameters(model, name)  # ConfigError if there are none
     own_steps = sorted({type(u).__name__ for u in updates_of(model, name).values() if _needs_own_steps(type(u))})
     if own_steps:
         raise StateError(
-            f"{own_steps[0]} adds a penalty to the loss or adjusts its ranks after each step, which a Trainer does not\n"
-            f"  use lorakit train --variant {config.variant}, or a loop of your own (lorakit.penalty, lorakit.after_step)"
+            f"{own_steps[0]} adds a penalty to the loss or adjusts its ranks after each step; a Trainer would not\n"
+            f"  use lorakit train --variant {config.variant}, or a loop of your own with lorakit.penalty and after_step"
         )
     _check_output_layer(model)
     _warn_of_copy(trainer, model)
@@ -121,8 +119,8 @@ def _check_not_sharded(trainer: Trainer, model: nn.Module) -> None:
         raise StateError(
             f"{'the trainer uses ' + how if how is not None else sharded}: its processes hold parts of the parameters, "
             "and adapter checkpoints need all of them\n"
-            "  let every process hold the model (torchrun or accelerate launch without FSDP and DeepSpeed); a base that "
-            "is too large for that may be quantized"
+            "  let every process hold the model (torchrun or accelerate launch without FSDP and DeepSpeed); a large "
+            "base may be quantized"
         )
 
 

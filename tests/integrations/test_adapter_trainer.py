@@ -192,6 +192,22 @@ def test_push_to_hub_uploads_the_adapter(tmp_path, monkeypatch):
         assert same(lk.Adapter.load("someone/tuned"), expected)
 
 
+def test_lora_plus_gets_its_second_learning_rate(tmp_path):
+    config = lk.LoraConfig(rank=2, lora_plus=16)
+    changes = {"weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = trainer_of(adapted(config), tmp_path / "a", **changes)
+    trainer.train()
+    assert [group["lr"] for group in trainer.optimizer.param_groups if group["params"]] == [1e-2, 16e-2]
+    own = adapted(config)
+    optimizer = torch.optim.AdamW(lk.parameter_groups(own, 1e-2), weight_decay=0.0, fused=True)
+    given = Trainer(own, arguments(tmp_path / "b", **changes), train_dataset=rows(), optimizers=(optimizer, None))
+    adapter_trainer(given).train()
+    assert same(lk.capture(own), lk.capture(trainer.model))
+    again = trainer_of(adapted(config), tmp_path / "c", **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert same(lk.capture(again.model), lk.capture(trainer.model))
+
+
 def test_an_adapter_of_a_quantized_base_is_trained(tmp_path):
     model = load_base(quantized.save(tmp_path)[0], quantize="nf4", dtype="fp32")
     lk.attach(model, lk.LoraConfig(rank=2))
@@ -235,11 +251,6 @@ def test_what_a_trainer_would_do_wrong_is_refused(tiny_llama, tmp_path):
         with pytest.raises(StateError, match=f"the trainer uses {name}: its processes hold parts"):
             adapter_trainer(trainer)
         setattr(trainer, attribute, False)
-    plus = adapted(lk.LoraConfig(rank=2, lora_plus=16))
-    with pytest.raises(StateError, match=r"lora_plus=16.*\n.*parameter_groups"):
-        trainer_of(plus, tmp_path)
-    optimizer = torch.optim.AdamW(lk.parameter_groups(plus, 1e-3))
-    adapter_trainer(Trainer(plus, arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None)))
     with pytest.raises(StateError, match="adjusts its ranks after each step"):
         trainer_of(adapted(lk.LoraConfig(rank=2, variant="adalora")), tmp_path)
     with pytest.raises(StateError, match=r"got a torch.nn.modules.linear.Linear"):

@@ -19,10 +19,7 @@ from lorakit.integrations import reference
 
 CASES = {
     "llama": (tiny.llama, lk.LoraConfig(rank=2, dropout=0.5)),
-    "saved head and norm": (
-        tiny.llama,
-        lk.LoraConfig(rank=2, targets=["q_proj"], save_modules=["lm_head", "norm"]),
-    ),
+    "saved head and norm": (tiny.llama, lk.LoraConfig(rank=2, targets=["q_proj"], save_modules=["lm_head", "norm"])),
     "tied, saved embedding": (
         lambda: tiny.llama(tied=True),
         lk.LoraConfig(rank=2, targets=["q_proj"], save_modules=["embed_tokens"]),
@@ -223,11 +220,11 @@ def test_what_is_refused(tiny_llama):
     lk.attach(tiny_llama, lk.LoraConfig(rank=2), "sft")
     with pytest.raises(StateError, match=r"'sft' is trained.*\n.*lorakit.capture\(model, 'sft'\)"):
         reference(tiny_llama, "sft")
-    with pytest.raises(StateError, match="no adapter named 'stf'.*did you mean 'sft'"):
+    with pytest.raises(StateError, match=r"no adapter named 'stf'.*did you mean 'sft'"):
         reference(tiny_llama, {"stf": 1})
     with pytest.raises(StateError, match="got a int"):
         reference(tiny_llama, 3)
-    with lk.route(tiny_llama, ["sft", None]), pytest.raises(StateError, match="inside `with lorakit.route"):
+    with lk.route(tiny_llama, ["sft", None]), pytest.raises(StateError, match=r"inside `with lorakit.route"):
         reference(tiny_llama)
     tiny.randomise_factors(tiny_llama)
     lk.merge(tiny_llama)

@@ -105,7 +105,8 @@ def test_dpo_continues_from_a_frozen_copy_of_the_adapter(folder, tmp_path):
     )
     adapter_trainer(trainer).train()
     (first,), *_, (last,) = logged(trainer, "rewards/margins")
-    assert first == 0 != last
+    assert first == pytest.approx(0, abs=1e-5)  # TRL computes the trained model's logits in tiles
+    assert abs(last) > 1e-3
 
 
 def words(completions, **_):
