@@ -60,7 +60,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows(count: int, file: str = "train") -> list[dict[str, str]]:
-    """Read the first rows of a file: `train` or `test`. Rows of the latter have several sentences; the first is read."""
+    """Read the first rows of `train` or `test`. A row of the latter has several sentences; the first is read."""
     lines = (files("lorakit") / "assets" / "e2e" / f"{file}.jsonl").read_text(encoding="utf8").splitlines()
     read = (json.loads(line) for line in lines[:count])
     return [{"prompt": r["prompt"], "completion": r.get("completion") or r["references"][0]} for r in read]

@@ -2,8 +2,8 @@
 
     python examples/grpo.py --out runs/grpo
 
-The reward is a function: the share of the restaurant's properties that the answer mentions. With `--beta` the policy is
-held near a reference, for which GRPOTrainer has no argument: it is made without one, and gets it afterwards.
+The reward is a function: the share of the restaurant's properties that the answer mentions. The policy is held near a
+reference, for which GRPOTrainer has no argument: it is made without one (beta=0), and gets it afterwards.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> GRPOTrainer:
         reward_funcs=e2e.mentioned,
         args=config,
         train_dataset=Dataset.from_list(e2e.rows(options.rows)).select_columns("prompt"),
+        eval_dataset=Dataset.from_list(e2e.rows(630, "test")[::20]).select_columns("prompt"),
         processing_class=tokenizer,
     )
     trainer.beta = config.beta = BETA
@@ -43,4 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> GRPOTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    trained = main()
+    tuned = trained.evaluate()["eval_reward"]
+    lk.activate(trained.model, None)
+    print(f"reward on prompts not trained on: base {trained.evaluate()['eval_reward']:.3f}, tuned {tuned:.3f}")

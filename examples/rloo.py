@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> RLOOTrainer:
         reward_funcs=e2e.mentioned,
         args=config,
         train_dataset=Dataset.from_list(e2e.rows(options.rows)).select_columns("prompt"),
+        eval_dataset=Dataset.from_list(e2e.rows(630, "test")[::20]).select_columns("prompt"),
         processing_class=tokenizer,
     )
     trainer.beta = config.beta = BETA
@@ -40,4 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> RLOOTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    trained = main()
+    tuned = trained.evaluate()["eval_reward"]
+    lk.activate(trained.model, None)
+    print(f"reward on prompts not trained on: base {trained.evaluate()['eval_reward']:.3f}, tuned {tuned:.3f}")

@@ -97,7 +97,8 @@ def adapter_trainer(trainer: T) -> T:
     adapters are attached as before. Checkpoints from before this call, which hold the model too, can be resumed from.
 
     Raises StateError for a trainer whose adapter would not be trained or saved as expected: none or several trained,
-    inactive, merged; FSDP and DeepSpeed; AdaLoRA; an adapted output layer with TRL's fused one; sync_ref_model.
+    inactive, merged; FSDP and DeepSpeed; AdaLoRA; what PEFT's format cannot hold; an adapted output layer with TRL's
+    fused one; sync_ref_model.
     """
     from transformers import Trainer
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError, listing
-from ..formats.peft import losses
 from ..io.atomic import replacing, write_errors
 from ..io.tensors import read_tensors
 from ..layers.layer import child_name
@@ -33,14 +32,11 @@ STATE_FILE = "lorakit_state.safetensors"
 
 
 def save(model: nn.Module, name: str, folder: Path) -> None:
-    """Write adapter `name` into a folder. Raises AdapterError if PEFT's format cannot hold it, WriteError."""
+    """Write adapter `name` into a folder. Raises AdapterError if PEFT's format cannot hold it, WriteError as files do."""
     adapter = capture(model, name)
     base = getattr(model, "name_or_path", None)
     if adapter.config.base is None and base:
         adapter = replace(adapter, config=adapter.config.replace(base=base))
-    lost = losses(adapter)
-    if lost:
-        raise AdapterError(f"a checkpoint cannot hold all of adapter '{name}' in PEFT's format\n  " + "\n  ".join(lost))
     adapter.save(folder)
     # By reading the file again: it alone says what it gives back.
     held = _held(model, name, renamed(Adapter.load(folder), live_names(model, adapter)))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import LorakitWarning, StateError, listing
+from ..formats.peft import losses
 from ..layers.layer import LoraLayer, child_name
 from ..layers.updates.update import LiveUpdate
+from ..model.capture import as_value
 from ..model.sharded import how_sharded
 from ..model.state import STATE, State, architecture_of, layer_at, names_of, saved_parameters, state_of
 from ..model.training import faster_parameters
@@ -96,6 +98,9 @@ def check_trainer(trainer: Trainer, model: nn.Module, name: str) -> None:
     config = state_of(model).adapters[name].config
     if config.lora_plus is not None:
         faster_parameters(model, name)  # ConfigError if there are none
+    lost = losses(as_value(model, name))
+    if lost:
+        raise StateError(f"PEFT's format, which checkpoints have, cannot hold all of '{name}'\n  " + "\n  ".join(lost))
     own_steps = sorted({type(u).__name__ for u in updates_of(model, name).values() if _needs_own_steps(type(u))})
     if own_steps:
         raise StateError(

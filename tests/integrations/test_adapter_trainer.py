@@ -253,6 +253,8 @@ def test_what_a_trainer_would_do_wrong_is_refused(tiny_llama, tmp_path):
         setattr(trainer, attribute, False)
     with pytest.raises(StateError, match="adjusts its ranks after each step"):
         trainer_of(adapted(lk.LoraConfig(rank=2, variant="adalora")), tmp_path)
+    with pytest.raises(StateError, match=r"PEFT's format, which checkpoints have, cannot hold all of 'default'"):
+        trainer_of(adapted(lk.LoraConfig(rank=2, variant="loha", bias="all"), tiny.bert), tmp_path)
     with pytest.raises(StateError, match=r"got a torch.nn.modules.linear.Linear"):
         adapter_trainer(torch.nn.Linear(1, 1))
     lk.merge(trainer.model)

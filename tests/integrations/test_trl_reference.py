@@ -89,6 +89,14 @@ def test_dpos_losses_are_those_with_trls_own_copy_and_half_the_parameters(folder
     assert distinct(theirs.model, theirs.ref_model) == 2 * base + adapter
 
 
+def test_gradient_checkpointing_which_is_trls_default_changes_nothing(folder, tmp_path):
+    plain = dpo(folder, tmp_path / "a", True, gradient_checkpointing=False)
+    checkpointed = dpo(folder, tmp_path / "b", True, gradient_checkpointing=True)
+    names = ("loss", "rewards/margins", "grad_norm")
+    for a, b in zip(logged(plain, *names), logged(checkpointed, *names), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
 def test_dpo_continues_from_a_frozen_copy_of_the_adapter(folder, tmp_path):
     model, tokenizer = adapted(folder)
     with torch.no_grad():
