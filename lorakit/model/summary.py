@@ -121,7 +121,7 @@ def summary(model: Any) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            sizes = base_of(layer).shape(layer)
+            sizes = child.shape(layer)
             experts = sizes[0] if isinstance(layer, ExpertWeight) else 0
             rows.append(Row(name, m, _shape(sizes), child.rank, sum(p.numel() for p in child.parameters()), experts))
         for full, parameter in saved_parameters(model, state, name):
