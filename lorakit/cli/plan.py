@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import task_of
 from ..tasks.text.settings import Lengths
-from ..train.config import METHODS, TrainConfig
+from ..train.config import TrainConfig
 from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -61,6 +61,7 @@ _SETTINGS = (
     "components",
     "trust_remote_code",
 )
+_COMPARED = ("full", "lora")  # shown beside the run's own method
 _LENGTHS = (256, 1024, 4096, 16384)
 _LENGTH = 1024  # tokens, if none is given: no data is read
 
@@ -119,8 +120,8 @@ def _plan(
     dense = settings.replace(find_lr=False, **Quantization().model_dump())
     how = given if given.quantize else Quantization(quantize=SMALLEST)  # to compare with, where none is given
     planners: dict[str, Planner] = {}
-    for name in sorted(METHODS):
-        method, own_settings = method_of(name), dense.replace(method=name)
+    for name in sorted({*_COMPARED, settings.method}):
+        method, own_settings = method_of(name), dense.by_method(name)
         dtype = method.precision(own_settings, target).value
         if not method.keeps_base and stored is not None:
             continue  # it cannot train quantized weights

@@ -4,20 +4,9 @@
 config, flat in YAML, joins `RunSettings` with the settings of all methods and tasks: see `lorakit/train/config.py`.
 """
 
-from .lora import (
-    ALL_LINEAR,
-    EXPERTS,
-    MAX_RANK,
-    NONE,
-    PRESETS,
-    LoraConfig,
-    LoraSettings,
-    Tokens,
-    live_kinds,
-    scale_of,
-    variants,
-)
+from .lora import EXPERTS, MAX_RANK, LoraConfig, LoraSettings, Tokens, live_kinds, scale_of, variants
 from .peft_names import PEFT_NAMES
+from .placement import ALL_LINEAR, NONE, PRESETS, Placement, Saved
 from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
@@ -36,8 +25,10 @@ __all__ = [
     "Choice",
     "LoraConfig",
     "LoraSettings",
+    "Placement",
     "Quantization",
     "RunSettings",
+    "Saved",
     "Source",
     "Strict",
     "Tokens",

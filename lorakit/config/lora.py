@@ -14,12 +14,10 @@ from pydantic import Field, field_validator, model_validator
 from ..errors import did_you_mean
 from ..module_names import Patterns, ends_with
 from .kinds import KindSettings
+from .placement import Placement
 from .short_names import SHORT_NAMES, spelled_out
 from .strict import check_pattern
 
-ALL_LINEAR = "all-linear"
-NONE = "none"  # adapts nothing: only biases, `save_modules` or `trainable_tokens` are trained
-PRESETS = (ALL_LINEAR, NONE, "attention", "kohya", "locon")  # sets of targets by name, others in layers/presets.py
 EXPERTS = "experts"
 MAX_RANK = 65536  # beyond any sensible rank
 Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
@@ -28,7 +26,7 @@ _OF_STARTS = ("eva_rho", "init_batches")
 _RANDOM = ("default", "gaussian")
 
 
-class LoraSettings(KindSettings):
+class LoraSettings(KindSettings, Placement):
     """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
 
     ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
@@ -41,25 +39,6 @@ class LoraSettings(KindSettings):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases to train: none, all, or those of adapted modules"
     )
-    targets: str | list[str] = Field(
-        ALL_LINEAR,
-        description="modules to adapt: all-linear, none, attention, kohya, locon, name endings, or one regular "
-        "expression for full names",
-    )
-    components: list[str] | None = Field(
-        None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"
-    )
-    exclude: str | list[str] | None = Field(
-        None, description="modules to skip: name endings, or one regular expression"
-    )
-    layers: list[int] | None = Field(
-        None, description="only these layer numbers: the first number in a module's name, after two names at least"
-    )
-    layers_pattern: list[str] = Field(
-        default_factory=list,
-        description="with layers: the names before the layer's number, such as h or blocks (default: any)",
-    )
-    strict_targets: bool = Field(True, description="a target that no module matches is an error; false: list it")
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )
@@ -71,9 +50,6 @@ class LoraSettings(KindSettings):
     init: Init = Field(
         "default",
         description="start: A kaiming-uniform, or gaussian; pissa, olora, milora, loftq (of W); eva, lora_ga (of data)",
-    )
-    save_modules: list[str] = Field(
-        default_factory=list, description="modules to train and save in full (PEFT's modules_to_save)"
     )
     trainable_tokens: Tokens | dict[str, Tokens] = Field(
         default_factory=list,
@@ -89,17 +65,6 @@ class LoraSettings(KindSettings):
     @classmethod
     def _short_name(cls, values: Any) -> Any:
         return spelled_out(values)
-
-    @field_validator("targets", "exclude")
-    @classmethod
-    def _names_or_regex(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list):
-            if not value or not all(value):
-                raise ValueError("expected at least one name ending, and none of them empty")
-            return sorted(dict.fromkeys(value))
-        if isinstance(value, str) and value not in PRESETS:
-            check_pattern(value)
-        return value
 
     @field_validator("variant")
     @classmethod
@@ -135,14 +100,6 @@ class LoraSettings(KindSettings):
             if not any(parts):
                 raise ValueError(f"no part of '{key}' is adapted; remove it from the targets instead")
         return value
-
-    @model_validator(mode="after")
-    def _pattern_needs_layers(self):
-        for pattern in self.layers_pattern:
-            check_pattern(pattern)
-        if self.layers_pattern and self.layers is None:
-            raise ValueError("layers_pattern says where the numbers of layers are; give layers too")
-        return self
 
     def rank_of(self, module: str) -> int:
         """Return the rank for a module's full name."""

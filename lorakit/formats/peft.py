@@ -36,7 +36,17 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_adalora, peft_attention, peft_loha, peft_lokr, peft_parameters, peft_prompts, peft_tokens, peft_vera
+from . import (
+    peft_adalora,
+    peft_attention,
+    peft_ln_tuning,
+    peft_loha,
+    peft_lokr,
+    peft_parameters,
+    peft_prompts,
+    peft_tokens,
+    peft_vera,
+)
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
@@ -81,7 +91,7 @@ def _read(path: Path, started: bool = False) -> Adapter:
     where = folder / CONFIG
     if not where.exists():
         raise AdapterError(f"{folder} is no PEFT adapter: {CONFIG} is missing")
-    values = peft_tokens.as_lora(read_json(where))
+    values = peft_ln_tuning.as_lora(peft_tokens.as_lora(read_json(where)))
     peft_type = str(values.get("peft_type"))
     kind = next((kind for kind in KINDS if kind.peft_type == peft_type), None)
     adalora = peft_type == peft_adalora.KIND
@@ -89,6 +99,7 @@ def _read(path: Path, started: bool = False) -> Adapter:
     config, transposed = kind.config(values, where) if kind is not None else from_peft(fields, where, started)
     enabled = enabled_parts(values, where)
     tensors, header, weights = read_weights(folder)
+    config, tensors = peft_ln_tuning.with_norms(config, tensors, PREFIX), peft_ln_tuning.renamed(tensors)
     ours = (
         read_json(folder / OURS)
         if (folder / OURS).exists()

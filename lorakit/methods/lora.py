@@ -39,6 +39,7 @@ class LoraRunSettings(LoraSettings, Earlier):
 _DECIDE_WHAT_IS_SAVED = ("adapter", "variant", "targets", "trainable_tokens", "bias", "save_modules", "packed")
 
 settings = LoraRunSettings
+defaults: dict[str, Any] = {}
 title = "LoRA"
 summary = "train an adapter"
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...config import Choice, LoraConfig, LoraSettings, RunSettings, Strict, part, variants
-from ...errors import AdapterError, ConfigError
+from ...config import NONE, Choice, LoraConfig, LoraSettings, RunSettings, Strict, part, variants
+from ...errors import AdapterError, ConfigError, listing
 from ..method import Start, StartData
 
 if TYPE_CHECKING:
@@ -57,10 +57,12 @@ result = "adapter"
 keeps_base = True
 
 
-def start_from(config: RunSettings, fixes: Collection[str]) -> Start | None:
+def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = None) -> Start | None:
     """Read the adapter that a run starts from; None for a run that starts anew.
 
     `fixes`: the settings of `LoraConfig` that the method has; those that act in training only may be among them.
+    `kind`: of all updates that an adapter of the method has, `NONE` for methods whose adapters have saved weights
+    alone; None for any. Raises AdapterError for an adapter of another kind.
     """
     source = part(config, Earlier).adapter
     if source is None:
@@ -68,6 +70,8 @@ def start_from(config: RunSettings, fixes: Collection[str]) -> Start | None:
     from ...bases.vocabulary import recorded_tokens
 
     adapter = _load(source)
+    if kind is not None:
+        _check_kind(adapter, source, config.method, kind)
     fixed = {name: getattr(adapter.config, name) for name in fixes if name not in _IN_TRAINING}
     kinds = {update.variant for update in adapter.updates.values()}
     kinds -= {"tokens"} if len(kinds) > 1 else set()  # beside the others
@@ -87,6 +91,21 @@ def start_from(config: RunSettings, fixes: Collection[str]) -> Start | None:
     return Start(
         source, fixed, spellings, own.task, own.base, own.revision, about if isinstance(about, Mapping) else {}
     )
+
+
+def _check_kind(adapter: Adapter, source: str, method: str, kind: str) -> None:
+    others = sorted({update.variant for update in adapter.updates.values()} - {kind})
+    if others:
+        what = "trains none" if kind == NONE else f"trains {kind} alone"
+        raise AdapterError(
+            f"{source}: it has updates of kind {listing(others)}, and method: {method} {what}\n"
+            "  start from an adapter that this method trained, or use method: lora"
+        )
+    if kind != NONE and not adapter.updates:
+        raise AdapterError(
+            f"{source}: it has saved weights alone, and method: {method} trains updates of kind {kind}\n"
+            "  start from an adapter that this method trained"
+        )
 
 
 def _load(source: str) -> Adapter:

@@ -8,6 +8,7 @@ from typing import Any
 from ...bases.vocabulary import tokens_of
 from ...config import LoraSettings, RunSettings, part
 from ...errors import ConfigError, did_you_mean
+from ...methods import method_of
 
 
 def with_token_ids(config: RunSettings, tokenizer: Any) -> RunSettings:
@@ -15,9 +16,17 @@ def with_token_ids(config: RunSettings, tokenizer: Any) -> RunSettings:
 
     `tokenizer`: it knows `add_tokens` already. Raises ConfigError for a token it does not know.
     """
+    method = method_of(config.method)
     own = part(config, LoraSettings).trainable_tokens
     if not own and not config.add_tokens:
         return config
+    if "trainable_tokens" not in method.settings.model_fields:
+        if method.keeps_base:
+            raise ConfigError(
+                f"add_tokens: method: {config.method} does not train rows of tokens, so new ones would stay as they "
+                "are\n  omit add_tokens, or use method: lora"
+            )
+        return config.replace(add_tokens=tokens_of(config.add_tokens))
     trained: Any = (
         {name: _ids(tokens, tokenizer) for name, tokens in own.items()}
         if isinstance(own, dict)

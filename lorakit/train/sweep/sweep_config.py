@@ -25,7 +25,7 @@ from ...config.short_names import SHORT_NAMES
 from ...errors import ConfigError, did_you_mean, listing
 from ...methods import method_of
 from ...tasks import task_of
-from ..config import TrainConfig
+from ..config import METHODS, TrainConfig, belongs, home, task_named
 
 MAX_RUNS = 64
 OUT = "sweeps/default"
@@ -94,7 +94,8 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
     for name in values:
         if name not in fields:
             raise ConfigError(f"a sweep has no setting '{name}'{did_you_mean(name, fields)}")
-    values = DEFAULTS | dict(values)
+    task = task_named(values.get("task"))
+    values = {n: v for n, v in DEFAULTS.items() if belongs(n, METHODS[0], task)} | dict(values)
     # In the order of the config's fields, so that the runs' names do not depend on the order given.
     axes = {name: _values(name, values[name]) for name in fields if name in values and _is_swept(name, values[name])}
     if not axes:
@@ -266,7 +267,7 @@ def _values(name: str, values: list[Any]) -> list[Any]:
 
 def _parsed(name: str, value: Any) -> Any:
     """Validate one value of a setting. A short name, such as the variant "pissa", stays as it is."""
-    own = getattr(TrainConfig(**{"data": "-", **needed(name), name: value}), name)
+    own = getattr(TrainConfig(**{"data": "-", **home(name), **needed(name), name: value}), name)
     return value if name == "variant" and value in SHORT_NAMES else own
 
 
