@@ -4,8 +4,8 @@
     prompt     input embeddings                     embeddings: [n, dim]
     p_tuning   input embeddings from an encoder     embeddings: [n, dim]
 
-Li & Liang 2021; Lester et al. 2021; Liu et al. 2021. `heads` are those of keys and values, which grouped-query attention
-has fewer of. The layout is that of PEFT's `prompt_embeddings`.
+Li & Liang 2021; Lester et al. 2021; Liu et al. 2021. `heads` are those of keys and values, of which grouped-query
+attention has fewer. The layout is that of PEFT's `prompt_embeddings`.
 
 A network that computed them in training (`encoder`) is kept with them, so that training can go on; what the model gets
 is `embeddings` alone. In an adapter they stand under the name `BODY`, by which transformers' models have the part below

@@ -1,8 +1,8 @@
 """Settings of virtual tokens: trained vectors in front of each row, alone or beside LoRA.
 
-    prefix     trained keys and values in front of each layer's own (Li & Liang 2021)
-    prompt     trained input embeddings in front of the tokens' own (Lester et al. 2021)
-    p_tuning   the same, computed by a small network, the encoder (Liu et al. 2021)
+prefix     trained keys and values in front of each layer's own (Li & Liang 2021)
+prompt     trained input embeddings in front of the tokens' own (Lester et al. 2021)
+p_tuning   the same, computed by a small network, the encoder (Liu et al. 2021)
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class VirtualTokenSettings(Strict):
                 raise ValueError("prompt_text is empty; expected at least one token")
             if self.prompt_start != type(self).model_fields["prompt_start"].default:
                 raise ValueError("prompt_text and prompt_start are both a start; give one of them")
+        default = type(self).model_fields["prompt_start"].default
+        if kind not in (None, "prompt") and self.prompt_start != default:
+            raise ValueError(f"prompt_start is a start of prompt tuning, and {kind} has none; remove it")
         return self
 
 

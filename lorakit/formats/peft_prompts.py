@@ -139,11 +139,7 @@ class _Virtual(PeftKind):
         return {ENCODER: dict(encoder)} if encoder else {}
 
 
-KINDS = (
-    _Virtual("PREFIX_TUNING", "prefix"),
-    _Virtual("PROMPT_TUNING", "prompt"),
-    _Virtual("P_TUNING", "p_tuning"),
-)
+KINDS = (_Virtual("PREFIX_TUNING", "prefix"), _Virtual("PROMPT_TUNING", "prompt"), _Virtual("P_TUNING", "p_tuning"))
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, Adapter | None]:

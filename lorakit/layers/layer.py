@@ -69,6 +69,7 @@ _RESERVED = frozenset(
         "virtual",
         "embedding",
         "decodes",
+        "window",
     }
 )
 

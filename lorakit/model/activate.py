@@ -117,7 +117,7 @@ def check_virtual(state: State, weights: Mapping[str, Weights]) -> None:
     if scaled is not None:
         raise StateError(
             f"adapter '{scaled}' has virtual tokens, which cannot be scaled (its weight is {own[scaled]:g})\n"
-            f"  use it with weight 1; of LoRA with virtual tokens, {{'{scaled}': {{'{BODY}': 1, ...}}}} scales the LoRA"
+            "  use it with weight 1"
         )
     if len(used) > 1:
         raise StateError(

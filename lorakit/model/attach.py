@@ -250,14 +250,25 @@ def _check_no_targets(config: LoraConfig) -> None:
     fields = LoraConfig.model_fields
     given = [
         name
-        for name in ("targets", "exclude", "layers", "rank", "alpha", "dropout", "rslora", "rank_pattern", "packed", "init")
+        for name in (
+            "targets",
+            "exclude",
+            "layers",
+            "rank",
+            "alpha",
+            "dropout",
+            "rslora",
+            "rank_pattern",
+            "packed",
+            "init",
+        )
         if getattr(config, name) != fields[name].get_default(call_default_factory=True)
         and (name, getattr(config, name)) != ("targets", NONE)
     ]
     if given:
         raise ConfigError(
             f"LoraConfig.{given[0]} has no effect: variant='{config.variant}' trains virtual tokens alone\n"
-            f"  remove {', '.join(given)}; or for LoRA with virtual tokens, give prompt='{config.variant}' instead of variant"
+            f"  remove {', '.join(given)}; LoRA with virtual tokens is prompt='{config.variant}' instead of variant"
         )
 
 

@@ -144,8 +144,8 @@ def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice
             raise StateError(f"the weight of adapter '{name}' ({where}) is {weight!r}; expected a finite number")
         if weight and BODY in state.adapters[name].modules:
             raise StateError(
-                f"{where} of route's choices is '{name}', which has virtual tokens: rows with and without them, or with "
-                "others, have different lengths inside the model\n"
+                f"{where} of route's choices is '{name}', which has virtual tokens: rows with and without them have "
+                "different lengths inside the model\n"
                 f"  use it for all rows: activate(model, '{name}')"
             )
         if weight and state.adapters[name].saved:

@@ -78,7 +78,9 @@ class PrefixTokens(VirtualUpdate):
         dtype = base_of(embedding).dtype(embedding)
         if is_casting(states):
             dtype = torch.get_autocast_dtype(states.device.type)
-        states = states.to(dtype).view(self.rank, layers * 2, heads, -1).permute(1, 2, 0, 3)  # [layers·2, heads, n, size]
+        states = (
+            states.to(dtype).view(self.rank, layers * 2, heads, -1).permute(1, 2, 0, 3)
+        )  # [layers·2, heads, n, size]
         states = states[:, None].expand(-1, call.rows, -1, -1, -1)
         for index in range(layers):
             call.cache.update(states[2 * index], states[2 * index + 1], index)

@@ -62,6 +62,7 @@ class LiveUpdate(Own):
     """
 
     rank: int
+    counted = "rank"  # what `rank` is, for people
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
     averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
     captured_as: str | None = None  # the kind that its value is, if that is another

@@ -32,8 +32,7 @@ _MARK = "lorakit_virtual_tokens"  # of a cache: the adapter whose virtual tokens
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """Return the body of a transformers language model. Raises TargetError for a model that cannot have virtual tokens.
-    """
+    """Return the body of a transformers language model. Raises TargetError for one that cannot have virtual tokens."""
     if isinstance(model, PipelineModel) or not hasattr(model, "base_model_prefix"):
         raise TargetError(
             f"virtual tokens stand in front of a text's tokens, and this {type(model).__name__} is no language model "
@@ -119,10 +118,11 @@ class Call:
         if cache is not None and hasattr(cache, "__dict__"):
             cache.__dict__[_MARK] = (child, n)
 
-    def extend(self, n: int, past: int | None, in_front: bool, decodes: bool) -> None:
+    def extend(self, n: int, past: int | None, in_front: bool, body: BodyLayer) -> None:
         """Make mask, positions and token types those of n positions more. `in_front`: whether the virtual tokens are
-        inputs of this call, rather than in the cache.
+        inputs of this call, rather than in the cache. Raises StateError for inputs that virtual tokens do not go with.
         """
+        decodes = body.lora_decodes
         mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
         total = (past or 0) + self.length
         if mask is not None:
@@ -140,6 +140,12 @@ class Call:
             )
         if positions is None and mask is not None and decodes and "position_ids" in self.names:
             padding = (mask != 0).cumsum(1).eq(0).sum(1, keepdim=True)  # [rows, 1], on the left
+            if body.lora_window and n + total > body.lora_window and bool(padding.any()):
+                raise StateError(
+                    f"padding on the left, between virtual tokens and a row's own: its layers see {body.lora_window} "
+                    "positions back (sliding_window), so a padded row would see less of the virtual tokens than it "
+                    "does alone\n  give rows of one length at a time, or pad on the right"
+                )
             at = torch.arange(total - self.length, total, device=mask.device)
             positions = (at - padding).clamp_min(0)  # [rows, q]
         if positions is not None:
@@ -164,6 +170,7 @@ class BodyLayer(LoraLayer):
 
     lora_name = BODY
     lora_decodes: bool  # whether a token attends to those before it alone
+    lora_window: int  # how far back its layers see, 0 if not limited
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own_forward = super(LoraLayer, self).forward
@@ -173,7 +180,7 @@ class BodyLayer(LoraLayer):
         child, update = found
         call = Call(self, args, kwargs)
         past = call.past(child, update.rank)
-        call.extend(update.rank, past, past is None and update.in_front, self.lora_decodes)
+        call.extend(update.rank, past, past is None and update.in_front, self)
         if past is not None:
             return own_forward(**call.inputs)
         tuples = call.inputs.pop("return_dict", getattr(self.config, "return_dict", True)) is False
@@ -202,6 +209,22 @@ class BodyLayer(LoraLayer):
 
     def lora_adopted(self) -> None:
         self.lora_decodes = is_decoder(self.config)
+        self.lora_window = _window(self.config) if self.lora_decodes else 0
 
     def lora_released(self) -> None:
-        del self.__dict__["lora_decodes"]
+        del self.__dict__["lora_decodes"], self.__dict__["lora_window"]
+
+
+def _window(config: Any) -> int:
+    """Return the smallest sliding window of a decoder's layers; 0 if there is none."""
+    from transformers.cache_utils import DynamicCache
+
+    sizes = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return min((int(size) for size in sizes if size), default=0)
+
+
+def virtual_tokens_of(model: Any) -> int:
+    """Return the number of virtual tokens that a model puts in front of each row now."""
+    body = getattr(model, BODY, None)
+    found = body.lora_virtual() if isinstance(body, BodyLayer) else None
+    return 0 if found is None else found[1].rank

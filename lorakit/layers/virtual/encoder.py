@@ -61,9 +61,7 @@ class PromptLstm(Encoder):
         super().__init__(n, dim, options)
         # torch warns of a dropout without a second layer to be between
         between = dropout if layers > 1 else 0.0
-        self.lstm_head = nn.LSTM(
-            dim, hidden, layers, dropout=between, bidirectional=True, batch_first=True, **options
-        )
+        self.lstm_head = nn.LSTM(dim, hidden, layers, dropout=between, bidirectional=True, batch_first=True, **options)
         self.mlp_head = nn.Sequential(
             nn.Linear(2 * hidden, 2 * hidden, **options), nn.ReLU(), nn.Linear(2 * hidden, dim, **options)
         )
@@ -93,7 +91,9 @@ def new_encoder(
     return PromptMlp(n, dim, hidden, options)
 
 
-def encoder_from(kind: VirtualKind, tensors: Mapping[str, Tensor], dropout: float, options: Mapping[str, Any]) -> Encoder:
+def encoder_from(
+    kind: VirtualKind, tensors: Mapping[str, Tensor], dropout: float, options: Mapping[str, Any]
+) -> Encoder:
     """Build the network that has these weights, whose sizes they show. Raises AdapterError if they make none."""
     with torch.random.fork_rng(devices=[]):  # loading must not change what is drawn next
         try:
@@ -108,7 +108,8 @@ def encoder_from(kind: VirtualKind, tensors: Mapping[str, Tensor], dropout: floa
                 encoder = new_encoder(
                     kind, "mlp", n, dim, tensors[last].shape[0], tensors[first].shape[0], 0, 0.0, options
                 )
-            encoder.load_state_dict(dict(tensors))
+            if not encoder.embedding.weight.is_meta:  # `lorakit plan` has shapes alone
+                encoder.load_state_dict(dict(tensors))
         except (KeyError, ValueError, RuntimeError) as error:
             raise AdapterError(
                 f"the encoder of the virtual tokens has other tensors than {kind}'s: {error}\n"

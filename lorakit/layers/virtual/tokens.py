@@ -29,6 +29,7 @@ class VirtualUpdate(LiveUpdate):
 
     kind: ClassVar[VirtualKind]
     in_front: ClassVar[bool]  # whether they are inputs of the body, in front of the tokens' own
+    counted = "tokens"
     encoder: Encoder | None
     embeddings: nn.Parameter | None
 
@@ -111,8 +112,8 @@ class VirtualUpdate(LiveUpdate):
             return VirtualTokens(self.kind, self.embeddings.detach(), layers, heads, self._kept)
         was_training = self.encoder.training
         self.encoder.eval()
-        with torch.no_grad():
-            embeddings = self.encoder()
+        with torch.enable_grad():  # as training computes them: without gradients an LSTM has another kernel
+            embeddings = self.encoder().detach()
         self.encoder.train(was_training)
         tensors = {name: t.detach() for name, t in self.encoder.state_dict().items()}
         return VirtualTokens(self.kind, embeddings, layers, heads, tensors)
