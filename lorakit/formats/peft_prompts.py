@@ -149,20 +149,10 @@ def parted(adapter: Adapter) -> tuple[Adapter, Adapter | None]:
     own = adapter.updates.get(BODY)
     if not isinstance(own, VirtualTokens) or len(adapter.updates) == 1:
         return adapter, None
-    config = adapter.config
-    settings = {name: getattr(config, name) for name in VirtualTokenSettings.model_fields}
-    kept = {name: getattr(config, name) for name in ("task", "base", "revision")}
-    alone = LoraConfig(variant=own.kind, **settings, **kept)
-    without = LoraConfig(
-        **{
-            name: getattr(config, name)
-            for name in config.model_fields_set
-            if name != "prompt" and name not in VirtualTokenSettings.model_fields
-        }
-    )
     updates = {m: u for m, u in adapter.updates.items() if m != BODY}
-    rest = replace(adapter, config=without, updates=updates, metadata={**adapter.metadata, _FOLDER_KEY: FOLDER})
-    return rest, Adapter(alone, {BODY: own}, metadata=adapter.metadata)
+    metadata = {**adapter.metadata, _FOLDER_KEY: FOLDER}
+    rest = replace(adapter, config=adapter.config.without_virtual_tokens(), updates=updates, metadata=metadata)
+    return rest, Adapter(adapter.config.virtual_tokens_alone(own.kind), {BODY: own}, metadata=adapter.metadata)
 
 
 def joined(adapter: Adapter, folder: Path, read: Callable[[Path], Adapter]) -> Adapter:

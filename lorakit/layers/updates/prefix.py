@@ -62,7 +62,8 @@ class PrefixTokens(VirtualUpdate):
         return torch.randn(config.virtual_tokens, cls.sizes(layer)[1], **options)
 
     def put_in(self, layer: BodyLayer, call: Call) -> bool:
-        if layer.training and torch.is_grad_enabled() and layer.is_gradient_checkpointing:
+        checkpointed = layer.training and torch.is_grad_enabled()
+        if checkpointed and any(getattr(module, "gradient_checkpointing", False) for module in layer.modules()):
             raise StateError(
                 "gradient checkpointing with prefix tuning: transformers drops the key-value cache there, and the "
                 "prefix with it\n  train without gradient checkpointing, or use prompt tuning"

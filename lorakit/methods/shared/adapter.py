@@ -87,7 +87,7 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
     fixed = {name: getattr(adapter.config, name) for name in fixes if name not in _IN_TRAINING}
     kinds = {update.variant for update in adapter.updates.values()}
     kinds -= {"tokens", *VIRTUAL} if len(kinds) > 1 else set()  # beside the others
-    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants()}:  # factors of experts are a LoRA's
+    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants(), *VIRTUAL}:  # factors of experts are a LoRA's
         fixed["variant"] = kinds.pop()
     recipe = adapter.metadata.get("recipe")
     spellings = {}
