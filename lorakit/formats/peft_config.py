@@ -41,10 +41,7 @@ _OTHERS = {
     "OFT": ("OFT rotates weights", _MERGE),
     "BOFT": ("BOFT rotates weights", _MERGE),
     "HRA": ("HRA reflects weights", _MERGE),
-    "PROMPT_TUNING": ("prompt tuning", _PROMPT),
     "MULTITASK_PROMPT_TUNING": ("prompt tuning", _PROMPT),
-    "P_TUNING": ("p-tuning", _PROMPT),
-    "PREFIX_TUNING": ("prefix tuning", _PROMPT),
     "ADAPTION_PROMPT": ("LLaMA-Adapter", _PROMPT),
     "CPT": ("context prompt tuning", _PROMPT),
 }
@@ -82,8 +79,8 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LN_TUNING, LOHA, LOKR, VERA and "
-            "TRAINABLE_TOKENS" + (f"\n  {what}: {advice}" if what else "")
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LN_TUNING, LOHA, LOKR, VERA, "
+            "TRAINABLE_TOKENS, PREFIX_TUNING, PROMPT_TUNING and P_TUNING" + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():
         if values.get(key):

@@ -319,7 +319,7 @@ def to_predict(config: RunSettings, processor: Any) -> list[Question]:
     own = part(config, CausalSettings)
     examples = read_questions(read_rows(config.data, config.split), own.columns, as_turns=own.template != "auto")
     ends = end_tokens(config.model, config.revision, config.trust_remote_code)
-    renderer = Renderer(_tokenizer(own, processor), own.template, options=_options(own), ends=ends)
+    renderer = Renderer(chat_tokenizer(own, processor), own.template, options=chat_options(own), ends=ends)
     return [Question(renderer.prompt(example), example.row) for example in examples]
 
 

@@ -44,6 +44,9 @@ LOADED: dict[str, Callable[[str, Path], Any]] = {
     "bitfit": adapter_on,
     "layernorm": adapter_on,
     "lora": adapter_on,
+    "p_tuning": adapter_on,
+    "prefix": adapter_on,
+    "prompt": adapter_on,
     "probe": adapter_on,
     "full": lambda base, result: load_model(str(result), torch.float32, CPU),
 }

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...config import NONE, Choice, LoraConfig, LoraSettings, RunSettings, Strict, part, variants
+from ...config import (
+    NONE,
+    VIRTUAL,
+    Choice,
+    LoraConfig,
+    LoraSettings,
+    RunSettings,
+    Strict,
+    VirtualTokenSettings,
+    part,
+    variants,
+)
 from ...errors import AdapterError, ConfigError, listing
 from ..method import Start, StartData
 
@@ -51,6 +62,7 @@ _RESOLVED = {
     "eva_rho",
     "init_batches",
     "trainable_tokens",
+    *(name for name in VirtualTokenSettings.model_fields if name != "virtual_tokens"),
 }
 
 result = "adapter"
@@ -75,8 +87,8 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
         _check_kind(adapter, source, config.method, kind)
     fixed = {name: getattr(adapter.config, name) for name in fixes if name not in _IN_TRAINING}
     kinds = {update.variant for update in adapter.updates.values()}
-    kinds -= {"tokens"} if len(kinds) > 1 else set()  # beside the others
-    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants()}:  # factors of experts are a LoRA's
+    kinds -= {"tokens", *VIRTUAL} if len(kinds) > 1 else set()  # beside the others
+    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants(), *VIRTUAL}:  # factors of experts are a LoRA's
         fixed["variant"] = kinds.pop()
     recipe = adapter.metadata.get("recipe")
     spellings = {}
