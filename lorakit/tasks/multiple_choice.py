@@ -20,6 +20,7 @@ from .task import Base, Data
 from .text import headed
 from .text.headed import (  # noqa: F401 (names of the task)
     alone,
+    asked,
     base_samples,
     blueprint,
     check_together,
@@ -53,6 +54,7 @@ from .text.headed import (  # noqa: F401 (names of the task)
     unsaved,
     uses_all,
     write_samples,
+    writes,
 )
 from .text.settings import Columns, Lengths
 
@@ -100,9 +102,9 @@ def data(config: RunSettings, processor: Any) -> Data:
 
 
 def recognizes(row: Mapping[str, Any]) -> bool:
-    choices, asked = row.get("choices"), {"question", "context"} & row.keys()
+    choices, before = row.get("choices"), {"question", "context"} & row.keys()
     texts = choices.get("text") if isinstance(choices, Mapping) else choices
-    return bool(asked) and isinstance(texts, list) and "answer" in row and not OF_LANGUAGE_MODELS & row.keys()
+    return bool(before) and isinstance(texts, list) and "answer" in row and not OF_LANGUAGE_MODELS & row.keys()
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

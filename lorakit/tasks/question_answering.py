@@ -3,7 +3,7 @@
     loss = −(log p_start(first token) + log p_end(last token)) / 2, averaged over windows
     p_start, p_end: softmax over a window's tokens of the head's two outputs
 
-The head is transformers' `qa_outputs` (`text/headed.py`). Long contexts are overlapping windows (`data/questions.py`).
+The head is transformers' `qa_outputs` (`text/headed.py`). Long contexts are overlapping windows (`data/answers.py`).
 A prediction is the span with the largest p_start(i)·p_end(j), i ≤ j, over all windows of a row; where rows without an
 answer were learnt, it is the empty text if p_start(0)·p_end(0) is larger in every window.
 """
@@ -23,6 +23,7 @@ from .task import Base, Data
 from .text import headed
 from .text.headed import (  # noqa: F401 (names of the task)
     alone,
+    asked,
     base_samples,
     blueprint,
     check,
@@ -57,6 +58,7 @@ from .text.headed import (  # noqa: F401 (names of the task)
     unsaved,
     uses_all,
     write_samples,
+    writes,
 )
 from .text.settings import Columns
 
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..data.questions import WindowItem
+    from ..data.answers import WindowItem
 
 
 class QuestionAnsweringSettings(Columns):
@@ -98,7 +100,7 @@ def processor(config: RunSettings) -> Any:
 
 
 def data(config: RunSettings, processor: Any) -> Data:
-    from ..data.questions import read_questions
+    from ..data.answers import read_questions
 
     own = part(config, QuestionAnsweringSettings)
 
@@ -149,8 +151,8 @@ def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
 
 
 def collate(items: Sequence[WindowItem], base: Base, packed: bool = False) -> dict[str, Tensor]:
+    from ..data.answers import collate_windows
     from ..data.batches import pad_id
-    from ..data.questions import collate_windows
 
     return collate_windows(items, pad_id(base.processor))
 
@@ -216,7 +218,7 @@ def evaluate(base: Base, items: Sequence[WindowItem], batch_size: int) -> dict[s
 
     Raises NotFiniteError if a window's loss is not finite.
     """
-    from ..data.questions import rows_of
+    from ..data.answers import rows_of
     from .metrics.spans import answer_f1, exact_match
 
     total, spans = 0.0, {}
@@ -250,7 +252,7 @@ def _answer(items: Sequence[WindowItem], spans: Mapping[int, Span], row: Sequenc
 
 
 def to_predict(config: RunSettings, processor: Any) -> list[WindowItem]:
-    from ..data.questions import WINDOW, Windows, read_unanswered
+    from ..data.answers import WINDOW, Windows, read_unanswered
 
     own = part(config, QuestionAnsweringSettings)
     window = min(WINDOW, headed.positions(config) or WINDOW) if own.window == "auto" else own.window
@@ -264,7 +266,7 @@ def predict(config: RunSettings, base: Base, items: Sequence[WindowItem], batch_
 
     `start`, `end`: characters. An answer that is not there is "" without them.
     """
-    from ..data.questions import rows_of
+    from ..data.answers import rows_of
 
     spans = {}
     for chosen, batch in headed.batches(base, items, batch_size, collate):
