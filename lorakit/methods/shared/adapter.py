@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...config import NONE, Choice, LoraConfig, LoraSettings, RunSettings, Strict, part, variants
+from ...config import NONE, Choice, LoraConfig, RunSettings, Strict, part, variants
 from ...errors import AdapterError, ConfigError, listing
 from ..method import Start, StartData
 
@@ -51,6 +51,7 @@ _RESOLVED = {
     "eva_rho",
     "init_batches",
     "trainable_tokens",
+    "feedforward",
 }
 
 result = "adapter"
@@ -82,7 +83,7 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
     if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
         # A start that was subtracted has twice the run's rank and alpha.
         for name in (_RESOLVED | ({"rank", "alpha"} if "init" in recipe else set())) & fixed.keys():
-            default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
+            default = LoraConfig.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
