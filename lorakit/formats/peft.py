@@ -39,6 +39,7 @@ from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import (
     peft_adalora,
     peft_attention,
+    peft_bottleneck,
     peft_ia3,
     peft_ln_tuning,
     peft_loha,
@@ -59,7 +60,7 @@ from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
 
-KINDS: tuple[PeftKind, ...] = (peft_ia3.KIND, peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND)
+KINDS: tuple[PeftKind, ...] = (peft_bottleneck.KIND, peft_ia3.KIND, peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND)
 
 
 def is_peft(path: Path) -> bool:

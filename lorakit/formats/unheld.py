@@ -16,10 +16,16 @@ def other_kinds(adapter: Adapter, *held: str) -> list[str]:
     """
     updates = {m: u for m, u in adapter.updates.items() if not {u.variant, u.without_base().variant} <= {*held}}
     tokens = [m for m, u in updates.items() if u.variant == "tokens"]
-    with_base = [m for m, u in updates.items() if u.needs_base and m not in tokens]
+    with_base = [m for m, u in updates.items() if u.variant == "dora"]
     experts = [m for m, u in updates.items() if u.variant == EXPERTS]
-    others = [m for m in updates if m not in with_base and m not in tokens and m not in experts]
+    multiplied = [m for m, u in updates.items() if u.needs_base and m not in tokens and m not in with_base]
+    others = [m for m in updates if m not in {*with_base, *tokens, *experts, *multiplied}]
     lines = []
+    for kind in dict.fromkeys(updates[m].variant for m in multiplied):
+        own = [m for m in multiplied if updates[m].variant == kind]
+        alone = updates[own[0]].unmergeable() is not None
+        fix = "only lorakit's own folder (peft) holds them" if alone else "merge the adapter into its base instead"
+        lines.append(f"{len(own)} updates of kind {kind} ({listing(own, 2)}): {fix}")
     if others:
         lines.append(f"{len(others)} updates of another kind ({listing(others, 2)}): resize converts them to factors")
     if with_base:
