@@ -90,9 +90,9 @@ class Data:
 
     `shape`: a description for the start panel; `facts`: further lines of it, by name; `about`: stored in the result's
     metadata; `notes`: message -> number of rows it concerns; `files`: file name -> text to write into the result's
-    folder; `watched`: training items that are evaluated where none are held out; `before_step`: computes, before a step's
-    first batch, what its losses need of all its items together, and keeps it in `Base.kept`. It gets the step's items,
-    in every process those of all processes, while the run's adapter is active.
+    folder; `watched`: training items that are evaluated where none are held out; `before_step`: computes what a
+    step's losses need of all its items together, before its first batch, and keeps it in `Base.kept`. It gets the
+    step's items, in every process those of all processes, while the run's adapter is active.
     """
 
     train: list[Any]
