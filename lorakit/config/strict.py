@@ -89,7 +89,7 @@ def at_least_one(value: int | str) -> int | str:
 
 def joined(name: str, parts: Iterable[type[Strict]]) -> type[Strict]:
     """Join settings classes into one. Raises TypeError if two of them define the same setting or validator."""
-    parts = tuple(parts)
+    parts = tuple(dict.fromkeys(parts))
     owners: dict[str, type] = {}
     for cls in dict.fromkeys(cls for part in parts for cls in part.__mro__ if issubclass(cls, Strict)):
         checks = {

@@ -32,6 +32,8 @@ MEASURES = {
     "answer_f1": ("answer f1", 1),
     "bleu": ("BLEU", 1),
     "chrf": ("chrF", 1),
+    "rouge_1": ("ROUGE-1", 1),
+    "rouge_2": ("ROUGE-2", 1),
     "rouge_l": ("ROUGE-L", 1),
     "exact_match": ("exact match", 1),
     "cut": ("cut off", 0),  # answers that reached --max-new-tokens before their end

@@ -17,11 +17,24 @@ from typing import TYPE_CHECKING, Any
 from ..config import Choice, RunSettings, part
 from ..errors import ConfigError
 from ..nondefault import nondefault
-from .causal_lm import Packing, SampleLength, Writing, check, load, packs, prompts, resolved, samples, skeleton  # noqa: F401 (names of the task)
+from .causal_lm import (  # noqa: F401 (names of the task)
+    Packing,
+    Writing,
+    check,
+    load,
+    packs,
+    predict,
+    prompts,
+    resolved,
+    samples,
+    skeleton,
+    to_predict,
+)
 from .preferences.settings import LossSettings, check_settings
 from .task import Base, Data
 from .text import base as text
 from .text.base import (  # noqa: F401 (names of the task)
+    asked,
     blueprint,
     checkpoint,
     compares,
@@ -41,9 +54,10 @@ from .text.base import (  # noqa: F401 (names of the task)
     tried_with,
     unsaved,
     uses_all,
+    writes,
 )
 from .text.samples import base_samples, read_samples, write_samples  # noqa: F401
-from .text.settings import Columns, Lengths, Prompts
+from .text.settings import Columns, Lengths, LongContext, Prompts, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +66,7 @@ if TYPE_CHECKING:
     from ..data.preference_items import PreferenceItem, Preferences
 
 
-class PreferenceSettings(LossSettings, SampleLength, Packing, Lengths, Writing, Columns, Prompts):
+class PreferenceSettings(LossSettings, Lengths, LongContext, Packing, Writing, Columns, Prompts, Sampling):
     """Those of causal_lm that have no meaning here are errors (`_NOT_HERE`)."""
 
 
@@ -311,14 +325,3 @@ def evaluate(base: Base, items: Sequence[PreferenceItem], batch_size: int) -> di
     finally:
         base.kept.clear()
         base.kept.update(kept)
-
-
-def to_predict(config: RunSettings, processor: Any) -> list[Any]:
-    raise ConfigError(
-        "task: preference predicts nothing of its own: its result is a language model that answers\n"
-        "  use lorakit generate, chat or eval with the adapter"
-    )
-
-
-def predict(config: RunSettings, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
-    return to_predict(config, base.processor)

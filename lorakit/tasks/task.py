@@ -54,6 +54,16 @@ class Sample(Protocol):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A prompt for a text, with all its correct answers. `ids`: token ids; `text`: to show; `where`: its first row."""
+
+    ids: list[int]
+    text: str
+    references: tuple[str, ...]
+    where: str
+
+
+@dataclass(frozen=True)
 class Shown:
     """A file of samples, for the report: rows of {"prompt", "base", "tuned"}, or a picture (PNG)."""
 
@@ -90,9 +100,9 @@ class Data:
 
     `shape`: a description for the start panel; `facts`: further lines of it, by name; `about`: stored in the result's
     metadata; `notes`: message -> number of rows it concerns; `files`: file name -> text to write into the result's
-    folder; `watched`: training items that are evaluated where none are held out; `before_step`: computes what a
-    step's losses need of all its items together, before its first batch, and keeps it in `Base.kept`. It gets the
-    step's items, in every process those of all processes, while the run's adapter is active.
+    folder; `watched`: training items that are evaluated where none are held out; `before_step`: for losses of items
+    that depend on all items of their step: computes that before the step's first batch, and keeps it in `Base.kept`.
+    It gets the step's items, in every process those of all processes, while the run's adapter is active.
     """
 
     train: list[Any]
@@ -128,6 +138,7 @@ class Task(Protocol):
     shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
     traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
     uses_all: bool  # whether each step gives every trained parameter a gradient
+    writes: bool  # whether it answers prompts in text, which `lorakit eval` scores against references
     compares: bool  # whether the base is evaluated too, before the first step
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -243,6 +254,12 @@ class Task(Protocol):
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
         """Evaluate the model: metric name -> value. The first metric is a loss, which early stopping uses."""
+
+    def asked(self, base: Base, items: Sequence[Any]) -> list[Asked]:
+        """Return the items' distinct prompts with their correct answers, for a task that `writes`; else none.
+
+        Raises DataError for an item without a prompt.
+        """
 
     def to_predict(self, config: RunSettings, processor: Any) -> list[Any]:
         """Read the rows of `config.data`, which need no labels or answers, as items to predict, in their order.

@@ -157,7 +157,7 @@ class Run:
     def _base_figures(self) -> dict[str, float]:
         job = self.job
         with job.method.base_alone(job.model):
-            return job.task.evaluate(job.base, self.evaluated, self.config.batch_size)
+            return job.task.evaluate(job.base, self.evaluated, job.micro_batch.value)
 
     def begin(self) -> None:
         """Evaluate the base before the first step, as step 0, if the task compares with it."""
@@ -224,7 +224,7 @@ class Run:
     def _evaluate(self) -> None:
         self.job.method.activate(self.job.model, self.job.adapter)
         if self.evaluated:
-            measured = self.job.task.evaluate(self.job.base, self.evaluated, self.config.batch_size)
+            measured = self.job.task.evaluate(self.job.base, self.evaluated, self.job.micro_batch.value)
             self.log({"step": self.step} | self._named(measured))
             loss = next(iter(measured.values()))
             self._check_divergence(loss)

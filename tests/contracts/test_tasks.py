@@ -15,14 +15,16 @@ import peft
 import pytest
 import tiny_lm
 import tiny_pictures
+import tiny_seq
 import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import StableDiffusionPipeline
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
+from lorakit.errors import ConfigError
 from lorakit.generate.eval_mode import evaluating
 from lorakit.methods.lora import base_alone
 from lorakit.plan.static import static_estimate
@@ -58,6 +60,7 @@ class Kind:
         job.model, job.task.collate(items, job.base)
     )
     model: str | None = None
+    planned: Callable[[Any], tuple[int, float]] = lambda made: (made["input_ids"].shape[1], 1.0)  # size and share
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -142,6 +145,15 @@ def in_diffusers(base: str, result: Path) -> Any:
     return pipe
 
 
+def target_loss(model: Any, item: Any) -> torch.Tensor:
+    return model(input_ids=torch.tensor([item.ids]), labels=torch.tensor([item.target])).loss * len(item.target)
+
+
+def both_sides(made: Any) -> tuple[int, float]:
+    source, target = made["input_ids"].shape[1], made["labels"].shape[1]
+    return source + target, target / (source + target)
+
+
 LABELLED = labelled_rows()
 KINDS = {
     "causal_lm": Kind(
@@ -156,6 +168,14 @@ KINDS = {
         len(tiny_lm.rows()),
         pair_loss,
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
+    ),
+    "seq2seq": Kind(
+        rows_in(tiny_seq.pairs()),
+        len(tiny_seq.pairs()),
+        target_loss,
+        lambda base, result: in_peft(AutoModelForSeq2SeqLM.from_pretrained(base), result),
+        model="t5_folder",
+        planned=both_sides,
     ),
     "text_to_image": Kind(
         lambda folder: tiny_pictures.write_pictures(folder / "own", 12, ((24, 24), (16, 16))),
@@ -183,6 +203,11 @@ def name(request):
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory):
     return tiny_pictures.save_pipeline(tmp_path_factory.mktemp("tiny-pipeline") / "sd1")
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    return tiny_lm.save(tmp_path_factory.mktemp("tiny-t5") / "t5", tiny_seq.t5(dropout_rate=0.0))
 
 
 @pytest.fixture
@@ -268,7 +293,7 @@ def test_a_batch_is_planned_as_it_is_made(make, name):
         assert estimate.parts["optimizer"] == 8 * estimate.trained
         return
     made = job.task.collate(job.train[:2], job.base)
-    planned = job.task.example(2, made["input_ids"].shape[1])
+    planned = job.task.example(2, *KINDS[name].planned(made))
     shapes = [
         {n: (t.shape, t.dtype) if isinstance(t, torch.Tensor) else type(t) for n, t in each.items()}
         for each in (planned, made)
@@ -335,3 +360,34 @@ def test_samples_one_for_each_prompt_are_written_and_read(make, name, tmp_path):
         shown = job.task.read_samples(job.task.write_samples(tmp_path / "samples", 5, samples, samples))
         assert len(shown.texts) == len(prompts) or shown.picture.startswith(b"\x89PNG")
     assert isinstance(job.base, Base)
+
+
+def test_prompts_with_their_answers_are_for_tasks_that_write(make, name):
+    job = set_up(make())
+    found = job.task.asked(job.base, job.train)
+    assert bool(found) == job.task.writes
+    assert all(each.ids and each.text and each.references and "own" in each.where for each in found)
+    assert job.task.writes <= ("sample_tokens" in job.task.settings.model_fields)
+
+
+def test_every_row_is_predicted_in_its_place_whatever_shares_its_batch(make, name):
+    """Or the task says which command to use instead."""
+    config = make(**({"sample_tokens": 4} if task_of(name).writes else {}))
+    job = set_up(config)
+    items = job.task.to_predict(config, job.base.processor)
+    assert len(items) == KINDS[name].count
+    assert all("own" in item.where for item in items)
+    found, said = None, ""
+    try:
+        found = job.task.predict(config, job.base, items, 5)
+    except ConfigError as error:
+        said = str(error)
+    if found is None:
+        assert "lorakit" in said
+        return
+    assert len(found) == len(items)
+    assert json.loads(json.dumps(found)) == found
+    for i in (0, len(items) // 2, len(items) - 1):
+        (alone,) = job.task.predict(config, job.base, [items[i]], 1)
+        assert alone.keys() == found[i].keys()
+        assert all(alone[key] == found[i][key] for key in alone if isinstance(alone[key], str))
