@@ -32,7 +32,7 @@ STATE_FILE = "lorakit_state.safetensors"
 
 
 def save(model: nn.Module, name: str, folder: Path) -> None:
-    """Write adapter `name` into a folder. Raises AdapterError if PEFT's format cannot hold it, WriteError."""
+    """Write adapter `name` into a folder. Raises AdapterError if PEFT's format cannot hold it, and WriteError."""
     adapter = capture(model, name)
     base = getattr(model, "name_or_path", None)
     if adapter.config.base is None and base:
