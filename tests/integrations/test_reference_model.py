@@ -33,6 +33,8 @@ CASES = {
     "lokr": (tiny.llama, lk.LoraConfig(rank=2, variant="lokr")),
     "vera": (tiny.llama, lk.LoraConfig(rank=2, variant="vera")),
     "pissa": (tiny.llama, lk.LoraConfig(rank=2, init="pissa")),
+    "prefix": (tiny.llama, lk.LoraConfig(variant="prefix", virtual_tokens=3)),
+    "lora with a prompt": (tiny.llama, lk.LoraConfig(rank=2, prompt="prompt", virtual_tokens=3)),
     "biases alone": (tiny.bert, lk.LoraConfig(targets="none", bias="all")),
     "classifier": (tiny.bert, lk.LoraConfig(rank=2, targets=["query"], bias="lora_only", task="SEQ_CLS")),
     "gpt2, packed": (tiny.gpt2, lk.LoraConfig(rank=2, targets=["c_attn"], packed={"c_attn": [True, False, True]})),
