@@ -206,6 +206,14 @@ def test_hooks_of_accelerate_run_with_the_bases_forward(tiny_llama, tmp_path):
     lk.detach(offloaded)
 
 
+def test_it_generates_as_the_base_does(tiny_llama):
+    ids = tiny.example(tiny_llama)["input_ids"]
+    expected = tiny_llama.generate(ids, max_new_tokens=5, do_sample=False)
+    tiny.randomise_factors(lk.attach(tiny_llama, lk.LoraConfig(rank=2)))
+    assert torch.equal(reference(tiny_llama).generate(ids, max_new_tokens=5, do_sample=False), expected)
+    assert not torch.equal(tiny_llama.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
 def test_a_copy_and_a_move_of_the_reference_leave_the_model_alone(tiny_llama):
     lk.attach(tiny_llama, lk.LoraConfig(rank=2))
     base = reference(tiny_llama)
