@@ -99,7 +99,7 @@ def evaluate(
             base, tokenizer = loaded.model, loaded.tokenizer
             longest = positions_of(base) or NO_LIMIT
             dataset = build(
-                read_rows(data, split, limit),
+                read_rows(data, split, limit, renamed),
                 tokenizer,
                 columns=renamed,
                 template=template,

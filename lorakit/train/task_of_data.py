@@ -34,8 +34,9 @@ def with_task(config: TrainConfig) -> TrainConfig:
         return config
     from ..data.read import stream_rows
 
-    row = next(stream_rows(config.data, config.split))
-    found = recognizing(renamed(row.values, getattr(config, "columns", {})))
+    columns = getattr(config, "columns", {})
+    row = next(stream_rows(config.data, config.split, columns))
+    found = recognizing(renamed(row.values, columns))
     if len(found) > 1:
         raise ConfigError(
             f"{row.where}: its columns ({listing(row.values, 20)}) are those of several tasks: {', '.join(found)}\n"
