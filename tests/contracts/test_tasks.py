@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import StableDiffusionPipeline
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
@@ -138,7 +138,18 @@ def both_sides(made: Any) -> tuple[int, float]:
     return source + target, target / (source + target)
 
 
+def cosine_loss(model: Any, item: Any) -> torch.Tensor:
+    first, second = (model(torch.tensor([text])).last_hidden_state[0].mean(0) for text in item.texts)
+    return (F.cosine_similarity(first, second, dim=0) - item.score) ** 2
+
+
 LABELLED = labelled_rows()
+SCORED = [
+    {"text": f"{name} sees {what}", "text_pair": f"{name} {verb} {what} now", "score": score}
+    for name in tiny_lm.NAMES
+    for verb, score in (("sees", 4.5), ("hates", 1.0))
+    for what in ("tea", "the winding road")
+]
 KINDS = {
     "causal_lm": Kind(
         rows_in(tiny_lm.rows()),
@@ -147,6 +158,13 @@ KINDS = {
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
     ),
     "classification": Kind(rows_in(LABELLED), len(LABELLED), label_loss, classifier),
+    "embeddings": Kind(
+        rows_in(SCORED),
+        len(SCORED),
+        cosine_loss,
+        lambda base, result: in_peft(AutoModel.from_pretrained(base), result),
+        planned=lambda made: (2 * made["input_ids"].shape[1], 1.0),
+    ),
     "seq2seq": Kind(
         rows_in(tiny_seq.pairs()),
         len(tiny_seq.pairs()),
