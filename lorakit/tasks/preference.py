@@ -17,19 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Choice, RunSettings, part
 from ..errors import ConfigError
 from ..nondefault import nondefault
-from .causal_lm import (  # noqa: F401 (names of the task)
-    Packing,
-    Writing,
-    check,
-    load,
-    packs,
-    predict,
-    prompts,
-    resolved,
-    samples,
-    skeleton,
-    to_predict,
-)
+from .causal_lm import Packing, Writing, check, load, packs, predict, prompts, resolved, samples, skeleton, to_predict  # noqa: F401 (names of the task)
 from .preferences.settings import LossSettings, check_settings
 from .task import Base, Data
 from .text import base as text

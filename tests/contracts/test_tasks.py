@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import yaml
 from diffusers import StableDiffusionPipeline
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -231,7 +232,18 @@ def both_sides(made: Any) -> tuple[int, float]:
     return source + target, target / (source + target)
 
 
+def cosine_loss(model: Any, item: Any) -> torch.Tensor:
+    first, second = (model(torch.tensor([text])).last_hidden_state[0].mean(0) for text in item.texts)
+    return (F.cosine_similarity(first, second, dim=0) - item.score) ** 2
+
+
 LABELLED = labelled_rows()
+SCORED = [
+    {"text": f"{name} sees {what}", "text_pair": f"{name} {verb} {what} now", "score": score}
+    for name in tiny_lm.NAMES
+    for verb, score in (("sees", 4.5), ("hates", 1.0))
+    for what in ("tea", "the winding road")
+]
 KINDS = {
     "causal_lm": Kind(
         rows_in(tiny_lm.rows()),
@@ -240,6 +252,13 @@ KINDS = {
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
     ),
     "classification": Kind(rows_in(LABELLED), len(LABELLED), label_loss, classifier),
+    "embeddings": Kind(
+        rows_in(SCORED),
+        len(SCORED),
+        cosine_loss,
+        lambda base, result: in_peft(AutoModel.from_pretrained(base), result),
+        planned=lambda made: (2 * made["input_ids"].shape[1], 1.0),
+    ),
     "multiple_choice": Kind(
         rows_in(choice_rows()), 12, choice_loss, headed_by(AutoModelForSequenceClassification, num_labels=1)
     ),
