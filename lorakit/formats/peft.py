@@ -10,7 +10,7 @@
 Packed projections and shared grouped convolutions are written as plain factors of a larger rank (exactly: alpha grows
 with it), and read back in their compact shapes. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n
 parts, r, 1], as in loralib) is read as a packed projection. Kinds of adapter with keys of their
-own (LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
+own ((IA)³, LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import (
     peft_adalora,
     peft_attention,
+    peft_ia3,
     peft_ln_tuning,
     peft_loha,
     peft_lokr,
@@ -59,7 +60,7 @@ from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
 
-KINDS: tuple[PeftKind, ...] = (peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND, *peft_prompts.KINDS)
+KINDS: tuple[PeftKind, ...] = (peft_ia3.KIND, peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND, *peft_prompts.KINDS)
 
 
 def is_peft(path: Path) -> bool:

@@ -37,7 +37,6 @@ _NO_TARGETS = "dummy-target-modules"
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
 _PROMPT = "it adds inputs and changes no weight, so no LoRA has the same effect: use it with PEFT"
 _OTHERS = {
-    "IA3": ("IA3 rescales activations", _MERGE),
     "OFT": ("OFT rotates weights", _MERGE),
     "BOFT": ("BOFT rotates weights", _MERGE),
     "HRA": ("HRA reflects weights", _MERGE),
@@ -79,7 +78,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LN_TUNING, LOHA, LOKR, VERA, "
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, IA3, LN_TUNING, LOHA, LOKR, VERA, "
             "TRAINABLE_TOKENS, PREFIX_TUNING, PROMPT_TUNING and P_TUNING" + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():
