@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, did_you_mean, listing
 from .dataset import LEFT_OUT, length_limit, unused_columns
+from .label_names import number_of, ordered
 from .parse import Row
 from .shapes import WEIGHT, weighs
 
@@ -99,7 +100,7 @@ def read_labelled(
         notes[LEFT_OUT] = len(all_rows) - len(rows)
     values = [_values(row, dict(columns or {})) for row in rows]
     found = [_label(row, value) for row, value in zip(rows, values, strict=True)]
-    names = list(names) or _ordered(found)
+    names = list(names) or ordered(found)
     if len(names) < 2:
         raise DataError(
             f"{rows[0].file}: every row has the label '{names[0]}'; classification needs two labels at least"
@@ -110,7 +111,7 @@ def read_labelled(
     limit, reason = length_limit(lengths, tokenizer, max_length, "cut")
     items, cut, dropped = [], 0, 0
     for row, value, label, (ids, segments) in zip(rows, values, found, encoded, strict=True):
-        number = _number(row, label, names)
+        number = number_of(label, names, row.where)
         if len(ids) > limit and on_long == "drop":
             dropped += 1
             continue
@@ -184,22 +185,6 @@ def _label(row: Row, values: Mapping[str, Any]) -> str:
     if not isinstance(label, str | int) or not str(label).strip():
         raise DataError(f"{row.where}: its label is {label!r}; expected a word or a whole number")
     return str(label).strip()
-
-
-def _ordered(found: Sequence[str]) -> list[str]:
-    names = set(found)
-    return sorted(names, key=int) if all(name.lstrip("-").isdigit() for name in names) else sorted(names)
-
-
-def _number(row: Row, label: str, names: Sequence[str]) -> int:
-    if label in names:
-        return names.index(label)
-    if label.isdigit() and int(label) < len(names):  # the data has numbers, the settings their names
-        return int(label)
-    raise DataError(
-        f"{row.where}: the label '{label}' is none of {len(names)}{did_you_mean(label, names)}\n"
-        f"  labels: {listing(names, 20)}"
-    )
 
 
 def _encode(

@@ -40,7 +40,7 @@ from . import peft_adalora, peft_attention, peft_loha, peft_lokr, peft_parameter
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
-from .peft_config import changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, to_peft
+from .peft_config import TASK, changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, own_task, to_peft
 from .peft_experts import misread, note
 from .peft_keys import CONFIG, PREFIX, sort
 from .peft_kind import PeftKind
@@ -92,7 +92,10 @@ def read(path: Path, started: bool = False) -> Adapter:
     )
     if (quantization := loftq_base(values)) is not None:
         ours.setdefault(ONLY_ON, quantization)
-    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
+    task = ours.pop(TASK, None)
+    config = checked(
+        folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}, task=config.task or task)
+    )
     if kind is not None:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         updates, saved = kind.updates(values, plain, config, weights, ours)
@@ -188,6 +191,7 @@ def write(adapter: Adapter, path: Path) -> Path:
     packed = {m: list(f.parts) for m, f in adapter.factors.items() if f.parts and f.A.shape == written[m].A.shape}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
     ours |= {} if kind is None else kind.ours(adapter)
+    ours |= own_task(adapter.config)
     own_config = adapter.config.replace(save_modules=_save_modules(adapter))
     own_config = peft_attention.with_targets(own_config, adapter.factors, ranks)
     values = to_peft(own_config, ranks, alphas, transposed, dora, experts)

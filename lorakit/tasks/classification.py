@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from ..config import Quantization, RunSettings, part
 from ..errors import ConfigError, NotFiniteError, TrainError
@@ -46,7 +44,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     uses_all,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
-from .text.settings import Columns, Lengths
+from .text.settings import Columns, Labels, Lengths
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +53,8 @@ if TYPE_CHECKING:
     from ..data.labelled import LabelledItem
 
 
-class ClassificationSettings(Lengths, Columns):
-    rows: ClassVar = {"labels"}
-
-    labels: list[str] = Field(
-        default_factory=list, description="label names, in the order of their ids; default: those of the data, sorted"
-    )
+class ClassificationSettings(Lengths, Labels, Columns):
+    pass
 
 
 settings = ClassificationSettings

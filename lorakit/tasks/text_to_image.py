@@ -147,18 +147,13 @@ def resolved(config: RunSettings, processor: Pictures, earlier: Mapping[str, Any
 def _check_settings(config: RunSettings) -> None:
     """Raise ConfigError for settings that this task does not have, or that would have no effect."""
     from ..bases.pipeline import is_text_encoder
-    from . import task_names, task_of
+    from .media.own_settings import check_own
 
     if config.method != "lora":
         raise ConfigError(f"method: {config.method}: task text_to_image trains adapters\n  use method: lora")
     if getattr(config, "adapter", None) is not None:
         raise ConfigError("adapter: task text_to_image starts anew\n  remove adapter")
-    others = [field for name in task_names() for field in task_of(name).settings.model_fields]
-    of_text = [name for name in dict.fromkeys(others) if name not in TextToImageSettings.model_fields]
-    for name in nondefault(config, [*_UNUSED, *of_text]):
-        if name == "sample_tokens" and not getattr(config, name):
-            continue  # no samples: what a sweep and the search for a learning rate ask of every task
-        raise ConfigError(f"{name}: task text_to_image does not have it\n  remove {name}")
+    check_own(config, TextToImageSettings, _UNUSED)
     own = part(config, TextToImageSettings)
     components = getattr(config, "components", None) or ()
     rates = own.text_encoder_learning_rate

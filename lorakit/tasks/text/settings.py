@@ -17,6 +17,14 @@ class Columns(Strict):
     )
 
 
+class Labels(Strict):
+    rows: ClassVar = {"labels"}
+
+    labels: list[str] = Field(
+        default_factory=list, description="label names, in the order of their ids; default: those of the data, sorted"
+    )
+
+
 class Prompts(Strict):
     free: ClassVar = {"sample_prompts"}
 
