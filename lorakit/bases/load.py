@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Quantization
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
 from .hub_reach import check_hub, out_of_reach
-from .quantize import HEADS, check_kernel, loading_options
+from .quantize import check_kernel, loading_options
 from .stored_weights import storage_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """Load a base model's tokenizer. Raises LorakitError if it is damaged, or if the folder has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
     folder = Path(model_path(name))
     if folder.is_dir() and not _has_vocabulary(folder, tokenizer):
         raise LorakitError(
@@ -77,7 +77,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     """Load a base model's transformers config. Raises LorakitError."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    return from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
@@ -165,7 +165,7 @@ def load_model(
 
     config = load_config(name, revision, trust_remote_code)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    options = _storage_options(
+    options = storage_options(
         quantization or Quantization(),
         name,
         config,
@@ -174,7 +174,7 @@ def load_model(
         device,
         kernel=kernel,
     )
-    model, info = _from_pretrained(
+    model, info = from_pretrained(
         auto_class,
         name,
         revision=revision,
@@ -189,74 +189,10 @@ def load_model(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             "  expected a complete language model"
         )
-    return _ready(model, device, "quantization_config" in options)
+    return ready(model, device, "quantization_config" in options)
 
 
-def load_classifier(
-    name: str,
-    labels: Sequence[str],
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    trained: Sequence[str] = (),
-    quantization: Quantization | None = None,
-) -> Any:
-    """The base model with a head for these labels, in eval mode. The head is fresh, at random, unless the folder holds
-    one.
-
-    `trained`: modules besides the head that may be fresh too, as they are trained and saved; `quantization`: as for
-    `load_model`.
-    """
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    config = load_config(name, revision, trust_remote_code)
-    options = _storage_options(
-        quantization or Quantization(),
-        name,
-        config,
-        lambda: AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        ),
-        dtype,
-        device,
-        trained,
-    )
-    named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-    named["label2id"] = {label: i for i, label in enumerate(labels)}
-    if "config" in options:  # which transformers takes as it is
-        for setting, value in named.items():
-            setattr(options["config"], setting, value)
-    else:
-        options |= named
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the head is fresh is no news
-    try:
-        model, loaded = _from_pretrained(
-            AutoModelForSequenceClassification,
-            name,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            output_loading_info=True,
-            **options,
-        )
-    finally:
-        logging.set_verbosity(said)
-    fresh = (*HEADS, *trained)
-    missing = sorted(key for key in loaded["missing_keys"] if not any(f".{module}." in f".{key}" for module in fresh))
-    if missing:
-        raise LorakitError(
-            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
-            f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
-        )
-    return _ready(model, device, "quantization_config" in options)
-
-
-def _storage_options(
-    how: Quantization, name: str, config: Any, *rest: Any, kernel: str | None = None
-) -> dict[str, Any]:
+def storage_options(how: Quantization, name: str, config: Any, *rest: Any, kernel: str | None = None) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for quantized weights: to quantize them now (see
     `quantize.loading_options`), or to read GPTQ's and AWQ's with our own modules.
     """
@@ -272,7 +208,8 @@ def _storage_options(
     return options
 
 
-def _ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
+def ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
+    """Move a loaded model to its device, in eval mode. `quantized_now`: its weights were quantized while loading."""
     from .int8_forward import evaluate_as_trained
     from .release import release_files
 
@@ -283,7 +220,11 @@ def _ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
     return model
 
 
-def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """Call `auto_class.from_pretrained` on the base called `name`; options that are None are left out.
+
+    Raises LorakitError, with the reason, for whatever goes wrong.
+    """
     path = model_path(name)
     local = Path(path).is_dir()
     if local:

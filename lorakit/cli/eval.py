@@ -10,7 +10,7 @@ import typer
 
 from ..config import Quantization
 from ..errors import ConfigError
-from ..tasks import DEFAULT, task_for, task_names, task_of
+from ..tasks import DEFAULT, task_for, task_names, task_of, task_of_adapter
 from .shared.loading import attached, read
 from .shared.names import check_names
 from .shared.next import command
@@ -144,7 +144,7 @@ def evaluate(
 
 def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
     """Return the requested task, or the one the adapters were trained for. ConfigError if these are several."""
-    tasks = {task_for(value.config.task) or DEFAULT for value in values.values()}
+    tasks = {task_of_adapter(value.config.task, value.metadata) or DEFAULT for value in values.values()}
     if requested is not None:
         return task_for(requested) or requested
     if len(tasks) > 1:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Quantization, RunSettings, part
+from ..data.columns import is_labelled, is_measure
 from ..errors import ConfigError, NotFiniteError, TrainError
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
@@ -119,7 +120,8 @@ def data(config: RunSettings, processor: Any) -> Data:
 
 
 def recognizes(row: Mapping[str, Any]) -> bool:
-    return {"text", "label"} <= row.keys() and isinstance(row["label"], str | int)
+    label = row.get("label")
+    return is_labelled(row) and isinstance(label, str | int) and not is_measure(label)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -132,8 +134,10 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
     import torch
+    from transformers import AutoModelForSequenceClassification
 
-    from ..bases.load import load_classifier, load_config
+    from ..bases.load import load_config
+    from ..bases.load_head import labelled, load_with_head
     from ..data.batches import pad_id
     from .text.vocabulary import grow_for
 
@@ -145,16 +149,16 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
             "  choose another base (--model)"
         )
     torch.manual_seed(config.seed)  # for the new head's initialization
-    trained = getattr(config, "save_modules", ())
-    model = load_classifier(
+    model = load_with_head(
+        AutoModelForSequenceClassification,
         config.model,
-        data.about["labels"],
         dtype,
         device,
-        config.revision,
-        config.trust_remote_code,
-        trained,
-        part(config, Quantization),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        changes=labelled(data.about["labels"]),
+        trained=getattr(config, "save_modules", ()),
+        quantization=part(config, Quantization),
     )
     grow_for(config, model, processor)
     return _configured(model, pad_id(processor))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..methods import method_of
-from ..tasks import task_for, task_of
+from ..tasks import task_of, task_of_adapter
 from .config import TrainConfig
 
 
@@ -29,7 +29,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if "model" not in given and start.base is not None:
         changes |= {"model": start.base, "revision": start.revision}
     fixed = dict(start.settings)
-    task = task_for(start.task)
+    task = task_of_adapter(start.task, start.metadata)
     if task is not None:
         fixed["task"] = task
     elif start.task is not None and "task" not in given:

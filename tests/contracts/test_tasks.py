@@ -25,7 +25,7 @@ from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
 from lorakit.generate.eval_mode import evaluating
 from lorakit.plan.static import static_estimate
-from lorakit.tasks import task_for, task_names, task_of
+from lorakit.tasks import task_for, task_names, task_of, task_of_adapter
 from lorakit.tasks.image.loss import fixed_losses
 from lorakit.tasks.task import Base, weight_of
 from lorakit.train.config import TrainConfig
@@ -180,9 +180,11 @@ def test_every_task_has_a_row_here():
 def test_a_runs_config_has_its_settings_and_takes_pefts_name_for_it(name):
     task = task_of(name)
     assert set(task.settings.model_fields) <= set(TrainConfig.model_fields)
-    assert task_for(task.peft_type) == name
-    config = TrainConfig(data="rows.jsonl", task=task.peft_type)
-    assert config.task == name
+    first = task_for(task.peft_type)  # of those with this type: SEQ_CLS is classification, regression has it too
+    assert task_of(first).peft_type == task.peft_type
+    assert TrainConfig(data="rows.jsonl", task=task.peft_type).task == first
+    assert task_of_adapter(task.peft_type, {"recipe": {"task": name}}) == name
+    config = TrainConfig(data="rows.jsonl", task=name)
     assert TrainConfig(**yaml.safe_load(yaml.safe_dump(config.model_dump()))) == config
 
 

@@ -84,9 +84,8 @@ def start_from(config: RunSettings, fixes: Collection[str]) -> Start | None:
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
     about = adapter.metadata.get("data")
     own = adapter.config
-    return Start(
-        source, fixed, spellings, own.task, own.base, own.revision, about if isinstance(about, Mapping) else {}
-    )
+    about = about if isinstance(about, Mapping) else {}
+    return Start(source, fixed, spellings, own.task, own.base, own.revision, about, adapter.metadata)
 
 
 def _load(source: str) -> Adapter:
