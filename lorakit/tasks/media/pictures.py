@@ -90,8 +90,8 @@ def _shapes(processor: Any) -> Any:
             ) from error
         if made.dim() != 4:
             raise DataError(
-                f"the base's {type(processor).__name__} makes values of shape {list(made.shape)} of a picture; expected "
-                "[1, channels, height, width]\n  choose a base for image classification (--model)"
+                f"the base's {type(processor).__name__} makes values of shape {list(made.shape)} of a picture; "
+                "expected [1, channels, height, width]\n  choose a base for image classification (--model)"
             )
         return tuple(made.shape[1:])
 
