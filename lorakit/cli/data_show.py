@@ -97,7 +97,7 @@ def _show(
         if chat_template is not None:
             tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
         dataset = build(
-            read_rows(data, split),
+            read_rows(data, split, columns=renamed),
             tokenizer,
             columns=renamed,
             template=template,

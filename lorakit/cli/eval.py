@@ -89,7 +89,7 @@ def evaluate(
             base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
             longest = positions_of(base) or _NO_LIMIT
             dataset = build(
-                read_rows(data, split, limit),
+                read_rows(data, split, limit, renamed),
                 tokenizer,
                 columns=renamed,
                 template=template,

@@ -42,8 +42,9 @@ def with_task(config: TrainConfig) -> TrainConfig:
             "  --task image_classification: the folders' names are the labels\n"
             "  lorakit image train FOLDER: to draw such pictures for their captions"
         )
-    row = next(stream_rows(config.data, config.split))
-    found = recognizing(renamed(row.values, getattr(config, "columns", {})))
+    columns = getattr(config, "columns", {})
+    row = next(stream_rows(config.data, config.split, columns))
+    found = recognizing(renamed(row.values, columns))
     if len(found) > 1:
         raise ConfigError(
             f"{row.where}: its columns ({listing(row.values, 20)}) are those of several tasks: {', '.join(found)}\n"

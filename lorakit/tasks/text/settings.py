@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,8 +13,18 @@ class Columns(Strict):
     rows: ClassVar = {"columns"}
 
     columns: dict[str, str] = Field(
-        default_factory=dict, description="your column names, if different: {prompt: question, completion: answer}"
+        default_factory=dict,
+        description="your column names, if different: {prompt: question, completion: answer}; numbers from 1 for a "
+        "table without a header: {text: 4, label: 2}",
     )
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _column_numbers(cls, value: Any) -> Any:
+        """Take numbers as YAML gives them."""
+        if not isinstance(value, dict):
+            return value
+        return {ours: str(own) if type(own) is int else own for ours, own in value.items()}
 
 
 class Labels(Strict):
