@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..config import Quantization
-from ..errors import ConfigError
-from ..tasks import DEFAULT, task_for, task_names, task_of, task_of_adapter
+from ..tasks import DEFAULT, task_names, task_of
 from .shared.loading import attached, read
 from .shared.names import check_names
 from .shared.next import command
@@ -30,11 +29,10 @@ from .shared.options import (
 from .shared.output import output, say
 from .shared.quantizing import ComputeDtype, Double, Quantize, quantize_flags
 from .shared.starting import starting
+from .shared.task_base import NO_LIMIT, base_for, config_for, task_named
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
-
-_NO_LIMIT = 1 << 30
 
 
 def evaluate(
@@ -83,11 +81,11 @@ def evaluate(
         from ..generate.generate import positions_of
 
         values = read(model, adapter or [])
-        name = _task_of(task, values)
+        name = task_named(task, values)
         if name == DEFAULT:
             loaded = attached(model, values, precision, chat_template, kwargs, date, quantization)
             base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
-            longest = positions_of(base) or _NO_LIMIT
+            longest = positions_of(base) or NO_LIMIT
             dataset = build(
                 read_rows(data, split, limit, renamed),
                 tokenizer,
@@ -142,18 +140,6 @@ def evaluate(
         print(f"next: {command('train', data='YOUR.jsonl', model=model, **rows, **given, date=date)}")
 
 
-def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
-    """Return the requested task, or the one the adapters were trained for. ConfigError if these are several."""
-    tasks = {task_of_adapter(value.config.task, value.metadata) or DEFAULT for value in values.values()}
-    if requested is not None:
-        return task_for(requested) or requested
-    if len(tasks) > 1:
-        raise ConfigError(
-            f"the adapters are for different tasks: {', '.join(sorted(tasks))}\n  evaluate one task at a time"
-        )
-    return next(iter(tasks), DEFAULT)
-
-
 def _task_metrics(
     name: str,
     data: str,
@@ -169,48 +155,23 @@ def _task_metrics(
 ) -> None:
     """Print a task's own metrics for each adapter, or for a fully fine-tuned model."""
 
-    from ..bases.device import choose_device, choose_dtype
-    from ..bases.vocabulary import recorded_tokens
     from ..evaluate.figures import figures, table
-    from ..model.attach import attach
-    from ..tasks.task import Base
-    from ..train.config import TrainConfig
 
-    config = TrainConfig(
+    config = config_for(
+        name,
+        values,
         data=data,
-        split=split,
         model=model,
+        split=split,
         columns=columns,
-        task=name,
         precision=precision,
-        validation=0,
-        **quantization.model_dump(),
+        quantization=quantization,
     )
     task = task_of(config.task)
-    base_config = task.blueprint(config)
-    settings: list[dict[str, Any]] = [
-        task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()
-    ]
-    if any(each != settings[0] for each in settings):
-        raise ConfigError(
-            f"the adapters were trained with different settings of {name}: {settings}\n  evaluate them one at a time"
-        )
-    if "max_length" in task.settings.model_fields:
-        config = config.replace(
-            max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
-        )
-    if "on_long" in task.settings.model_fields:
-        config = config.replace(on_long="cut")  # nothing is trained on what is missing
-    config = config.replace(**(settings[0] if settings else task.remembered({}, base_config)))
-    for value in values.values():
-        if added := recorded_tokens(value.metadata):
-            config = config.replace(add_tokens=sorted(added, key=lambda token: added[token]))
     processor = task.processor(config)
     rows = task.data(config, processor)
-    items, device = rows.train[:limit], choose_device().value
-    base = Base(task.load(config, processor, rows, choose_dtype(precision, device).value, device), processor)
-    for each, value in values.items():
-        attach(base.model, value, each)
+    items = rows.train[:limit]
+    base = base_for(config, processor, rows, values)
     task.check(config, base.model, items)
     results = figures(task, base, items, list(values), batch_size)
     if json_output:

@@ -41,13 +41,14 @@ from .text.base import (  # noqa: F401 (names of the task)
 )
 from .text.causal_rows import Sources
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
-from .text.settings import Columns, Lengths, Prompts
+from .text.settings import Columns, Lengths, Prompts, Sampling
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ..data.dataset import Item
+    from ..data.questions import Question
     from ..data.templates import ChatOptions
 
 DEFAULT_PROMPTS = 2
@@ -94,16 +95,12 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, Writing, Columns, Sources, Prompts):
-    free: ClassVar = {"sample_tokens"}
-
+class CausalSettings(Lengths, Writing, Columns, Sources, Prompts, Sampling):
     packing: bool = Field(
         False,
         description="put several rows of a batch into one sequence, each with its own positions and attention: the "
         "same result with less padding",
     )
-
-    sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
 
     @model_validator(mode="after")
     def _not_compiled(self) -> CausalSettings:
@@ -302,6 +299,27 @@ def evaluate(base: Base, items: Sequence[Item], batch_size: int) -> dict[str, fl
     return {"loss": measured.loss, "perplexity": measured.perplexity}
 
 
+def to_predict(config: RunSettings, processor: Any) -> list[Question]:
+    """Read questions, in the run's template: `template: chat` and `plain` take a prompt for a user's turn."""
+    from ..bases.load import end_tokens
+    from ..data.questions import Question, read_questions
+    from ..data.read import read_rows
+    from ..data.render import Renderer
+
+    own = part(config, CausalSettings)
+    examples = read_questions(read_rows(config.data, config.split), own.columns, as_turns=own.template != "auto")
+    ends = end_tokens(config.model, config.revision, config.trust_remote_code)
+    renderer = Renderer(_tokenizer(own, processor), own.template, options=_options(own), ends=ends)
+    return [Question(renderer.prompt(example), example.row) for example in examples]
+
+
+def predict(config: RunSettings, base: Base, items: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
+    """Return {"answer": text} for each row; "cut": true where `sample_tokens` ended it."""
+    from .text.answers import answers
+
+    return answers(config, base, items, batch_size)
+
+
 # ------------------------------------------------------------------------------------- samples
 
 
@@ -334,11 +352,11 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
 
 
 def samples(config: RunSettings, base: Base, prompts: Sequence[Prompt]) -> list[TextSample]:
-    """Generate one greedy answer per prompt."""
+    """Generate one answer per prompt."""
     from ..generate.generate import generate
+    from .text.answers import options_of
 
     if not prompts:
         return []
-    tokens = part(config, CausalSettings).sample_tokens
-    answers = generate(base.model, base.processor, [p.ids for p in prompts], max_new_tokens=tokens)
+    answers = generate(base.model, base.processor, [p.ids for p in prompts], seed=config.seed, **options_of(config))
     return [TextSample(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]

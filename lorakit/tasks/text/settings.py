@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...config import Auto, Strict, at_least_one
 
@@ -43,6 +43,30 @@ class Prompts(Strict):
         description="prompts for samples at each evaluation, of base and adapter; default: two held-out rows, or the "
         "pictures' captions",
     )
+
+
+class Sampling(Strict):
+    """How text is generated: for samples during training, and by `lorakit predict`."""
+
+    free: ClassVar = {"sample_tokens", "sample_temperature", "sample_top_p", "sample_beams"}
+
+    sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
+    sample_temperature: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="temperature of samples; 0: the most likely token each time"
+    )
+    sample_top_p: float = Field(
+        1.0, gt=0, le=1, description="draw samples from the likeliest tokens of this probability"
+    )
+    sample_beams: int = Field(1, ge=1, description="beams of samples; 1: no beam search")
+
+    @model_validator(mode="after")
+    def _beams_or_chance(self) -> Sampling:
+        if self.sample_beams > 1 and self.sample_temperature > 0:
+            raise ValueError(
+                f"sample_beams: {self.sample_beams} searches for the likeliest text, and sample_temperature: "
+                f"{self.sample_temperature:g} draws one; remove one of the two"
+            )
+        return self
 
 
 class Lengths(Strict):
