@@ -128,8 +128,10 @@ def recognizes(row: Mapping[str, Any]) -> bool:
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
-    names = about.get("labels") or [base.id2label[label] for label in sorted(base.id2label)]
-    return {} if names == [f"LABEL_{label}" for label in range(len(names))] else {"labels": list(names)}
+    from .text.headed import names_of
+
+    names = names_of(about, base)
+    return {"labels": names} if names else {}
 
 
 # ------------------------------------------------------------------------------------- the base
@@ -310,8 +312,8 @@ def predict(config: RunSettings, base: Base, items: Sequence[LabelledPicture], b
     for rows, logits in _in_batches(base, items, batch_size):
         for row, scores in zip(rows, logits.softmax(1).tolist(), strict=True):
             best = max(range(len(scores)), key=scores.__getitem__)
-            by_name = {names[label]: score for label, score in enumerate(scores)}
-            found[row] = {"label": names[best], "score": scores[best], "scores": by_name}
+            by_name = {names[label]: round(score, 6) for label, score in enumerate(scores)}
+            found[row] = {"label": names[best], "score": round(scores[best], 6), "scores": by_name}
     return [found[row] for row in range(len(items))]
 
 

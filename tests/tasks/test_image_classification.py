@@ -397,6 +397,16 @@ def test_train_plan_and_eval_on_the_command_line(vit_folder, pictures, tmp_path,
     (row,) = found["results"]
     assert (row["adapter"], row["rows"]) == ("mine", 24)
     assert row["accuracy"] > 0.8
+    assert run(["predict", str(rows), *model, "--adapter", f"{out}/adapter", "--precision", "fp32"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [json.loads(row)["image"] for row in rows.read_text().splitlines()]
+    assert sum(line["prediction"]["label"] == line["label"] for line in lines) > 19
+    (alone := tmp_path / "alone").mkdir()
+    tiny_vision.picture("red", 50).save(alone / "what.png")  # no folder names its label
+    assert run(["predict", str(alone), *model, "--adapter", f"{out}/adapter", "--precision", "fp32"]) == 0
+    (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert line["from"] == str(alone / "what.png")
+    assert line["prediction"]["label"] == "red"
     assert run(["plan", "--task", "image_classification", "--labels", "a,b,c", *model]) == 0
     said = capsys.readouterr().out
     assert "classifier" in said

@@ -35,12 +35,13 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class LabelledSource:
-    """The pictures of a source and their labels, None where a row has none. `names`: of all labels, where the source
-    says in which order; empty if it does not.
+    """The pictures of a source and their labels, None where a row has none. `rows`: those that name the pictures, None
+    for files in folders; `names`: of all labels, where the source says in which order; empty if it does not.
     """
 
     source: Source
     labels: list[str | None]
+    rows: list[Row | None]
     names: list[str] = field(default_factory=list)
 
 
@@ -99,7 +100,7 @@ def _of_folder(folder: Path, needed: bool) -> LabelledSource:
         found.append(Found(str(path), parent, str(inside.with_suffix("")), path.read_bytes, None, path))
         labels.append(inside.parts[0] if parent else None)
     notes = {f"{name} is not read: the folders' names are the labels; give the file to read it": 1 for name in tables}
-    return LabelledSource(Source(str(folder), found, notes), labels)
+    return LabelledSource(Source(str(folder), found, notes), labels, [None] * len(found))
 
 
 def _of_rows(rows: list[Row], path: Path, columns: Mapping[str, str], needed: bool) -> LabelledSource:
@@ -120,7 +121,7 @@ def _of_rows(rows: list[Row], path: Path, columns: Mapping[str, str], needed: bo
     unread = [
         [name for name, value in row.values.items() if value is not None and name not in (image, label)] for row in rows
     ]
-    return LabelledSource(Source(str(path), found, unused_columns(unread)), labels)
+    return LabelledSource(Source(str(path), found, unused_columns(unread)), labels, [*rows])
 
 
 def _of_dataset(source: str, split: str | None, columns: Mapping[str, str], needed: bool) -> LabelledSource:
@@ -134,7 +135,8 @@ def _of_dataset(source: str, split: str | None, columns: Mapping[str, str], need
             value = names[value] if 0 <= value < len(names) else None  # -1: a test set without labels
         labels.append(_label(picture.where, value, needed))
     unread = [[name for name in rest.column_names if name != column]] * len(found)
-    return LabelledSource(Source(source, found, unused_columns(unread)), labels, names)
+    rows: list[Row | None] = [Row(dict(values), source, number) for number, values in enumerate(rest, start=1)]
+    return LabelledSource(Source(source, found, unused_columns(unread)), labels, rows, names)
 
 
 def _column(

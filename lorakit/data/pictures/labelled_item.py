@@ -16,6 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from ...errors import DataError
+from ..parse import Row
 from .buckets import Size
 from .decode import decode
 from .item import Box
@@ -42,7 +43,7 @@ class LabelledPicture:
     """`label`: its number, None for a picture to predict; `original`: the upright picture's size; `content`: SHA-256 of
     its file; `group`: the shape that the image processor makes of it, [channels, height, width].
 
-    `box`, `mirrored`: what an epoch drew; without these it is as evaluation sees it.
+    `row`: that names it, None for a file in a folder; `box`, `mirrored`: what an epoch drew; without these it is as evaluation sees it.
     """
 
     where: str
@@ -56,6 +57,7 @@ class LabelledPicture:
     animated: Literal["refuse", "first"] = "refuse"
     box: Box | None = None
     mirrored: bool = False
+    row: Row | None = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:

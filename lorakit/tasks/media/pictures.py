@@ -50,13 +50,14 @@ def read_labelled_pictures(
     background = colour(settings.background)
     read = find_labelled(source, split, settings.columns, needed)
     checked, notes = check_pictures(read.source, settings, background)
-    label_of = {id(found): label for found, label in zip(read.source.pictures, read.labels, strict=True)}
+    of_picture = {id(found): index for index, found in enumerate(read.source.pictures)}
     names = list(names) or read.names or ordered(label for label in read.labels if label is not None)
     shape_of = _shapes(processor)
     augmenting = Augmenting(settings.flip, settings.random_crop)
     items = []
     for one in checked:
-        label = label_of[id(one.found)]
+        index = of_picture[id(one.found)]
+        label = read.labels[index]
         items.append(
             LabelledPicture(
                 where=one.where,
@@ -68,6 +69,7 @@ def read_labelled_pictures(
                 augmenting=augmenting,
                 background=background,
                 animated=settings.animated,
+                row=read.rows[index],
             )
         )
     return LabelledPictures(items, names, read.source.notes | notes, _sizes(items))
