@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from ..data.labelled import LabelledItem
 
 
-class ClassificationSettings(Lengths, Labels, Columns):
+class ClassificationSettings(Labels, Lengths, Columns):
     pass
 
 

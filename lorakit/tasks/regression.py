@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 
 class RegressionSettings(Lengths, Columns):
-    """Regression has no settings of its own."""
+    pass
 
 
 settings = RegressionSettings

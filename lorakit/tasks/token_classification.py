@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunSettings, part
 from ..data.columns import OF_LANGUAGE_MODELS
-from .classification import ClassificationSettings, labels_shown, remembered  # noqa: F401 (names of the task)
+from .classification import labels_shown, remembered  # noqa: F401 (names of the task)
 from .task import Base, Data
 from .text import headed
 from .text.headed import (  # noqa: F401 (names of the task)
@@ -55,6 +55,7 @@ from .text.headed import (  # noqa: F401 (names of the task)
     uses_all,
     write_samples,
 )
+from .text.settings import Columns, Labels, Lengths
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,11 @@ if TYPE_CHECKING:
     from ..data.tagged import TaggedItem
 
 
-settings = ClassificationSettings
+class TokenClassificationSettings(Labels, Lengths, Columns):
+    pass
+
+
+settings = TokenClassificationSettings
 peft_type = "TOKEN_CLS"
 summary = "predict a tag for each word, such as B-PER"
 unit = "words"
@@ -81,7 +86,7 @@ def processor(config: RunSettings) -> Any:
 def data(config: RunSettings, processor: Any) -> Data:
     from ..data.tagged import read_tagged
 
-    own = part(config, ClassificationSettings)
+    own = part(config, TokenClassificationSettings)
 
     def read(rows: Any, max_length: Any, first: Any) -> Any:
         names = own.labels if first is None else first.names
@@ -111,14 +116,14 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 
     from ..bases.load_head import labelled
 
-    names = data.about.get("labels") or part(config, ClassificationSettings).labels
+    names = data.about.get("labels") or part(config, TokenClassificationSettings).labels
     return headed.load_headed(config, processor, AutoModelForTokenClassification, labelled(names), dtype, device)
 
 
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForTokenClassification
 
-    labels = {"num_labels": max(2, len(part(config, ClassificationSettings).labels))}
+    labels = {"num_labels": max(2, len(part(config, TokenClassificationSettings).labels))}
     return headed.skeleton_of(config, base, AutoModelForTokenClassification, labels, dtype)
 
 
@@ -190,7 +195,7 @@ def to_predict(config: RunSettings, processor: Any) -> list[TaggedItem]:
     from ..data.tagged import read_untagged
 
     rows = headed.rows_of(config, config.data, config.split)
-    columns = part(config, ClassificationSettings).columns
+    columns = part(config, TokenClassificationSettings).columns
     return read_untagged(rows, processor, columns, headed.longest_input(config))
 
 
@@ -209,7 +214,7 @@ def predict(config: RunSettings, base: Base, items: Sequence[TaggedItem], batch_
         scores, labels = best.values.tolist(), best.indices.tolist()
         for i, row_scores, row_labels in zip(chosen, scores, labels, strict=True):
             tags = [None if place is None else names[row_labels[place]] for place in items[i].places]
-            words = words_of(items[i], part(config, ClassificationSettings).columns)
+            words = words_of(items[i], part(config, TokenClassificationSettings).columns)
             spans = entities([tag or OUTSIDE for tag in tags])
             found[i] = {
                 "tags": tags,

@@ -41,9 +41,10 @@ class Augmenting:
 @dataclass(frozen=True)
 class LabelledPicture:
     """`label`: its number, None for a picture to predict; `original`: the upright picture's size; `content`: SHA-256 of
-    its file; `group`: the shape that the image processor makes of it, [channels, height, width].
+    its file; `group`: the shape that the image processor makes of it, [channels, height, width]; `row`: that names it,
+    None for a file in a folder.
 
-    `row`: that names it, None for a file in a folder; `box`, `mirrored`: what an epoch drew; without these it is as evaluation sees it.
+    `box`, `mirrored`: what an epoch drew; without these it is as evaluation sees it.
     """
 
     where: str
