@@ -17,6 +17,12 @@ MEASURES = {
     "perplexity": ("perplexity", 2),
     "accuracy": ("accuracy", 4),
     "macro_f1": ("macro f1", 4),
+    "reward_accuracy": ("reward accuracy", 4),
+    "reward_margin": ("reward margin", 4),
+    "reward_chosen": ("reward chosen", 4),
+    "reward_rejected": ("reward rejected", 4),
+    "likelihood_accuracy": ("chosen likelier", 4),  # per token, without a reference
+    "kl": ("KL", 4),
     "matthews": ("Matthews", 4),
     "pearson": ("Pearson", 4),
     "spearman": ("Spearman", 4),
@@ -26,6 +32,8 @@ MEASURES = {
     "answer_f1": ("answer f1", 1),
     "bleu": ("BLEU", 1),
     "chrf": ("chrF", 1),
+    "rouge_1": ("ROUGE-1", 1),
+    "rouge_2": ("ROUGE-2", 1),
     "rouge_l": ("ROUGE-L", 1),
     "exact_match": ("exact match", 1),
     "cut": ("cut off", 0),  # answers that reached --max-new-tokens before their end

@@ -19,6 +19,7 @@ from .task import Base, Data
 from .text import headed
 from .text.headed import (  # noqa: F401 (names of the task)
     alone,
+    asked,
     base_samples,
     blueprint,
     check,
@@ -53,6 +54,7 @@ from .text.headed import (  # noqa: F401 (names of the task)
     unsaved,
     uses_all,
     write_samples,
+    writes,
 )
 from .text.settings import Columns, Labels, Lengths
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from ..config import Choice, Quantization, RunSettings, part
 from ..data.pictures.settings import Decoding, Mirroring
 from ..errors import ConfigError, NotFiniteError, TrainError
+from ..nondefault import nondefault
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
     blueprint,
@@ -80,9 +81,9 @@ _UNUSED = ("compile", "add_tokens", "trainable_tokens")
 
 def processor(config: RunSettings) -> Any:
     from ..bases.load_processor import load_image_processor
-    from .media.own_settings import check_own
 
-    check_own(config, ImageClassificationSettings, _UNUSED)
+    for name in nondefault(config, _UNUSED):
+        raise ConfigError(f"{name}: task image_classification does not have it\n  remove {name}")
     return load_image_processor(config.model, config.revision, config.trust_remote_code)
 
 

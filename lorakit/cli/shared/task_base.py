@@ -76,9 +76,9 @@ def config_for(
             f"the adapters were trained with different settings of {name}: {settings}\n  evaluate them one at a time"
         )
     changes: dict[str, Any] = {}
-    if "max_length" in task.settings.model_fields:
+    for limit in {"max_length", "max_target_length"} & task.settings.model_fields.keys():
         positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
-        changes["max_length"] = positions or NO_LIMIT
+        changes[limit] = positions or NO_LIMIT
     if "on_long" in task.settings.model_fields:
         changes["on_long"] = "cut"  # nothing is trained on what is missing
     changes |= settings[0] if settings else task.remembered({}, base_config)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...config import RunSettings, part
-from ..task import Base
+from ..task import Asked, Base
+from .samples import TextSample
 from .settings import Sampling
 
 if TYPE_CHECKING:
@@ -36,3 +37,13 @@ def answers(config: RunSettings, base: Base, questions: Sequence[Question], batc
     cut: set[int] = set()
     texts = generate(base.model, base.processor, prompts, batch_size=batch_size, on_cut=cut.add, **options)
     return [{"answer": text.strip()} | ({"cut": True} if i in cut else {}) for i, text in enumerate(texts)]
+
+
+def sampled(config: RunSettings, base: Base, prompts: Sequence[Asked]) -> list[TextSample]:
+    """Generate one answer per prompt. What is drawn depends on the run's seed alone."""
+    from ...generate.generate import generate
+
+    if not prompts:
+        return []
+    texts = generate(base.model, base.processor, [p.ids for p in prompts], seed=config.seed, **options_of(config))
+    return [TextSample(prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -16,6 +16,7 @@ from ...errors import ConfigError, NotFiniteError, TrainError
 from ..task import Base, Data, Item
 from .base import (  # noqa: F401 (names of the tasks)
     MARGIN,
+    asked,
     blueprint,
     checkpoint,
     compares,
@@ -40,6 +41,7 @@ from .base import (  # noqa: F401 (names of the tasks)
     tried_with,
     unsaved,
     uses_all,
+    writes,
 )
 from .samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401 (names of the tasks)
 from .settings import Columns, Lengths
