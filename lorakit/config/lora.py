@@ -154,7 +154,9 @@ class LoraSettings(KindSettings, Placement, LowRank):
 class LoraConfig(LoraSettings, Ia3Settings):
     """An adapter's settings: those of its updates, its task and its base."""
 
-    task: str | None = Field(None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    task: str | None = Field(
+        None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ..., or IMAGE_CLASSIFICATION"
+    )
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
 
