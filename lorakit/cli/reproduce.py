@@ -78,9 +78,7 @@ def reproduce(
         print(f"{name}: {NAMES[name]}", flush=True)
         result = suite.load(name).run(work)
         flags = f" --file {list_file}" if file else ""
-        content = report.store(
-            out, name, result, report.command(name, budgets[name]) + flags, work.seconds, machine()
-        )
+        content = report.store(out, name, result, report.command(name, budgets[name]) + flags, work.seconds, machine())
         _show(name, content, report.draw(out, name, content))
     say(f"next: read {out / report.PAGE}; lorakit reproduce --table-only --out {out} writes the tables again")
 

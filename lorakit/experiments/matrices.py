@@ -94,11 +94,7 @@ def findings(result: Result) -> Sequence[Finding]:
             verdict(spread.mean < 0, spread),
             f"q, v against q, k: {spread.show()}",
         ),
-        Finding(
-            "v alone is better than q alone",
-            verdict(alone.mean < 0, alone),
-            f"v against q: {alone.show()}",
-        ),
+        Finding("v alone is better than q alone", verdict(alone.mean < 0, alone), f"v against q: {alone.show()}"),
         Finding(
             "adapting attention alone is enough (the paper leaves the MLP to future work)",
             "agrees" if best in ATTENTION else "disagrees",
@@ -120,4 +116,3 @@ def plot(result: Result, figure: Any) -> None:
 
 def _losses(result: Result) -> dict[str, list[float]]:
     return {row["name"]: row["losses"] for row in result["rows"]}
-

@@ -12,24 +12,19 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .seeds import difference, show
-from .suite import Budget, Finding, Result, verdict
+from .suite import Budget, Finding, Result
 
 if TYPE_CHECKING:
     from ..analysis.tables import Table
     from .work import Work
 
 TITLE = (
-    "Held-out loss on E2E and BLEU on its test set by rank, for adapters on q and v (the paper's choice) and on all "
-    "linear layers (lorakit's default). Mean over the seeds with its standard deviation; differences are paired by "
+    "Held-out loss on E2E and BLEU on its test set by rank, for adapters on q and v (the paper's choice). Mean over the seeds with its standard deviation; differences are paired by "
     "seed, with their 95 % interval. The learning rate is the best of four at rank 8, with another seed."
 )
 BUDGET = Budget(seeds=3, steps=60, rows=35)
-REFERENCE = 8
-# Modules, ranks.
-TARGETS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "q, v": (["q_proj", "v_proj"], (1, 2, 4, 8, 64)),
-    "all linear": ("all-linear", (1, 8, 64)),
-}
+RANKS, REFERENCE, LARGEST = (1, 2, 4, 8, 64), 8, 64
+TARGETS = ["q_proj", "v_proj"]
 
 
 def run(work: Work) -> Result:
@@ -37,27 +32,23 @@ def run(work: Work) -> Result:
 
     assert work.budget.rows is not None
     tests, rows = test_rows(work.budget.rows), []
-    for name, (targets, ranks) in TARGETS.items():
-        tuned = tune_rate(work, f"learning rate of {name}", {"targets": targets, "rank": REFERENCE})
-        for rank in ranks:
-            settings = {"targets": targets, "rank": rank, "learning_rate": tuned["rate"]}
-            part = f"{name}, rank {rank}"
-            runs = train_seeds(work, part, settings)
-            scores = [
-                work.cell(f"{part}, texts of seed {run['seed']}", lambda run=run: texts_scores(run, settings, tests))
-                for run in runs
-            ]
-            rows.append(
-                {
-                    "targets": name,
-                    "rank": rank,
-                    "rate": tuned["rate"],
-                    "trainable": runs[0]["trainable"],
-                    "losses": [run["loss"] for run in runs],
-                    "bleus": [score["bleu"] for score in scores],
-                }
-            )
-    return {"rows": rows}
+    tuned = tune_rate(work, f"learning rate of rank {REFERENCE}", {"targets": TARGETS, "rank": REFERENCE})
+    for rank in RANKS:
+        settings = {"targets": TARGETS, "rank": rank, "learning_rate": tuned["rate"]}
+        runs = train_seeds(work, f"rank {rank}", settings)
+        scores = [
+            work.cell(f"rank {rank}, texts of seed {run['seed']}", lambda run=run: texts_scores(run, settings, tests))
+            for run in runs
+        ]
+        rows.append(
+            {
+                "rank": rank,
+                "trainable": runs[0]["trainable"],
+                "losses": [run["loss"] for run in runs],
+                "bleus": [score["bleu"] for score in scores],
+            }
+        )
+    return {"rows": rows, "tuned": tuned}
 
 
 def tables(result: Result) -> Sequence[Table]:
@@ -65,48 +56,42 @@ def tables(result: Result) -> Sequence[Table]:
 
     cells = []
     for row in result["rows"]:
-        own, other = row["rank"], _losses(result, row["targets"])[REFERENCE]
+        other = _losses(result)[REFERENCE]
         cells.append(
             [
-                row["targets"],
-                str(own),
+                str(row["rank"]),
                 f"{row['trainable']:,}",
                 show(row["losses"]),
-                "" if own == REFERENCE else difference(row["losses"], other).show(),
+                "" if row["rank"] == REFERENCE else difference(row["losses"], other).show(),
                 show(row["bleus"], 1),
             ]
         )
-    heads = ["matrices", "rank", "parameters", "held-out loss", f"against rank {REFERENCE}", "BLEU"]
-    return [Table("", heads, cells)]
+    return [Table("", ["rank", "parameters", "held-out loss", f"against rank {REFERENCE}", "BLEU"], cells)]
 
 
 def findings(result: Result) -> Sequence[Finding]:
-    found = []
-    for name in TARGETS:
-        losses = _losses(result, name)
-        least, most = difference(losses[1], losses[REFERENCE]), difference(losses[64], losses[REFERENCE])
-        found += [
-            Finding(
-                f"a rank of 1 is enough ({name})",
-                "disagrees" if least.mean > 0 and least.above_noise else "agrees",
-                f"rank 1 against {REFERENCE}: {least.show()}",
-            ),
-            Finding(
-                f"a rank of 64 is not better than one of {REFERENCE} ({name})",
-                "disagrees" if most.mean < 0 and most.above_noise else "agrees",
-                f"rank 64 against {REFERENCE}: {most.show()}",
-            ),
-        ]
-    best = min(fmean(values) for values in _losses(result, "all linear").values())
-    spread = difference(_losses(result, "all linear")[1], _losses(result, "q, v")[64])
-    found.append(
+    losses = _losses(result)
+    least, most = difference(losses[1], losses[REFERENCE]), difference(losses[LARGEST], losses[REFERENCE])
+    best = min(losses, key=lambda rank: fmean(losses[rank]))
+    apart = {rank: difference(values, losses[best]) for rank, values in losses.items() if rank != best}
+    noise = [str(rank) for rank, own in apart.items() if not own.above_noise]
+    return [
         Finding(
-            "what is adapted matters more than the rank (section 7.1 against 7.2)",
-            verdict(spread.mean < 0, spread),
-            f"all linear at rank 1 against q, v at rank 64: {spread.show()}; the best of all: {best:.4f}",
-        )
-    )
-    return found
+            "a rank of 1 is enough",
+            "disagrees" if least.mean > 0 and least.above_noise else "agrees",
+            f"rank 1 against {REFERENCE}: {least.show()}",
+        ),
+        Finding(
+            f"a rank of {LARGEST} is not better than one of {REFERENCE}",
+            "disagrees" if most.mean < 0 and most.above_noise else "agrees",
+            f"rank {LARGEST} against {REFERENCE}: {most.show()}",
+        ),
+        Finding(
+            "small and large ranks perform alike",
+            "agrees" if len(noise) == len(apart) else "disagrees",
+            f"lowest mean loss at rank {best}; within its noise: {', '.join(noise) or 'no other rank'}",
+        ),
+    ]
 
 
 def plot(result: Result, figure: Any) -> None:
@@ -114,18 +99,15 @@ def plot(result: Result, figure: Any) -> None:
     for axes, (key, label) in zip(
         figure.subplots(1, 2), {"losses": "held-out loss", "bleus": "BLEU"}.items(), strict=True
     ):
-        for name, colour in zip(TARGETS, ("#64748b", "#c2410c"), strict=True):
-            own = [row for row in result["rows"] if row["targets"] == name]
-            axes.plot([r["rank"] for r in own], [fmean(r[key]) for r in own], color=colour, label=name)
-            for row in own:
-                axes.scatter([row["rank"]] * len(row[key]), row[key], s=12, color=colour)
+        rows = result["rows"]
+        axes.plot([row["rank"] for row in rows], [fmean(row[key]) for row in rows], color="#c2410c")
+        for row in rows:
+            axes.scatter([row["rank"]] * len(row[key]), row[key], s=12, color="#64748b")
         axes.set_xscale("log", base=2)
-        ranks = sorted({row["rank"] for row in result["rows"]})
-        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+        axes.set_xticks([row["rank"] for row in rows], [str(row["rank"]) for row in rows])
         axes.set_xlabel("rank")
         axes.set_ylabel(label)
-    figure.axes[0].legend(frameon=False)
 
 
-def _losses(result: Result, targets: str) -> dict[int, list[float]]:
-    return {row["rank"]: row["losses"] for row in result["rows"] if row["targets"] == targets}
+def _losses(result: Result) -> dict[int, list[float]]:
+    return {row["rank"]: row["losses"] for row in result["rows"]}

@@ -1,9 +1,9 @@
 """Write a table's results: JSON, Markdown and a plot in the folder of `lorakit reproduce`; all tables on one page.
 
-    OUT/NAME.json     what was measured, on which machine, with which command and CPU seconds
-        NAME.md       the table and what it says of the paper
-        NAME.png      its plot, if it has one
-        experiments.md   all tables that are there
+OUT/NAME.json     what was measured, on which machine, with which command and CPU seconds
+    NAME.md       the table and what it says of the paper
+    NAME.png      its plot, if it has one
+    experiments.md   all tables that are there
 """
 
 from __future__ import annotations
@@ -68,10 +68,17 @@ def markdown(name: str, experiment: Experiment, content: Mapping[str, Any], imag
     result, machine = content["result"], content["machine"]
     lines = [f"## {NAMES[name]}", "", " ".join(experiment.TITLE.split()), ""]
     facts = f"{content['seconds']:.0f} CPU seconds; {machine['cpu']}, {machine['cores']} cores"
-    lines += [f"    {content['command']}", "", f"({facts}; lorakit {machine['lorakit']}, torch {machine['torch']}.)", ""]
+    lines += [
+        f"    {content['command']}",
+        "",
+        f"({facts}; lorakit {machine['lorakit']}, torch {machine['torch']}.)",
+        "",
+    ]
     for each in experiment.tables(result):
         lines += [f"**{each.title}**", ""] if each.title else []
-        lines += [table([list(map(plain, row)) for row in each.cells], [head.replace("\n", " ") for head in each.heads])]
+        lines += [
+            table([list(map(plain, row)) for row in each.cells], [head.replace("\n", " ") for head in each.heads])
+        ]
         lines += [""]
     found = experiment.findings(result)
     if found:

@@ -152,7 +152,9 @@ def e2e_files(folder: Path, train: int = TRAIN) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
-def texts_scores(run: Run, settings: Settings, tests: Sequence[dict[str, Any]], seconds: float = 0.0) -> dict[str, float]:
+def texts_scores(
+    run: Run, settings: Settings, tests: Sequence[dict[str, Any]], seconds: float = 0.0
+) -> dict[str, float]:
     """Generate texts with a run's result for the test rows, and score them. Deletes a full model afterwards."""
     import torch
 

@@ -1,7 +1,7 @@
 """A table's folder: what was measured so far, so that a killed table continues where it stopped.
 
-    OUT/NAME/cells.json     the settings, and each finished part with the CPU seconds it took
-        runs/               run folders, as `lorakit train` and `sweep` write them
+OUT/NAME/cells.json     the settings, and each finished part with the CPU seconds it took
+    runs/               run folders, as `lorakit train` and `sweep` write them
 """
 
 from __future__ import annotations
@@ -25,16 +25,12 @@ CELLS = "cells.json"
 class Work:
     """The folder in which one table is measured. `file`: the user's data, for tables that need some."""
 
-    def __init__(
-        self,
-        folder: Path,
-        budget: Budget,
-        say: Callable[[str], None] = print,
-        file: Path | None = None,
-    ):
+    def __init__(self, folder: Path, budget: Budget, say: Callable[[str], None] = print, file: Path | None = None):
         """Raises ConfigError if the folder holds the table with other settings, or is damaged."""
         self.folder, self.budget, self.say, self.file = folder, budget, say, file
-        self.settings = {k: v for k, v in asdict(budget).items() if v is not None} | ({"file": str(file)} if file else {})
+        self.settings = {k: v for k, v in asdict(budget).items() if v is not None} | (
+            {"file": str(file)} if file else {}
+        )
         self._cells = _read(folder / CELLS, self.settings)
 
     @property
