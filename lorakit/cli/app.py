@@ -32,6 +32,7 @@ COMMANDS = {
     "train": Command("train", "train", "train one adapter, or resume a run"),
     "sweep": Command("sweep", "sweep", "train many adapters at once, and compare them"),
     "eval": Command("eval", "evaluate", "evaluate base and adapters side by side"),
+    "predict": Command("predict", "predict", "write labels, scores or answers for each row of a file"),
     "generate": Command("generate", "generate", "answer one prompt"),
     "chat": Command("chat", "chat", "chat with a model"),
     "inspect": Command("inspect", "inspect", "show what an adapter or a model contains"),

@@ -39,7 +39,6 @@ def merge_module(layer: LoraLayer, name: str) -> None:
     Raises StateError for a weight or an update that cannot be merged (quantized, offloaded, ...), and for an update
     that is not finite.
     """
-    weight = base_of(layer).writable(layer, name)
     for update, _ in layer.lora_in_use():
         value = update.value(layer)
         why = value.unmergeable()
@@ -47,6 +46,7 @@ def merge_module(layer: LoraLayer, name: str) -> None:
             raise StateError(f"'{name}' {why}")
         for key, tensor in value.tensors().items():
             check_finite(tensor, f"{key} of '{name}'")
+    weight = base_of(layer).writable(layer, name)
     with torch.no_grad():
         gains = [update.weight_gain(layer) for update, _ in layer.lora_in_use()]
         layer.lora_merged = Merge(add_(weight, _change(layer, weight, gains), f"'{name}'"), gains)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +34,7 @@ class Start:
     base: str | None
     revision: str | None
     about: Mapping[str, Any]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Method(Protocol):
     """A fine-tuning method. `config` is always a run's config, which includes the method's own settings."""
 
     settings: type[Strict]
+    defaults: Mapping[str, Any]  # settings of a run that have another default with this method
     title: str  # column heading: "LoRA"
     summary: str  # in the help of --method
     result: str  # what is saved, "adapter" or "model"; also its folder inside the run folder

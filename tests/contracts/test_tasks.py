@@ -15,19 +15,22 @@ import peft
 import pytest
 import tiny_lm
 import tiny_pictures
+import tiny_seq
 import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import StableDiffusionPipeline
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
+from lorakit.errors import ConfigError
 from lorakit.generate.eval_mode import evaluating
+from lorakit.methods.lora import base_alone
 from lorakit.plan.static import static_estimate
-from lorakit.tasks import task_for, task_names, task_of
+from lorakit.tasks import task_for, task_names, task_of, task_of_adapter
 from lorakit.tasks.image.loss import fixed_losses
-from lorakit.tasks.task import Base, weight_of
+from lorakit.tasks.task import Base, Task, weight_of
 from lorakit.train.config import TrainConfig
 from lorakit.train.memory import planner_for
 from lorakit.train.progress import Progress
@@ -57,6 +60,7 @@ class Kind:
         job.model, job.task.collate(items, job.base)
     )
     model: str | None = None
+    planned: Callable[[Any], tuple[int, float]] = lambda made: (made["input_ids"].shape[1], 1.0)  # size and share
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,6 +72,21 @@ def causal_loss(model: Any, item: Any) -> torch.Tensor:
 
 def label_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(torch.tensor([item.ids])).logits[0].log_softmax(0)[item.label]
+
+
+def pair_loss(model: Any, pair: Any) -> torch.Tensor:
+    """DPO's, with beta 0.1: −log σ(β (log π/π_ref of the chosen answer − that of the rejected one))."""
+    own = [-causal_loss(model, answer) for answer in pair.answers]
+    with model.disable_adapter() if isinstance(model, peft.PeftModel) else base_alone(model):
+        reference = [-causal_loss(model, answer) for answer in pair.answers]
+    return -F.logsigmoid(0.1 * ((own[0] - reference[0]) - (own[1] - reference[1])))
+
+
+def pairs() -> list[dict[str, Any]]:
+    return [
+        row | {"chosen": row.pop("completion"), "rejected": "pears" * (i % 3) + "!"}
+        for i, row in enumerate(tiny_lm.rows())
+    ]
 
 
 def rows_in(rows: list[dict[str, Any]]) -> Callable[[Path], Path]:
@@ -126,6 +145,15 @@ def in_diffusers(base: str, result: Path) -> Any:
     return pipe
 
 
+def target_loss(model: Any, item: Any) -> torch.Tensor:
+    return model(input_ids=torch.tensor([item.ids]), labels=torch.tensor([item.target])).loss * len(item.target)
+
+
+def both_sides(made: Any) -> tuple[int, float]:
+    source, target = made["input_ids"].shape[1], made["labels"].shape[1]
+    return source + target, target / (source + target)
+
+
 LABELLED = labelled_rows()
 KINDS = {
     "causal_lm": Kind(
@@ -135,6 +163,20 @@ KINDS = {
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
     ),
     "classification": Kind(rows_in(LABELLED), len(LABELLED), label_loss, classifier),
+    "preference": Kind(
+        rows_in(pairs()),
+        len(tiny_lm.rows()),
+        pair_loss,
+        lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
+    ),
+    "seq2seq": Kind(
+        rows_in(tiny_seq.pairs()),
+        len(tiny_seq.pairs()),
+        target_loss,
+        lambda base, result: in_peft(AutoModelForSeq2SeqLM.from_pretrained(base), result),
+        model="t5_folder",
+        planned=both_sides,
+    ),
     "text_to_image": Kind(
         lambda folder: tiny_pictures.write_pictures(folder / "own", 12, ((24, 24), (16, 16))),
         12,
@@ -163,6 +205,11 @@ def pipeline_folder(tmp_path_factory):
     return tiny_pictures.save_pipeline(tmp_path_factory.mktemp("tiny-pipeline") / "sd1")
 
 
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    return tiny_lm.save(tmp_path_factory.mktemp("tiny-t5") / "t5", tiny_seq.t5(dropout_rate=0.0))
+
+
 @pytest.fixture
 def make(request, make_config, tmp_path, name):
     """`make(**changes)`: a short run's config for the task."""
@@ -177,12 +224,21 @@ def test_every_task_has_a_row_here():
     assert KINDS.keys() == set(task_names())
 
 
+def test_every_task_defines_all_names_of_the_interface(name):
+    names = [*Task.__annotations__, *(n for n, value in vars(Task).items() if callable(value) and n[0] != "_")]
+    assert len(names) > 40
+    missing = [n for n in names if not hasattr(task_of(name), n) and n not in ("to_predict", "predict")]
+    assert missing == []
+
+
 def test_a_runs_config_has_its_settings_and_takes_pefts_name_for_it(name):
     task = task_of(name)
     assert set(task.settings.model_fields) <= set(TrainConfig.model_fields)
-    assert task_for(task.peft_type) == name
-    config = TrainConfig(data="rows.jsonl", task=task.peft_type)
-    assert config.task == name
+    first = task_for(task.peft_type)  # of those with this type: SEQ_CLS is classification, regression has it too
+    assert task_of(first).peft_type == task.peft_type
+    assert TrainConfig(data="rows.jsonl", task=task.peft_type).task == first
+    assert task_of_adapter(task.peft_type, {"recipe": {"task": name}}) == name
+    config = TrainConfig(data="rows.jsonl", task=name)
     assert TrainConfig(**yaml.safe_load(yaml.safe_dump(config.model_dump()))) == config
 
 
@@ -237,8 +293,12 @@ def test_a_batch_is_planned_as_it_is_made(make, name):
         assert estimate.parts["optimizer"] == 8 * estimate.trained
         return
     made = job.task.collate(job.train[:2], job.base)
-    planned = job.task.example(2, made["input_ids"].shape[1])
-    assert {n: (t.shape, t.dtype) for n, t in planned.items()} == {n: (t.shape, t.dtype) for n, t in made.items()}
+    planned = job.task.example(2, *KINDS[name].planned(made))
+    shapes = [
+        {n: (t.shape, t.dtype) if isinstance(t, torch.Tensor) else type(t) for n, t in each.items()}
+        for each in (planned, made)
+    ]
+    assert shapes[0] == shapes[1]
     estimate = planner_for(config, torch.float32, CPU, validation=2).estimate(2, 16)
     assert estimate.parts["activations"] > 0
     skeleton = job.task.skeleton(config, load_config(config.model), torch.float32)
@@ -300,3 +360,34 @@ def test_samples_one_for_each_prompt_are_written_and_read(make, name, tmp_path):
         shown = job.task.read_samples(job.task.write_samples(tmp_path / "samples", 5, samples, samples))
         assert len(shown.texts) == len(prompts) or shown.picture.startswith(b"\x89PNG")
     assert isinstance(job.base, Base)
+
+
+def test_prompts_with_their_answers_are_for_tasks_that_write(make, name):
+    job = set_up(make())
+    found = job.task.asked(job.base, job.train)
+    assert bool(found) == job.task.writes
+    assert all(each.ids and each.text and each.references and "own" in each.where for each in found)
+    assert job.task.writes <= ("sample_tokens" in job.task.settings.model_fields)
+
+
+def test_every_row_is_predicted_in_its_place_whatever_shares_its_batch(make, name):
+    """Or the task says which command to use instead."""
+    config = make(**({"sample_tokens": 4} if task_of(name).writes else {}))
+    job = set_up(config)
+    items = job.task.to_predict(config, job.base.processor)
+    assert len(items) == KINDS[name].count
+    assert all("own" in item.where for item in items)
+    found, said = None, ""
+    try:
+        found = job.task.predict(config, job.base, items, 5)
+    except ConfigError as error:
+        said = str(error)
+    if found is None:
+        assert "lorakit" in said
+        return
+    assert len(found) == len(items)
+    assert json.loads(json.dumps(found)) == found
+    for i in (0, len(items) // 2, len(items) - 1):
+        (alone,) = job.task.predict(config, job.base, [items[i]], 1)
+        assert alone.keys() == found[i].keys()
+        assert all(alone[key] == found[i][key] for key in alone if isinstance(alone[key], str))

@@ -52,8 +52,8 @@ def after_training(config: TrainConfig, result: Path) -> str:
         task=None if config.task == DEFAULT else config.task,
     ).replace(f"lorakit eval {quote(rows)}", f"lorakit eval {quote(rows)} {where}", 1)
     lines = [f"next: {evaluate}" + ("" if isinstance(config.validation, str) else "   # rows it was not trained on")]
-    if config.task == DEFAULT:
-        use = f"generate 'your prompt' {where}" if _is_completion(result) else f"chat {where}"
+    if task.writes:
+        use = f"generate 'your prompt' {where}" if config.task != DEFAULT or _is_completion(result) else f"chat {where}"
         lines.insert(0, " ".join([f"next: lorakit {use}", *_words(loading)]))
     return "\n".join(lines)
 

@@ -94,9 +94,10 @@ def _read(
     from ...data.read import read_rows, stream_rows
     from ...data.stored import build_stored
 
+    columns = how.get("columns")
     if folder is None:
-        return build(read_rows(source, split), tokenizer, max_length=max_length, **how)
-    return build_stored(stream_rows(source, split), tokenizer, folder, max_length=max_length, **how)
+        return build(read_rows(source, split, columns=columns), tokenizer, max_length=max_length, **how)
+    return build_stored(stream_rows(source, split, columns), tokenizer, folder, max_length=max_length, **how)
 
 
 def _folder(out: str) -> Path:

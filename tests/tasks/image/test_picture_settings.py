@@ -64,7 +64,7 @@ OF_TEXT = {
 
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_settings_of_other_tasks_are_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match=f"{name}: task text_to_image does not have it"):
+    with pytest.raises(ConfigError, match=f"{name} has no effect with task: text_to_image; remove it"):
         processor(tmp_path, **{name: OF_TEXT[name]})
 
 
