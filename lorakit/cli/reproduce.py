@@ -36,8 +36,8 @@ def reproduce(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="write a folder that repeats an experiment of the paper at its own size, with your copy of weights and "
-            "data: roberta-glue, gpt2-e2e, gpt3-shapes",
+            help="write a folder that repeats an experiment of the paper at its own size, with your copy of weights "
+            "and data: roberta-glue, gpt2-e2e, gpt3-shapes",
         ),
     ] = None,
 ) -> None:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .work import Work
 
 TITLE = (
-    "One forward pass of a GPT-2 with random weights: milliseconds for the base, and what each adapter adds, in percent "
-    "of that. All sides run in turn in one process; medians. Merged LoRA runs the base's own computation, so its column "
-    "is the noise."
+    "One forward pass of a GPT-2 with random weights: milliseconds for the base, and what each adapter adds, in "
+    "percent of that. All sides run in turn in one process; medians. Merged LoRA runs the base's own computation, so "
+    "its column is the noise."
 )
 BUDGET = Budget()
 MERGED, ADAPTERS, UNMERGED = "LoRA, merged +%", ("adapter L +%", "adapter H +%"), ("LoRA q,v +%", "LoRA all +%")

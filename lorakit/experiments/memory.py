@@ -88,8 +88,8 @@ def measured(settings: dict[str, Any]) -> dict[str, int]:
     """Return bytes by part of a real step on the embedded model, and of the state of each optimizer after it."""
     import torch
 
-    from ..bench.measure import kept_bytes
     from ..bases.load import EMBEDDED, load_model
+    from ..bench.measure import kept_bytes
     from ..methods import method_of
     from ..tasks import task_of
     from ..train.config import TrainConfig
@@ -162,8 +162,8 @@ def findings(result: Result) -> Sequence[Finding]:
         Finding(
             "with Adam, LoRA saves up to two thirds of the memory, as frozen parameters need no optimizer state",
             "agrees" if held[1] < 0.4 * held[0] else "disagrees",
-            f"{show_bytes(held[0])} without activations become {show_bytes(held[1])}, {1 - held[1] / held[0]:.0%} less; "
-            f"with them {1 - (held[1] + lora['activations']) / (held[0] + full['activations']):.0%} less",
+            f"{show_bytes(held[0])} without activations become {show_bytes(held[1])}, {1 - held[1] / held[0]:.0%} "
+            f"less; with them {1 - (held[1] + lora['activations']) / (held[0] + full['activations']):.0%} less",
         ),
         Finding(
             "activations are not what LoRA saves",

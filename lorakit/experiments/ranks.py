@@ -1,7 +1,7 @@
 """Which rank (Hu et al. 2021, section 7.2: Table 6 on GPT-3; Tables 15 and 18 on GPT-3 and GPT-2).
 
-alpha is 32 for every rank and the learning rate is the same (the best of four at rank 8), as in the paper ("we simply set alpha to the first r we
-try and do not tune it"). The seeds' noise stands beside each difference: a rank is better than another only if the
+alpha is 32 for every rank and the learning rate is the same (the best of four at rank 8), as in the paper ("we simply
+set alpha to the first r we try and do not tune it"). The seeds' noise stands beside each difference: a rank is better than another only if the
 difference is above it.
 """
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .work import Work
 
 TITLE = (
-    "Held-out loss on E2E and BLEU on its test set by rank, for adapters on q and v (the paper's choice). Mean over the seeds with its standard deviation; differences are paired by "
-    "seed, with their 95 % interval. The learning rate is the best of four at rank 8, with another seed."
+    "Held-out loss on E2E and BLEU on its test set by rank, for adapters on q and v (the paper's choice). Mean over "
+    "the seeds with its standard deviation; differences are paired by seed, with their 95 % interval. The learning rate is the best of four at rank 8, with another seed."
 )
 BUDGET = Budget(seeds=3, steps=60, rows=35)
 RANKS, REFERENCE, LARGEST = (1, 2, 4, 8, 64), 8, 64
@@ -28,7 +28,7 @@ TARGETS = ["q_proj", "v_proj"]
 
 
 def run(work: Work) -> Result:
-    from .runs import test_rows, texts_scores, train_seeds, tune_rate
+    from .runs import scored, test_rows, train_seeds, tune_rate
 
     assert work.budget.rows is not None
     tests, rows = test_rows(work.budget.rows), []
@@ -36,10 +36,7 @@ def run(work: Work) -> Result:
     for rank in RANKS:
         settings = {"targets": TARGETS, "rank": rank, "learning_rate": tuned["rate"]}
         runs = train_seeds(work, f"rank {rank}", settings)
-        scores = [
-            work.cell(f"rank {rank}, texts of seed {run['seed']}", lambda run=run: texts_scores(run, settings, tests))
-            for run in runs
-        ]
+        scores = scored(work, f"rank {rank}", runs, settings, tests)
         rows.append(
             {
                 "rank": rank,

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ def _one_by_one(own: Settings, axis: str, values: list[Any], folder: Path) -> li
 
 def trainable(config: Any) -> int:
     """Count the trained parameters of a run on shapes, without training it."""
-    from ..train.memory import planner_for
     import torch
+
+    from ..train.memory import planner_for
 
     return planner_for(config, torch.float32, torch.device("cpu")).shell.trained_parameters
 
@@ -152,25 +154,43 @@ def e2e_files(folder: Path, train: int = TRAIN) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
-def texts_scores(
-    run: Run, settings: Settings, tests: Sequence[dict[str, Any]], seconds: float = 0.0
-) -> dict[str, float]:
-    """Generate texts with a run's result for the test rows, and score them. Deletes a full model afterwards."""
+def scored(
+    work: Work, name: str, runs: Sequence[Run], settings: Settings, tests: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Generate texts for the test rows with each run's result, and score them. `name`: of the part that trained them."""
+
+    def scores(run: Run) -> dict[str, Any]:
+        model = load_result(run, settings)
+        found = scores_of(model, tests)
+        if method_of(settings.get("method", "lora")).result == "model":
+            shutil.rmtree(run["folder"])  # 24 MB each
+        return found
+
+    return [work.cell(f"{name}, texts of seed {run['seed']}", partial(scores, run)) for run in runs]
+
+
+def load_result(run: Run, settings: Settings) -> Any:
+    """Load the model that a run trained: the base with the adapter attached, or a model of its own."""
     import torch
 
     from ..adapter.adapter import Adapter
-    from ..bases.load import EMBEDDED, load_model, load_tokenizer
+    from ..bases.load import EMBEDDED, load_model
     from ..model.attach import attach
 
-    folder = Path(run["folder"])
-    is_model = method_of(settings.get("method", "lora")).result == "model"
-    model = load_model(str(folder) if is_model else EMBEDDED, torch.float32, torch.device("cpu"))
-    if not is_model:
-        attach(model, Adapter.load(folder))
-    texts, score = judge(model, load_tokenizer(EMBEDDED), list(tests), "", seconds)
-    if is_model:
-        shutil.rmtree(folder)  # 24 MB each
-    return {"bleu": score.bleu, "rouge_l": score.rouge_l, "nist": nist(texts, [t["references"] for t in tests])}
+    if method_of(settings.get("method", "lora")).result == "model":
+        return load_model(run["folder"], torch.float32, torch.device("cpu"))
+    model = load_model(EMBEDDED, torch.float32, torch.device("cpu"))
+    attach(model, Adapter.load(run["folder"]))
+    return model
+
+
+def scores_of(model: Any, tests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Generate texts for the test rows, and score them against all references."""
+    from ..bases.load import EMBEDDED, load_tokenizer
+
+    texts, score = judge(model, load_tokenizer(EMBEDDED), list(tests), "", 0.0)
+    own = nist(texts, [test["references"] for test in tests])
+    return {"bleu": score.bleu, "rouge_l": score.rouge_l, "nist": own}
 
 
 def test_rows(count: int) -> list[dict[str, Any]]:

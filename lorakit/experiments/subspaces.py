@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 TITLE = (
     "Similarity φ(i, j) of the first i and j singular directions of two adapters on q and v, trained on E2E: ranks 8 "
-    "and 64, two seeds of rank 64, and two random Gaussian matrices. Means over the layers; 0: orthogonal, 1: contained."
+    "and 64, two seeds of rank 64, and two random Gaussian matrices. Means over the layers; 0: orthogonal, 1: "
+    "contained."
 )
 BUDGET = Budget(steps=100)
 SMALL, LARGE, RATE = 8, 64, 8e-3

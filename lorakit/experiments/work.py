@@ -28,7 +28,7 @@ class Work:
     def __init__(self, folder: Path, budget: Budget, say: Callable[[str], None] = print, file: Path | None = None):
         """Raises ConfigError if the folder holds the table with other settings, or is damaged."""
         self.folder, self.budget, self.say, self.file = folder, budget, say, file
-        self.settings = {k: v for k, v in asdict(budget).items() if v is not None} | (
+        self.settings: dict[str, Any] = {k: v for k, v in asdict(budget).items() if v is not None} | (
             {"file": str(file)} if file else {}
         )
         self._cells = _read(folder / CELLS, self.settings)
