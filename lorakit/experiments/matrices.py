@@ -60,6 +60,7 @@ def run(work: Work) -> Result:
 
 def tables(result: Result) -> Sequence[Table]:
     from ..analysis.tables import Table
+    from .runs import show_rate
 
     reference = _losses(result)[REFERENCE]
     cells = [
@@ -72,7 +73,8 @@ def tables(result: Result) -> Sequence[Table]:
         ]
         for row in result["rows"]
     ]
-    return [Table("", ["matrices", "rank", "parameters", "held-out loss", f"against {REFERENCE}"], cells)]
+    title = f"learning rate {show_rate(result['tuned'])}"
+    return [Table(title, ["matrices", "rank", "parameters", "held-out loss", f"against {REFERENCE}"], cells)]
 
 
 def findings(result: Result) -> Sequence[Finding]:

@@ -1,8 +1,8 @@
 """Which rank (Hu et al. 2021, section 7.2: Table 6 on GPT-3; Tables 15 and 18 on GPT-3 and GPT-2).
 
 alpha is 32 for every rank and the learning rate is the same (the best of four at rank 8), as in the paper ("we simply
-set alpha to the first r we try and do not tune it"). The seeds' noise stands beside each difference: a rank is better than another only if the
-difference is above it.
+set alpha to the first r we try and do not tune it"). The seeds' noise stands beside each difference: a rank is better
+than another only if the difference is above it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 TITLE = (
     "Held-out loss on E2E and BLEU on its test set by rank, for adapters on q and v (the paper's choice). Mean over "
-    "the seeds with its standard deviation; differences are paired by seed, with their 95 % interval. The learning rate is the best of four at rank 8, with another seed."
+    "the seeds with its standard deviation; differences are paired by seed, with their 95 % interval. The learning "
+    "rate is the best of four at rank 8, with another seed."
 )
 BUDGET = Budget(seeds=3, steps=60, rows=35)
 RANKS, REFERENCE, LARGEST = (1, 2, 4, 8, 64), 8, 64
@@ -50,6 +51,7 @@ def run(work: Work) -> Result:
 
 def tables(result: Result) -> Sequence[Table]:
     from ..analysis.tables import Table
+    from .runs import show_rate
 
     cells = []
     for row in result["rows"]:
@@ -63,7 +65,8 @@ def tables(result: Result) -> Sequence[Table]:
                 show(row["bleus"], 1),
             ]
         )
-    return [Table("", ["rank", "parameters", "held-out loss", f"against rank {REFERENCE}", "BLEU"], cells)]
+    title = f"learning rate {show_rate(result['tuned'])}"
+    return [Table(title, ["rank", "parameters", "held-out loss", f"against rank {REFERENCE}", "BLEU"], cells)]
 
 
 def findings(result: Result) -> Sequence[Finding]:

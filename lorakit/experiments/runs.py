@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "keep_best": False,
     "diverged": "continue",
 }
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)  # around the best of LoRA's in bench/variants.py, 8e-3
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # around the best for LoRA on q and v after 60 steps of 4 rows
 TRAIN, HELD_OUT = 1000, 72  # rows, spread over the demo's: enough for 250 steps; an evaluation takes about a second
 TUNING_SEED = 7  # not among the seeds that are compared
 
@@ -74,6 +74,11 @@ def _all_ended(name: str, runs: list[Run]) -> list[Run]:
     if failed:
         raise TrainError(f"{name}: the loss of seed {failed[0]} is not finite\n  lower its learning rate")
     return runs
+
+
+def show_rate(tuned: Mapping[str, Any]) -> str:
+    """Format a tuned learning rate, and say so if it is at the edge of those tried."""
+    return f"{tuned['rate']:g}" + " (at the edge of those tried)" * tuned["edge"]
 
 
 def _train(work: Work, name: str, settings: Settings, axis: str, values: list[Any]) -> list[Run]:
@@ -157,7 +162,7 @@ def e2e_files(folder: Path, train: int = TRAIN) -> dict[str, str]:
 def scored(
     work: Work, name: str, runs: Sequence[Run], settings: Settings, tests: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Generate texts for the test rows with each run's result, and score them. `name`: of the part that trained them."""
+    """Generate texts for the test rows with each run's result, and score them. `name`: the part that trained them."""
 
     def scores(run: Run) -> dict[str, Any]:
         model = load_result(run, settings)
