@@ -10,6 +10,7 @@ from .placement import ALL_LINEAR, NONE, PRESETS, Narrowed, Placement, Saved
 from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
+from .virtual_tokens import VIRTUAL, VirtualTokenSettings, encoder_of, virtual_kind
 
 __all__ = [
     "ALL_LINEAR",
@@ -19,6 +20,7 @@ __all__ = [
     "PEFT_NAMES",
     "PRESETS",
     "QUANTIZERS",
+    "VIRTUAL",
     "Auto",
     "Choice",
     "LoraConfig",
@@ -31,11 +33,14 @@ __all__ = [
     "Source",
     "Strict",
     "Tokens",
+    "VirtualTokenSettings",
     "at_least_one",
+    "encoder_of",
     "explain",
     "joined",
     "live_kinds",
     "part",
     "scale_of",
     "variants",
+    "virtual_kind",
 ]

@@ -19,6 +19,7 @@ from .kinds import KindSettings
 from .placement import Placement
 from .short_names import SHORT_NAMES, spelled_out
 from .strict import Strict, check_pattern
+from .virtual_tokens import VIRTUAL, VirtualKind, VirtualTokenSettings
 
 EXPERTS = "experts"
 MAX_RANK = 65536  # beyond any sensible rank
@@ -78,7 +79,7 @@ class LoraSettings(KindSettings, Placement, LowRank):
     @field_validator("variant")
     @classmethod
     def _known(cls, value: str) -> str:
-        known = (*variants(), *SHORT_NAMES)
+        known = (*variants(), *SHORT_NAMES, *VIRTUAL)
         if value not in known:
             names = ", ".join(f"'{name}'" for name in known)
             raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {names}")
@@ -154,7 +155,9 @@ class LoraSettings(KindSettings, Placement, LowRank):
 class LoraConfig(LoraSettings, BottleneckShape, Ia3Settings):
     """An adapter's settings: those of its updates, its task and its base."""
 
-    task: str | None = Field(None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    task: str | None = Field(
+        None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ..., or IMAGE_CLASSIFICATION"
+    )
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
 
@@ -166,6 +169,17 @@ class LoraConfig(LoraSettings, BottleneckShape, Ia3Settings):
                     raise ValueError(f"{name} has an effect with variant='{variant}' only; remove it, or give that")
         return self
 
+    def without_virtual_tokens(self) -> LoraConfig:
+        """Return the settings of the adapter without its virtual tokens."""
+        kept = self.model_fields_set - {"prompt", *VirtualTokenSettings.model_fields}
+        kept -= {"variant"} if self.variant in VIRTUAL else set()
+        return LoraConfig(**{name: getattr(self, name) for name in kept})
+
+    def virtual_tokens_alone(self, kind: VirtualKind) -> LoraConfig:
+        """Return the settings of the adapter's virtual tokens, which are of this kind, as an adapter of their own."""
+        kept = self.model_fields_set & {"task", "base", "revision", *VirtualTokenSettings.model_fields}
+        return LoraConfig(**{name: getattr(self, name) for name in kept} | {"variant": kind})
+
 
 @cache
 def live_kinds() -> tuple[str, ...]:
@@ -176,8 +190,10 @@ def live_kinds() -> tuple[str, ...]:
 
 @cache
 def variants() -> tuple[str, ...]:
-    """List the kinds that `variant` may name: all but the form that LoRA has on experts, which such a layer chooses."""
-    return tuple(kind for kind in live_kinds() if kind != EXPERTS)
+    """List the kinds of update of a module that `variant` may name: all but the form that LoRA has on experts, which
+    such a layer chooses, and virtual tokens, which are in front of the whole model.
+    """
+    return tuple(kind for kind in live_kinds() if kind not in (EXPERTS, *VIRTUAL))
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

@@ -65,6 +65,11 @@ _RESERVED = frozenset(
         "of_pairs",
         "computed",
         "check",
+        "name",
+        "virtual",
+        "embedding",
+        "decodes",
+        "window",
         "own_input",
     }
 )
@@ -171,11 +176,14 @@ class LoraLayer(Swapped):
     weight: Tensor
     bias: Tensor | None
     _modules: dict[str, Any]  # the updates among them
-    lora_kind: Kind  # how A and B relate to the weight
     lora_transposed = False  # the weight is [in, out]
+    lora_name: ClassVar[str | None] = None  # the name that adapters have for it, if it is not the model's own
     lora_active: tuple[tuple[str, float], ...]
     lora_merged: Any
-    lora_route: Routing | None = None  # set on the instance while inside `lorakit.route`, see `batched.routes`
+    lora_route = None  # set on the instance while inside `lorakit.route`, see `batched.routes`
+    if TYPE_CHECKING:  # transformers evaluates the annotations of its models' subclasses, and these names are not here
+        lora_kind: Kind  # how A and B relate to the weight
+        lora_route: Routing | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.lora_route is not None:

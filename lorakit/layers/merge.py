@@ -44,7 +44,6 @@ def merge_module(layer: LoraLayer, name: str) -> None:
     Raises StateError for a weight or an update that cannot be merged (quantized, offloaded, ...), and for an update
     that is not finite.
     """
-    weight = base_of(layer).writable(layer, name)
     for update, _ in layer.lora_in_use():
         value = update.value(layer)
         why = value.unmergeable()
@@ -52,6 +51,7 @@ def merge_module(layer: LoraLayer, name: str) -> None:
             raise StateError(f"'{name}' {why}")
         for key, tensor in value.tensors().items():
             check_finite(tensor, f"{key} of '{name}'")
+    weight = base_of(layer).writable(layer, name)
     with torch.no_grad():
         gains = [update.weight_gain(layer) for update, _ in layer.lora_in_use()]
         factors = _bias_factors(layer, name)

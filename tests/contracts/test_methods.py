@@ -46,6 +46,9 @@ LOADED: dict[str, Callable[[str, Path], Any]] = {
     "ia3": adapter_on,
     "layernorm": adapter_on,
     "lora": adapter_on,
+    "p_tuning": adapter_on,
+    "prefix": adapter_on,
+    "prompt": adapter_on,
     "probe": adapter_on,
     "full": lambda base, result: load_model(str(result), torch.float32, CPU),
 }
@@ -195,7 +198,7 @@ def test_a_setting_that_two_parts_define_is_refused():
     class Checked(Strict):
         _ranks = field_validator("*")(lambda value: value)
 
-    with pytest.raises(TypeError, match="'rank' is a setting of LoraSettings and of Mine"):
+    with pytest.raises(TypeError, match="'rank' is a setting of LowRank and of Mine"):
         joined("Both", [LoraSettings, Mine])
-    with pytest.raises(TypeError, match="'_ranks' is a setting of LoraSettings and of Checked"):
+    with pytest.raises(TypeError, match="'_ranks' is a setting of LowRank and of Checked"):
         joined("Both", [LoraSettings, Checked])

@@ -62,6 +62,7 @@ class LiveUpdate(Own):
     """
 
     rank: int
+    counted = "rank"  # what `rank` is, for people
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
     averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
     captured_as: str | None = None  # the kind that its value is, if that is another
@@ -151,6 +152,10 @@ class LiveUpdate(Own):
     @classmethod
     def after_step(cls, updates: Sequence[Self], step: int, steps: int) -> None:
         """Adjust the updates after optimizer step `step` (from 1) of `steps`; the gradients are still there."""
+
+    def shape(self, layer: LoraLayer) -> tuple[int, ...]:
+        """Return the shape of what it changes: the layer's dense weight."""
+        return base_of(layer).shape(layer)
 
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
         """Return `weight` · ΔW by blocks of rows of the layer's weight, on its device; with a `weight_gain`, `weight` ·

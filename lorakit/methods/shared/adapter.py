@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...config import NONE, Choice, LoraConfig, RunSettings, Strict, part, variants
+from ...config import NONE, VIRTUAL, Choice, LoraConfig, RunSettings, Strict, VirtualTokenSettings, part, variants
 from ...errors import AdapterError, ConfigError, listing
 from ..method import Start, StartData
 
@@ -51,6 +51,7 @@ _RESOLVED = {
     "eva_rho",
     "init_batches",
     "trainable_tokens",
+    *(name for name in VirtualTokenSettings.model_fields if name != "virtual_tokens"),
     "feedforward",
 }
 
@@ -68,6 +69,7 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
     source = part(config, Earlier).adapter
     if source is None:
         return None
+    from ...bases.rope import record_of
     from ...bases.vocabulary import recorded_tokens
 
     adapter = _load(source)
@@ -75,8 +77,8 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
         _check_kind(adapter, source, config.method, kind)
     fixed = {name: getattr(adapter.config, name) for name in fixes if name not in _IN_TRAINING}
     kinds = {update.variant for update in adapter.updates.values()}
-    kinds -= {"tokens"} if len(kinds) > 1 else set()  # beside the others
-    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants()}:  # factors of experts are a LoRA's
+    kinds -= {"tokens", *VIRTUAL} if len(kinds) > 1 else set()  # beside the others
+    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants(), *VIRTUAL}:  # factors of experts are a LoRA's
         fixed["variant"] = kinds.pop()
     recipe = adapter.metadata.get("recipe")
     spellings = {}
@@ -87,11 +89,12 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
+    if scaling := record_of(adapter.metadata):
+        fixed["rope_scaling"] = scaling
     about = adapter.metadata.get("data")
     own = adapter.config
-    return Start(
-        source, fixed, spellings, own.task, own.base, own.revision, about if isinstance(about, Mapping) else {}
-    )
+    about = about if isinstance(about, Mapping) else {}
+    return Start(source, fixed, spellings, own.task, own.base, own.revision, about, adapter.metadata)
 
 
 def _check_kind(adapter: Adapter, source: str, method: str, kind: str) -> None:
@@ -137,6 +140,7 @@ def attach_adapter(
     """Attach a new adapter of this config, or the earlier one that the run starts from."""
     from ...adapter.fingerprint import ONLY_ON
     from ...bases.pipeline import as_module
+    from ...bases.rope import RECORD
     from ...model.attach import attach, attach_from
     from ...model.known_base import base_fingerprint
     from ...model.start import Sources
@@ -151,7 +155,7 @@ def attach_adapter(
     continued = earlier.config.replace(**in_training, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, source)}
-    metadata |= {ONLY_ON: earlier.metadata[ONLY_ON]} if ONLY_ON in earlier.metadata else {}
+    metadata |= {name: earlier.metadata[name] for name in (ONLY_ON, RECORD) if name in earlier.metadata}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 
 
