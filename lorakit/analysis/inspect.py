@@ -16,6 +16,7 @@ from ..bases.pipeline import component_of
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
 from .heatmap import Grid, grids
+from .kinds import KINDS
 from .tables import Table, mean, printable
 from .training_notes import training
 
@@ -37,16 +38,6 @@ __all__ = [
     "not_finite",
 ]
 
-# Kinds of update that are not LoRA, as one calls them.
-KINDS = {
-    "bottleneck": "bottleneck",
-    "ia3": "(IA)³",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "vera": "VeRA",
-    "dense": "dense",
-    "tokens": "tokens",
-}
 LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
