@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..config import Quantization
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
 from .hub_reach import check_hub, out_of_reach
-from .quantize import HEADS, check_kernel, loading_options
+from .quantize import check_kernel, loading_options
+from .rope import SCALED, scaled
 from .stored_weights import storage_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """Load a base model's tokenizer. Raises LorakitError if it is damaged, or if the folder has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
     folder = Path(model_path(name))
     if folder.is_dir() and not _has_vocabulary(folder, tokenizer):
         raise LorakitError(
@@ -73,11 +74,16 @@ def _has_vocabulary(folder: Path, tokenizer: Any) -> bool:
     return all((folder / file).is_file() for file in required) and (bool(required) or not names)
 
 
-def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load a base model's transformers config. Raises LorakitError."""
+def load_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, rope_scaling: str | None = None
+) -> Any:
+    """Load a base model's transformers config. `rope_scaling`: with its rotary positions scaled, see `rope`. Raises
+    LorakitError.
+    """
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    return scaled(config, rope_scaling, name)
 
 
 def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
@@ -116,6 +122,7 @@ def load_base(
     kernel: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    rope_scaling: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -131,6 +138,7 @@ def load_base(
     dtype: of everything that is not quantized, as torch's dtype, "bf16", "fp16" or "fp32"; "auto": bf16 if the device
         multiplies it, else float32
     device: None for an accelerator if there is one, else the CPU
+    rope_scaling: scale the rotary positions for longer contexts: "yarn:4" or "linear:4"; adapters remember it
     revision, trust_remote_code: as in transformers, for hub ids
 
     Warns about linears that stay as they are because of their sizes. Raises ConfigError for settings that do not fit
@@ -145,7 +153,7 @@ def load_base(
     how = Quantization(quantize=quantize, double=double, compute_dtype=compute)
     where = device_named(device) if device is not None else choose_device().value
     own = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, where).value
-    return load_model(str(path), own, where, revision, trust_remote_code, how, kernel)
+    return load_model(str(path), own, where, revision, trust_remote_code, how, kernel, rope_scaling)
 
 
 def load_model(
@@ -156,16 +164,18 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
     kernel: str | None = None,
+    rope_scaling: str | None = None,
 ) -> Any:
     """Load a causal or seq2seq LM onto `device`, in eval mode. Raises LorakitError, also where weights are missing.
 
-    `quantization`: how to quantize it while loading; None: as its checkpoint is. `kernel`: as for `load_base`.
+    `quantization`: how to quantize it while loading; None: as its checkpoint is. `kernel`, `rope_scaling`: as for
+    `load_base`.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = load_config(name, revision, trust_remote_code)
+    config = load_config(name, revision, trust_remote_code, rope_scaling)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    options = _storage_options(
+    options = storage_options(
         quantization or Quantization(),
         name,
         config,
@@ -174,7 +184,9 @@ def load_model(
         device,
         kernel=kernel,
     )
-    model, info = _from_pretrained(
+    if rope_scaling is not None:
+        options.setdefault("config", config)
+    model, info = from_pretrained(
         auto_class,
         name,
         revision=revision,
@@ -189,74 +201,12 @@ def load_model(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             "  expected a complete language model"
         )
-    return _ready(model, device, "quantization_config" in options)
+    if rope_scaling is not None:
+        setattr(model, SCALED, rope_scaling)
+    return ready(model, device, "quantization_config" in options)
 
 
-def load_classifier(
-    name: str,
-    labels: Sequence[str],
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    trained: Sequence[str] = (),
-    quantization: Quantization | None = None,
-) -> Any:
-    """The base model with a head for these labels, in eval mode. The head is fresh, at random, unless the folder holds
-    one.
-
-    `trained`: modules besides the head that may be fresh too, as they are trained and saved; `quantization`: as for
-    `load_model`.
-    """
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    config = load_config(name, revision, trust_remote_code)
-    options = _storage_options(
-        quantization or Quantization(),
-        name,
-        config,
-        lambda: AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        ),
-        dtype,
-        device,
-        trained,
-    )
-    named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-    named["label2id"] = {label: i for i, label in enumerate(labels)}
-    if "config" in options:  # which transformers takes as it is
-        for setting, value in named.items():
-            setattr(options["config"], setting, value)
-    else:
-        options |= named
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the head is fresh is no news
-    try:
-        model, loaded = _from_pretrained(
-            AutoModelForSequenceClassification,
-            name,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            output_loading_info=True,
-            **options,
-        )
-    finally:
-        logging.set_verbosity(said)
-    fresh = (*HEADS, *trained)
-    missing = sorted(key for key in loaded["missing_keys"] if not any(f".{module}." in f".{key}" for module in fresh))
-    if missing:
-        raise LorakitError(
-            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
-            f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
-        )
-    return _ready(model, device, "quantization_config" in options)
-
-
-def _storage_options(
-    how: Quantization, name: str, config: Any, *rest: Any, kernel: str | None = None
-) -> dict[str, Any]:
+def storage_options(how: Quantization, name: str, config: Any, *rest: Any, kernel: str | None = None) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for quantized weights: to quantize them now (see
     `quantize.loading_options`), or to read GPTQ's and AWQ's with our own modules.
     """
@@ -272,7 +222,8 @@ def _storage_options(
     return options
 
 
-def _ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
+def ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
+    """Move a loaded model to its device, in eval mode. `quantized_now`: its weights were quantized while loading."""
     from .int8_forward import evaluate_as_trained
     from .release import release_files
 
@@ -283,7 +234,11 @@ def _ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
     return model
 
 
-def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """Call `auto_class.from_pretrained` on the base called `name`; options that are None are left out.
+
+    Raises LorakitError, with the reason, for whatever goes wrong.
+    """
     path = model_path(name)
     local = Path(path).is_dir()
     if local:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
+HEADS = ("score", "classifier", "qa_outputs")  # what transformers calls the heads that a task trains
 BLOCK = 64  # weights that share a scale in nf4 and fp4
 _BITSANDBYTES = ("bitsandbytes", "pip install 'lorakit[quant]'")
 _TORCHAO = ("torchao", "pip install 'lorakit[quant]'")
@@ -82,7 +82,7 @@ def linears_of(model: nn.Module, quantizer: str, trained: Sequence[str] = ()) ->
         if module is head or id(module.weight) in embedded:
             found.kept[name] = "the output layer"
         elif any(part in HEADS for part in name.split(".")):
-            found.kept[name] = "a classifier's head"
+            found.kept[name] = "a head"
         elif any(last == each or f".{name}".endswith(f".{each}") for each in trained):
             found.kept[name] = "trained and saved in full"
         elif any(f".{each}." in f".{name}.weight." for each in float32):

@@ -32,6 +32,7 @@ COMMANDS = {
     "train": Command("train", "train", "train one adapter, or resume a run"),
     "sweep": Command("sweep", "sweep", "train many adapters at once, and compare them"),
     "eval": Command("eval", "evaluate", "evaluate base and adapters side by side"),
+    "predict": Command("predict", "predict", "write labels, scores or answers for each row of a file"),
     "generate": Command("generate", "generate", "answer one prompt"),
     "chat": Command("chat", "chat", "chat with a model"),
     "inspect": Command("inspect", "inspect", "show what an adapter or a model contains"),
@@ -47,6 +48,7 @@ COMMANDS = {
     "push": Command("push", "push", "upload an adapter to the Hugging Face hub"),
     **{f"image {verb}": Command(f"image.{verb}", verb, text) for verb, text in image.VERBS.items()},
     "bench": Command("bench", "bench", "benchmark lorakit and its peers on your machine"),
+    "reproduce": Command("reproduce", "reproduce", "repeat the paper's experiments on the embedded model"),
 }
 # The first word of commands of two.
 GROUPS = {"data": "show data as the model sees it", "image": "train on pictures, and draw them"}

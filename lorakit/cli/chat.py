@@ -42,7 +42,6 @@ def chat(
     quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
-        from ..data.render import question_ids
         from ..errors import LorakitError
         from ..generate.generate import stream
 
@@ -52,7 +51,8 @@ def chat(
     has_turns = style != "none"
     say(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
     if not has_turns:
-        say("No chat template: each line is completed on its own (\\n is a newline).")
+        why = "No chat template" if loaded.source is None else "An encoder-decoder reads one text"
+        say(f"{why}: each line is answered on its own (\\n is a newline).")
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -69,7 +69,7 @@ def chat(
                 if not has_turns:
                     history = []
                 history.append({"role": "user", "content": line.replace("\\n", "\n") if not has_turns else line})
-                ids = question_ids(history, tokenizer, style, loaded.options)
+                ids = loaded.question_ids(history, style)
                 answer = ""
                 for piece in stream(
                     base, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..config import Quantization
 from ..errors import ConfigError
-from ..tasks import DEFAULT, task_for, task_names, task_of
+from ..tasks import DEFAULT, task_names, task_of
+from ..tasks.metrics.texts import compared
 from .shared.loading import attached, read
 from .shared.names import check_names
 from .shared.next import command
 from .shared.options import (
+    AnswerAfter,
     ChatTemplate,
     ChatTemplateKwargs,
     Columns,
@@ -30,11 +32,12 @@ from .shared.options import (
 from .shared.output import output, say
 from .shared.quantizing import ComputeDtype, Double, Quantize, quantize_flags
 from .shared.starting import starting
+from .shared.task_base import NO_LIMIT, base_for, config_for, task_named
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
-
-_NO_LIMIT = 1 << 30
+    from ..tasks.task import Base
+    from ..train.config import TrainConfig
 
 
 def evaluate(
@@ -44,15 +47,23 @@ def evaluate(
     model: Model = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable")] = None,
     text: Annotated[
-        bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")
+        bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-1/2/L, exact match")
     ] = True,
     split: Split = None,
     columns: Columns = None,
     template: DataTemplate = "auto",
     turns: Turns = "all",
+    answer_after: AnswerAfter = None,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     date: Date = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="exact match compares what this regular expression finds last, or its first group"),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="exact match without regard to case and to how much whitespace there is")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="evaluate only the first N rows")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum answer length in tokens")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per batch")] = 32,
@@ -75,147 +86,115 @@ def evaluate(
     quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, data, adapter or [])
     kwargs = template_kwargs(chat_template_kwargs)
+    exact = compared(answer, normalize)
     with starting(f"loading {model} and the rows"):
         from ..bases.load import end_tokens
         from ..data.dataset import build
         from ..data.read import read_rows
+        from ..data.split_text import answered, without_text
         from ..evaluate.evaluate import evaluate as evaluate_items
         from ..generate.generate import positions_of
 
         values = read(model, adapter or [])
-        name = _task_of(task, values)
+        name = task_named(task, values)
         if name == DEFAULT:
             loaded = attached(model, values, precision, chat_template, kwargs, date, quantization)
-            base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
-            longest = positions_of(base) or _NO_LIMIT
+            base, tokenizer = loaded.model, loaded.tokenizer
+            longest = positions_of(base) or NO_LIMIT
             dataset = build(
-                read_rows(data, split, limit),
+                [*answered(read_rows(data, split, limit, renamed), answer_after, renamed)],
                 tokenizer,
-                columns=renamed,
+                columns=without_text(renamed) if answer_after else renamed,
                 template=template,
                 max_length=longest,
                 turns=turns,
                 options=loaded.options,
                 ends=end_tokens(model),
             )
-    if name != DEFAULT:
-        _task_metrics(
-            name, data, model, values, split, renamed or {}, limit, batch_size, precision, quantization, json_output
-        )
+            items, dropped, has_prompts, own_task = dataset.items, dataset.dropped, dataset.shape != "text", None
+        else:
+            own_task = task_of(name)
+            if not own_task.writes and (answer is not None or normalize):
+                flag = "--answer" if answer is not None else "--normalize"
+                raise ConfigError(f"{flag}: the task {name} answers with no text\n  remove {flag}")
+            config = config_for(
+                name,
+                values,
+                data=data,
+                model=model,
+                split=split,
+                columns=renamed,
+                precision=precision,
+                quantization=quantization,
+            )
+            own, items = _of_task(config, values, limit)
+            base, tokenizer, dropped, has_prompts = own.model, own.processor, 0, own_task.writes
+    if own_task is not None and not own_task.writes:
+        _task_metrics(config, own, items, [*values], batch_size, json_output)
         return
     console = output()
     with console.status("evaluating") as status:
         report = evaluate_items(
             base,
             tokenizer,
-            dataset.items,
-            [None, *names],
-            generate=text and dataset.shape != "text",
+            items,
+            [None, *values],
+            generate=text and has_prompts,
             max_new_tokens=max_new_tokens,
             samples=samples,
             batch_size=batch_size,
+            task=own_task,
+            compared=exact,
             on_rows=lambda what, count: status.update(f"{what}: {count} more rows"),
         )
     if json_output:
-        print(json.dumps(report.to_dict() | {"dropped": dataset.dropped}, ensure_ascii=False))
+        print(json.dumps(report.to_dict() | {"dropped": dropped}, ensure_ascii=False))
         return
     table = report.sample_table()
     if table is not None:
         console.print(table)
     console.print(report.table())
-    if dataset.dropped:
-        say(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
+    if dropped:
+        say(f"skipped {dropped} rows longer than the model's {longest} positions")
     given = {
         "precision": None if precision == "auto" else precision,
         **quantize_flags(quantization),
         "chat_template": chat_template,
         "chat_template_kwargs": chat_template_kwargs,
     }
-    if names:
+    if values:
         print(f"next: {command('chat', model=model, adapter=adapter, **given)}")
     else:
         rows = {
             "columns": columns,
             "template": None if template == "auto" else template,
             "turns": None if turns == "all" else turns,
+            "answer_after": answer_after,
         }
         print(f"next: {command('train', data='YOUR.jsonl', model=model, **rows, **given, date=date)}")
 
 
-def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
-    """Return the requested task, or the one the adapters were trained for. ConfigError if these are several."""
-    tasks = {task_for(value.config.task) or DEFAULT for value in values.values()}
-    if requested is not None:
-        return task_for(requested) or requested
-    if len(tasks) > 1:
-        raise ConfigError(
-            f"the adapters are for different tasks: {', '.join(sorted(tasks))}\n  evaluate one task at a time"
-        )
-    return next(iter(tasks), DEFAULT)
+def _of_task(config: TrainConfig, values: Mapping[str, Adapter], limit: int | None) -> tuple[Base, Sequence[Any]]:
+    """Load a base with its adapters, and the rows, for the config's task."""
+    task = task_of(config.task)
+    processor = task.processor(config)
+    rows = task.data(config, processor)
+    items = rows.train[:limit]
+    base = base_for(config, processor, rows, values)
+    task.check(config, base.model, items)
+    return base, items
 
 
 def _task_metrics(
-    name: str,
-    data: str,
-    model: str,
-    values: Mapping[str, Adapter],
-    split: str | None,
-    columns: dict[str, str],
-    limit: int | None,
-    batch_size: int,
-    precision: str,
-    quantization: Quantization,
-    json_output: bool,
+    config: TrainConfig, base: Base, items: Sequence[Any], names: Sequence[str], batch_size: int, json_output: bool
 ) -> None:
     """Print a task's own metrics for each adapter, or for a fully fine-tuned model."""
-
-    from ..bases.device import choose_device, choose_dtype
-    from ..bases.vocabulary import recorded_tokens
     from ..evaluate.figures import figures, table
-    from ..model.attach import attach
-    from ..tasks.task import Base
-    from ..train.config import TrainConfig
 
-    config = TrainConfig(
-        data=data,
-        split=split,
-        model=model,
-        columns=columns,
-        task=name,
-        precision=precision,
-        validation=0,
-        **quantization.model_dump(),
-    )
-    task = task_of(config.task)
-    base_config = task.blueprint(config)
-    settings: list[dict[str, Any]] = [
-        task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()
-    ]
-    if any(each != settings[0] for each in settings):
-        raise ConfigError(
-            f"the adapters were trained with different settings of {name}: {settings}\n  evaluate them one at a time"
-        )
-    if "max_length" in task.settings.model_fields:
-        config = config.replace(
-            max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
-        )
-    if "on_long" in task.settings.model_fields:
-        config = config.replace(on_long="cut")  # nothing is trained on what is missing
-    config = config.replace(**(settings[0] if settings else task.remembered({}, base_config)))
-    for value in values.values():
-        if added := recorded_tokens(value.metadata):
-            config = config.replace(add_tokens=sorted(added, key=lambda token: added[token]))
-    processor = task.processor(config)
-    rows = task.data(config, processor)
-    items, device = rows.train[:limit], choose_device().value
-    base = Base(task.load(config, processor, rows, choose_dtype(precision, device).value, device), processor)
-    for each, value in values.items():
-        attach(base.model, value, each)
-    task.check(config, base.model, items)
-    results = figures(task, base, items, list(values), batch_size)
+    results = figures(task_of(config.task), base, items, names, batch_size)
     if json_output:
-        print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
+        print(json.dumps({"task": config.task, "results": results}, ensure_ascii=False))
         return
     output().print(table(results, f"{len(items):,} rows"))
-    columns_given = ",".join(f"{key}={own}" for key, own in columns.items()) or None
-    print(f"next: {command('train', task=name, data='YOUR.jsonl', model=model, columns=columns_given)}")
+    columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items()) or None
+    print(f"next: {command('train', task=config.task, data='YOUR.jsonl', model=config.model, columns=columns)}")

@@ -50,14 +50,13 @@ def generate(
     quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
-        from ..data.render import question_ids
         from ..generate.generate import stream
 
         text = sys.stdin.read() if text is None else text
         if not text:
             raise ConfigError("the prompt on standard input is empty; expected at least one character")
         loaded = load(model, adapter or [], precision, chat_template, kwargs, quantization=quantization)
-    ids = question_ids(text, loaded.tokenizer, loaded.style_for(template), loaded.options)
+    ids = loaded.question_ids(text, loaded.style_for(template))
     pieces = stream(
         loaded.model,
         loaded.tokenizer,

@@ -54,9 +54,10 @@ def start(values: dict[str, Any], quiet: bool, json_output: bool) -> None:
         until_shown.enter_context(starting(what, quiet or os.environ.get("RANK", "0") != "0"))
         from ..train.progress import Progress
         from ..train.start import resolved
+        from ..train.task_of_data import with_task
         from ..train.train import train as run
 
-        settings = resolved(settings)
+        settings = resolved(with_task(settings))
         result = run(settings, Progress(quiet=quiet or json_output, before=until_shown.close))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
         if json_output:

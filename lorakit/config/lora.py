@@ -13,10 +13,11 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..module_names import Patterns, ends_with
+from .ia3 import Ia3Settings
 from .kinds import KindSettings
 from .placement import Placement
 from .short_names import SHORT_NAMES, spelled_out
-from .strict import check_pattern
+from .strict import Strict, check_pattern
 from .virtual_tokens import VIRTUAL, VirtualKind, VirtualTokenSettings
 
 EXPERTS = "experts"
@@ -25,13 +26,12 @@ Tokens = list[int | str]  # token ids, or the tokens themselves where there is a
 Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "loftq"]
 _OF_STARTS = ("eva_rho", "init_batches")
 _RANDOM = ("default", "gaussian")
+# Settings of kinds that are methods of their own, which a run by LoRA does not have.
+_OF_KINDS: dict[str, type[Strict]] = {"ia3": Ia3Settings}
 
 
-class LoraSettings(KindSettings, Placement):
-    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
-
-    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
-    """
+class LowRank(Strict):
+    """The shape of a low-rank update, and how it is trained."""
 
     rank: int = Field(16, ge=1, le=MAX_RANK, description="rank of the update")
     # 32 whatever the rank ("LoRA Without Regret", 2025): the best learning rate then hardly depends on the rank.
@@ -40,6 +40,14 @@ class LoraSettings(KindSettings, Placement):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases to train: none, all, or those of adapted modules"
     )
+
+
+class LoraSettings(KindSettings, Placement, LowRank):
+    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
+
+    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
+    """
+
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )
@@ -143,12 +151,22 @@ class LoraSettings(KindSettings, Placement):
         return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
 
 
-class LoraConfig(LoraSettings):
+class LoraConfig(LoraSettings, Ia3Settings):
     """An adapter's settings: those of its updates, its task and its base."""
 
-    task: str | None = Field(None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    task: str | None = Field(
+        None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ..., or IMAGE_CLASSIFICATION"
+    )
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
+
+    @model_validator(mode="after")
+    def _of_kinds(self) -> LoraConfig:
+        for variant, settings in _OF_KINDS.items():
+            for name, field in settings.model_fields.items():
+                if self.variant != variant and getattr(self, name) != field.default:
+                    raise ValueError(f"{name} has an effect with variant='{variant}' only; remove it, or give that")
+        return self
 
     def without_virtual_tokens(self) -> LoraConfig:
         """Return the settings of the adapter without its virtual tokens."""

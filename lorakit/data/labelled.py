@@ -1,36 +1,44 @@
-"""Rows with a label each, to token ids: columns `text` and `label`, or `text`, `text_pair` and `label`.
+"""Rows with a label or a number each, to token ids: columns `text`, optionally `text_pair`, and `label`.
 
 A label is a word or a whole number. Labels are numbered in the order of `names`, or else in alphabetical order (numbers
-by size).
+by size). For regression the label is a number, whole or not.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, did_you_mean, listing
-from .dataset import LEFT_OUT, length_limit, unused_columns
+from ..errors import ConfigError, DataError, listing
+from ..ops import IGNORE_INDEX
+from .dataset import length_limit
+from .fields import RowSet, check_longest, fields_of, weighed
+from .label_names import number_of, ordered
 from .parse import Row
-from .shapes import WEIGHT, weighs
+from .tables import is_numbered
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("text", "text_pair", "label")
+EXPECTED = "text and label, or text, text_pair and label"
 
 
 @dataclass(frozen=True)
 class LabelledItem:
-    """`segments`: which of two texts each id is of, for tokenizers that tell (BERT's token_type_ids)."""
+    """`segments`: which of two texts each id is of, for tokenizers that tell (BERT's token_type_ids). `label`: the id
+    of a class, or for regression the number; IGNORE_INDEX for a row to predict.
+    """
 
     ids: list[int]
     segments: list[int] | None
-    label: int
+    label: int | float
     row: Row
 
     @property
@@ -58,23 +66,9 @@ class LabelledItem:
 
     def digest(self) -> bytes:
         """Label and ids."""
-        numbers = [self.label, len(self.ids), *self.ids, *(self.segments or ())]
-        return np.asarray(numbers, dtype="<i8").tobytes()
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """The items, and what happened on the way. `lengths`: tokens of each row, before the limit."""
-
-    items: list[LabelledItem]
-    names: list[str]
-    shape: str
-    max_length: int
-    max_length_reason: str
-    cut: int
-    dropped: int
-    notes: dict[str, int]
-    lengths: list[int]
+        kind = "<i8" if isinstance(self.label, int) else "<f8"
+        numbers = [len(self.ids), *self.ids, *(self.segments or ())]
+        return np.asarray([self.label], dtype=kind).tobytes() + np.asarray(numbers, dtype="<i8").tobytes()
 
 
 def read_labelled(
@@ -85,46 +79,95 @@ def read_labelled(
     names: Sequence[str] = (),
     max_length: int | Literal["auto"] = "auto",
     on_long: Literal["auto", "drop", "cut", "split"] = "auto",
-) -> Labelled:
+) -> RowSet:
     """Read and tokenize all rows. Longer ones are cut (the default), or dropped. DataError names a row that has no text
     or no label.
     """
-    if on_long == "split":
-        raise ConfigError("on_long: split would leave pieces of a text with the label of all of it\n  use cut or drop")
-    notes = _unused(rows, dict(columns or {}))
-    all_rows, rows = rows, [row for row in rows if WEIGHT in (columns or {}).values() or weighs(dict(row.values), row)]
-    if not rows:
-        raise DataError(f"{all_rows[0].file}: every row has {WEIGHT} 0, so there is nothing to train on")
-    if len(rows) < len(all_rows):
-        notes[LEFT_OUT] = len(all_rows) - len(rows)
-    values = [_values(row, dict(columns or {})) for row in rows]
-    found = [_label(row, value) for row, value in zip(rows, values, strict=True)]
-    names = list(names) or _ordered(found)
+    columns = dict(columns or {})
+    rows, notes = weighed(rows, columns, COLUMNS)
+    values = [fields_of(row, columns, COLUMNS, ("text", "label"), EXPECTED) for row in rows]
+    found = [_label(row, each["label"]) for row, each in zip(rows, values, strict=True)]
+    if not names:
+        _check_no_header(rows, found, columns)
+    names = list(names) or ordered(found)
     if len(names) < 2:
         raise DataError(
             f"{rows[0].file}: every row has the label '{names[0]}'; classification needs two labels at least"
         )
+    labels = [number_of(label, names, row.where) for row, label in zip(rows, found, strict=True)]
+    return _encoded(rows, values, labels, tokenizer, max_length, on_long, {"labels": names}, notes)
+
+
+def read_measured(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_length: int | Literal["auto"] = "auto",
+    on_long: Literal["auto", "drop", "cut", "split"] = "auto",
+) -> RowSet:
+    """Read and tokenize rows whose label is a number, for regression; otherwise as `read_labelled`."""
+    columns = dict(columns or {})
+    rows, notes = weighed(rows, columns, COLUMNS)
+    values = [fields_of(row, columns, COLUMNS, ("text", "label"), EXPECTED) for row in rows]
+    numbers = [_measured(row, each["label"], columns) for row, each in zip(rows, values, strict=True)]
+    about = {"mean": float(np.mean(numbers)), "deviation": float(np.std(numbers))}
+    return _encoded(rows, values, numbers, tokenizer, max_length, on_long, {"targets": about}, notes)
+
+
+def read_unlabelled(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> list[LabelledItem]:
+    """Tokenize rows to predict, in their order: a label is not read. Texts of more than `limit` tokens are cut."""
+    own = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "label" or theirs in rows[0].values}
+    values = [fields_of(row, own, COLUMNS, ("text",), "text, or text and text_pair") for row in rows]
     pair = values[0].get("text_pair") is not None
-    encoded = [_encode(row, value, pair, tokenizer) for row, value in zip(rows, values, strict=True)]
+    encoded = (encode(row, each["text"], each["text_pair"], pair, tokenizer) for row, each in zip(rows, values))
+    items = [LabelledItem(ids, segments, IGNORE_INDEX, row) for row, (ids, segments) in zip(rows, encoded)]
+    if limit is None:
+        return items
+    return [
+        item
+        if item.size <= limit
+        else LabelledItem(
+            *encode(item.row, each["text"], each["text_pair"], pair, tokenizer, limit), IGNORE_INDEX, item.row
+        )
+        for item, each in zip(items, values, strict=True)
+    ]
+
+
+def _encoded(
+    rows: Sequence[Row],
+    values: Sequence[Mapping[str, Any]],
+    labels: Sequence[int | float],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | Literal["auto"],
+    on_long: str,
+    about: dict[str, Any],
+    notes: dict[str, int],
+) -> RowSet:
+    if on_long == "split":
+        raise ConfigError("on_long: split would leave pieces of a text with the label of all of it\n  use cut or drop")
+    pair = values[0].get("text_pair") is not None
+    texts = [(each["text"], each["text_pair"]) for each in values]
+    encoded = [encode(row, *text, pair, tokenizer) for row, text in zip(rows, texts, strict=True)]
     lengths = [len(ids) for ids, _ in encoded]
     limit, reason = length_limit(lengths, tokenizer, max_length, "cut")
     items, cut, dropped = [], 0, 0
-    for row, value, label, (ids, segments) in zip(rows, values, found, encoded, strict=True):
-        number = _number(row, label, names)
+    for row, text, label, (ids, segments) in zip(rows, texts, labels, encoded, strict=True):
         if len(ids) > limit and on_long == "drop":
             dropped += 1
             continue
         if len(ids) > limit:
             cut += 1
-            ids, segments = _encode(row, value, pair, tokenizer, limit)
-        items.append(LabelledItem(ids, segments, number, row))
-    if not items:
-        raise DataError(
-            f"{rows[0].file}: every row is longer than max_length {limit} ({reason})\n"
-            "  raise max_length, or use on_long: cut"
-        )
+            ids, segments = encode(row, *text, pair, tokenizer, limit)
+        items.append(LabelledItem(ids, segments, label, row))
+    check_longest(rows, items, limit, reason)
     shape = "text, text_pair, label" if pair else "text, label"
-    return Labelled(items, names, shape, limit, reason, cut, dropped, notes, lengths)
+    return RowSet(items, shape, about, limit, reason, lengths, cut, dropped, notes=notes)
 
 
 def collate_labelled(items: Sequence[LabelledItem], pad_id: int, multiple_of: int = 8) -> dict[str, torch.Tensor]:
@@ -133,80 +176,64 @@ def collate_labelled(items: Sequence[LabelledItem], pad_id: int, multiple_of: in
     """
     import torch
 
-    length = -(-max(item.size for item in items) // multiple_of) * multiple_of
+    batch = padded([item.ids for item in items], [item.segments for item in items], pad_id, multiple_of)
+    return batch | {"labels": torch.tensor([item.label for item in items])}
+
+
+def padded(
+    ids: Sequence[Sequence[int]], segments: Sequence[Sequence[int] | None], pad_id: int, multiple_of: int = 8
+) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` [rows, length], padded on the right; `token_type_ids` where rows have segments."""
+    import torch
+
+    length = -(-max(len(row) for row in ids) // multiple_of) * multiple_of
     batch = {
-        "input_ids": torch.full((len(items), length), pad_id),
-        "attention_mask": torch.zeros(len(items), length, dtype=torch.long),
-        "labels": torch.tensor([item.label for item in items]),
+        "input_ids": torch.full((len(ids), length), pad_id),
+        "attention_mask": torch.zeros(len(ids), length, dtype=torch.long),
     }
-    if items[0].segments is not None:
-        batch["token_type_ids"] = torch.zeros(len(items), length, dtype=torch.long)
-    for place, item in enumerate(items):
-        batch["input_ids"][place, : item.size] = torch.tensor(item.ids)
-        batch["attention_mask"][place, : item.size] = 1
-        if item.segments is not None:
-            batch["token_type_ids"][place, : item.size] = torch.tensor(item.segments)
+    if segments[0] is not None:
+        batch["token_type_ids"] = torch.zeros(len(ids), length, dtype=torch.long)
+    for place, (row, of_row) in enumerate(zip(ids, segments, strict=True)):
+        batch["input_ids"][place, : len(row)] = torch.tensor(row)
+        batch["attention_mask"][place, : len(row)] = 1
+        if of_row is not None:
+            batch["token_type_ids"][place, : len(row)] = torch.tensor(of_row)
     return batch
 
 
-def _unused(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, int]:
-    """The note on columns that nothing reads, and how many rows have one."""
-    read = {*(name for name in COLUMNS if name not in columns), *columns.values(), WEIGHT}
-    found = [[name for name, value in row.values.items() if value is not None and name not in read] for row in rows]
-    return unused_columns(found)
-
-
-def _values(row: Row, columns: dict[str, str]) -> dict[str, Any]:
-    """The row's values under our names. `columns`: {ours: the file's}."""
-    for ours, theirs in columns.items():
-        if ours not in COLUMNS:
-            raise DataError(
-                f"columns: '{ours}' is not a column of labelled rows{did_you_mean(ours, COLUMNS)}\n"
-                f"  known: {', '.join(COLUMNS)}"
-            )
-        if theirs not in row.values:
-            raise DataError(
-                f"{row.where}: no column '{theirs}' (columns: {ours}: {theirs}){did_you_mean(theirs, row.values)}"
-            )
-    values = {name: row.values.get(columns.get(name, name)) for name in COLUMNS}
-    missing = next((name for name in ("text", "label") if values[name] is None), None)
-    if missing is not None:
-        raise DataError(
-            f"{row.where}: no {missing}; columns found: {listing(row.values, 20) or 'none'}\n"
-            "  expected text and label, or text, text_pair and label; or say which column is which: columns: {text: "
-            "..., label: ...}"
-        )
-    return values
-
-
-def _label(row: Row, values: Mapping[str, Any]) -> str:
-    label = values["label"]
+def _label(row: Row, label: Any) -> str:
     if not isinstance(label, str | int) or not str(label).strip():
         raise DataError(f"{row.where}: its label is {label!r}; expected a word or a whole number")
     return str(label).strip()
 
 
-def _ordered(found: Sequence[str]) -> list[str]:
-    names = set(found)
-    return sorted(names, key=int) if all(name.lstrip("-").isdigit() for name in names) else sorted(names)
+def _measured(row: Row, label: Any, columns: Mapping[str, str]) -> float:
+    try:
+        number = math.nan if isinstance(label, bool) else float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        header = "; if this line is a header, name the columns as it does" if is_numbered(columns) else ""
+        raise DataError(f"{row.where}: its label is {label!r}; expected a number such as 3.8{header}")
+    return number
 
 
-def _number(row: Row, label: str, names: Sequence[str]) -> int:
-    if label in names:
-        return names.index(label)
-    if label.isdigit() and int(label) < len(names):  # the data has numbers, the settings their names
-        return int(label)
-    raise DataError(
-        f"{row.where}: the label '{label}' is none of {len(names)}{did_you_mean(label, names)}\n"
-        f"  labels: {listing(names, 20)}"
-    )
+def _check_no_header(rows: Sequence[Row], found: Sequence[str], columns: Mapping[str, str]) -> None:
+    """Raise DataError if columns are given by number and the first line looks like a header."""
+    counts = Counter(found)
+    if is_numbered(columns) and len(rows) > 2 and counts[found[0]] == 1 and len(counts) < len(found):
+        cells = listing(map(repr, rows[0].values.values()), 20)
+        raise DataError(
+            f"{rows[0].where}: its label '{found[0]}' occurs in no other row, and columns that are given by number are "
+            "for files without a header\n"
+            f"  if this line is a header, name the columns as it does: {cells}"
+        )
 
 
-def _encode(
-    row: Row, values: Mapping[str, Any], pair: bool, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+def encode(
+    row: Row, text: Any, second: Any, pair: bool, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> tuple[list[int], list[int] | None]:
-    """Ids, and segments where the tokenizer has them."""
-    text, second = values["text"], values.get("text_pair")
+    """Return ids, and segments where the tokenizer has them. `pair`: whether rows have a second text."""
     for name, value in (("text", text), *((("text_pair", second),) if pair else ())):
         if not isinstance(value, str) or not value.strip():
             raise DataError(

@@ -1,14 +1,12 @@
 """Parse the text formats: each function takes a file's text and yields its rows, or says where the file is broken.
 
-JSONL (one object per line), JSON (a list of objects, or an object that contains one), CSV and TSV with a header line,
-and prose. Files are UTF-8, with or without a byte order mark; other encodings are an error, never guessed.
+JSONL (one object per line), JSON (a list of objects, or an object that contains one) and prose; `tables.py` has those
+of tables. Files are UTF-8, with or without a byte order mark; other encodings are an error, never guessed.
 """
 
 from __future__ import annotations
 
 import codecs
-import csv
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,42 +93,6 @@ def json_document(text: str, file: str, split: str | None = None) -> Iterator[Ro
     records = document if isinstance(document, list) else _only_list(document, file, split)
     for number, values in enumerate(records, start=1):
         yield Row(_object(values, file, number), file, number)
-
-
-def table(text: str, file: str, delimiter: str) -> Iterator[Row]:
-    """Yield the records of a CSV or TSV file with a header. Raises DataError, also for a wrong number of fields."""
-    separator = {",": "comma", "\t": "tab"}[delimiter]
-    # csv's default limit, 131,072 characters a field, is too small for long documents. Process-wide, so restored below.
-    limit = csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        records = [(fields, reader.line_num) for fields in reader if fields]
-    except csv.Error as error:
-        raise DataError(
-            f"{file}, line {reader.line_num}: broken {separator}-separated record: {error}\n"
-            '  quote a field that contains quotes, separators or newlines, and double quotes inside it: "say ""hi"""'
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    if not records:
-        return
-    header = records[0][0]
-    other = next((mark for mark in (";", "\t", ",") if mark != delimiter and mark in header[0]), None)
-    if len(header) == 1 and other:
-        raise DataError(
-            f"{file}, line 1: fields are expected to be separated by {separator}s, but the header is {header[0]!r}"
-        )
-    if len(set(header)) < len(header):
-        repeated = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-        raise DataError(f"{file}, line 1: the header names a column twice: {listing(repeated)}")
-    for number, (fields, line) in enumerate(records[1:], start=1):
-        if len(fields) != len(header):
-            raise DataError(
-                f"{file}, row {number} (ends on line {line}): {len(fields)} fields, "
-                f"but the header has {len(header)}: {listing(header)}\n"
-                "  quote fields that contain separators or newlines"
-            )
-        yield Row(dict(zip(header, fields)), file, number)
 
 
 def prose(text: str, file: str) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """Read rows from a data file, a folder of data files, or a dataset on the Hugging Face hub.
 
-The suffix decides the file type (.jsonl, .json, .csv, .tsv, .parquet, .txt; all but Parquet also as .gz, .xz or .bz2).
+The suffix decides the file type (.jsonl, .json, .csv, .tsv, .parquet, .txt, TREC's .label and .all; all but Parquet
+also as .gz, .xz or .bz2). A .txt file is prose, or a table if columns are named and its first line has tabs.
 A path that does not exist and reads OWNER/NAME (or OWNER/NAME:CONFIG, or NAME) is taken for a hub id.
 """
 
@@ -11,17 +12,20 @@ import gzip
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorakit.data import parse
+from lorakit.data import parse, tables
 from lorakit.data.arrow import arrow_rows, is_arrow
 from lorakit.data.parse import Row
 from lorakit.errors import DataError, did_you_mean, listing, not_the_file
 
-TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+# Lines of a label and a text, as TREC's files (.label) and their copies by coarse class (.all) have them.
+LABELLED_LINES = (".label", ".all")
+TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", *LABELLED_LINES)
 TYPES = (*TEXT_TYPES, ".parquet")
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -29,32 +33,37 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
 }
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-ACCEPTED = "accepted: .jsonl, .json, .csv, .tsv, .txt (each also as .gz, .xz, .bz2) and .parquet"
+ACCEPTED = "accepted: .jsonl, .json, .csv, .tsv, .txt, .label (each also as .gz, .xz, .bz2) and .parquet"
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 TRAIN_NAMES = ("train",)
 OTHER_NAMES = ("test", "valid", "val", "dev", "eval")
 
 
-def read_rows(source: str | Path, split: str | None = None, limit: int | None = None) -> list[Row]:
+def read_rows(
+    source: str | Path, split: str | None = None, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> list[Row]:
     """Return at least one and at most `limit` rows of `source`.
 
     `split` picks the files of a folder whose names contain it, one of several lists in a JSON file, or the split of a
-    hub dataset (default "train"). Other files ignore it. Raises DataError.
+    hub dataset (default "train"). Other files ignore it. `columns` (a task's name -> the file's) decides how tables are
+    read: with numbers, from 1, a table has no header. Raises DataError.
     """
-    rows = list(islice(_rows(source, split, limit, _file), limit))
+    rows = list(islice(_rows(source, split, limit, partial(_file, columns=columns)), limit))
     if not rows:
         raise DataError(f"{source}: no rows; the file is empty or has only a header or blank lines")
     return rows
 
 
-def stream_rows(source: str | Path, split: str | None = None) -> Iterator[Row]:
+def stream_rows(
+    source: str | Path, split: str | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[Row]:
     """Yield the rows of `source` one by one, as `read_rows` returns them.
 
     JSONL, Parquet, Arrow and hub data sets are never in memory as a whole; files of other types are, one at a time.
     """
     empty = True
-    for row in _rows(source, split, None, _streamed):
+    for row in _rows(source, split, None, partial(_streamed, columns=columns)):
         empty = False
         yield row
     if empty:
@@ -72,10 +81,12 @@ def _rows(
     return read(path, split, limit) if path.exists() else _hub(str(source), path, split, limit)
 
 
-def _streamed(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
+def _streamed(
+    path: Path, split: str | None, limit: int | None, columns: Mapping[str, str] | None = None
+) -> Iterator[Row]:
     file_type, compression = _file_type(path)
     if file_type not in (".jsonl", ".ndjson") or not_the_file(path) is not None:
-        return _file(path, split, limit)
+        return _file(path, split, limit, columns)
     return _lines(path, compression)
 
 
@@ -88,7 +99,7 @@ def _lines(path: Path, compression: str) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read to its end: {error}") from error
 
 
-def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
+def _file(path: Path, split: str | None, limit: int | None, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
     file_type, compression = _file_type(path)
     if not file_type:
         suffix = path.suffix or path.name
@@ -107,16 +118,27 @@ def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
             raw = COMPRESSIONS[compression](raw)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
             raise DataError(f"{path}: broken or incomplete {compression} file: {error}") from error
-    text = parse.decode(raw, str(path))
+    text = _decoded(raw, path, file_type)
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
     if file_type in (".jsonl", ".ndjson"):
         return parse.jsonl(text, str(path))
     if file_type == ".json":
         return parse.json_document(text, str(path), split)
-    if file_type == ".txt":
+    if file_type in LABELLED_LINES:
+        return tables.labelled_lines(text, str(path))
+    if file_type == ".txt" and not (columns and "\t" in text.partition("\n")[0]):
         return parse.prose(text, str(path))
-    return parse.table(text, str(path), "," if file_type == ".csv" else "\t")
+    return tables.table(text, str(path), "," if file_type == ".csv" else "\t", tables.is_numbered(columns))
+
+
+def _decoded(raw: bytes, path: Path, file_type: str) -> str:
+    if file_type in LABELLED_LINES:  # TREC's own files are in Latin-1, in which any byte is a character
+        try:
+            return parse.decode(raw, str(path))
+        except DataError:
+            return raw.decode("latin-1")
+    return parse.decode(raw, str(path))
 
 
 def _file_type(path: Path) -> tuple[str, str]:

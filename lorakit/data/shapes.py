@@ -71,7 +71,7 @@ def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
     if not rows:
         raise DataError("no rows, so no shape; expected at least one")
     columns = dict(columns or {})
-    _check_columns(columns, rows[0])
+    check_columns(columns, rows[0])
     shape = ""
     examples = []
     for row in rows:
@@ -109,7 +109,8 @@ def weighs(values: dict[str, Any], row: Row) -> bool:
     return values.get(WEIGHT) is None or turns.on_or_off(values.pop(WEIGHT), WEIGHT, row)
 
 
-def _check_columns(columns: Mapping[str, str], first: Row) -> None:
+def check_columns(columns: Mapping[str, str], first: Row) -> None:
+    """Raise DataError for a name that is no column of ours, and for one that the file does not have."""
     ours = list(dict.fromkeys(name for names in COLUMNS.values() for name in names))
     for our, theirs in columns.items():
         if our not in ours:
@@ -137,6 +138,7 @@ def _shape_of(values: Mapping[str, Any], columns: Mapping[str, str], row: Row) -
         fix = f"prompt: {prompt}, completion: chosen" if prompt else "messages: chosen"
         raise DataError(
             f"{row.where}: preference pairs (chosen, rejected), which supervised training cannot use\n"
+            "  to learn which answer is better: --task preference\n"
             f"  to train on the chosen answers only, name them: columns: {{{fix}}}"
         )
     # Columns with a value decide. If none fit, null columns count too, so that a null completion is reported as such.
@@ -199,9 +201,9 @@ def _chat(messages: tuple[Message, ...], values: dict[str, Any], row: Row, refer
 
 
 def _completion(values: dict[str, Any], row: Row) -> Example:
-    prompt = _one_of(PROMPTS, values, row)
+    prompt = one_of(PROMPTS, values, row)
     references = _references(values, row)
-    answer = _one_of(COMPLETIONS, values, row) if not references or set(COMPLETIONS) & set(values) else None
+    answer = one_of(COMPLETIONS, values, row) if not references or set(COMPLETIONS) & set(values) else None
     rest = {name: value for name, value in values.items() if name not in (prompt, answer, "references")}
     if answer and isinstance(values.get(prompt), list):
         before = tuple(replace(m, trained=False) for m in turns.conversation(values[prompt], prompt, row))
@@ -235,8 +237,8 @@ def _alpaca(values: dict[str, Any], row: Row) -> tuple[Message, ...]:
     return (*messages, Message("user", question, False), Message("assistant", answer, True))
 
 
-def _one_of(names: Sequence[str], values: Mapping[str, Any], row: Row) -> str:
-    """Return the one of `names` that this row has a value for, or failing that a null."""
+def one_of(names: Sequence[str], values: Mapping[str, Any], row: Row) -> str:
+    """Return the one of `names` that this row has a value for, or failing that a null. Raises DataError for several."""
     candidates = [name for name in names if name in values] or [name for name in names if name in row.values]
     if not candidates or names[0] in candidates:
         return names[0]

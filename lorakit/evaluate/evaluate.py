@@ -10,6 +10,7 @@ first trained answer counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.tables import Table
 from ..data.batches import pad_id
-from ..errors import ConfigError, DataError, StateError, did_you_mean, listing
+from ..errors import ConfigError, StateError, did_you_mean, listing
 from ..generate.generate import check_prompts
 from ..generate.generate import generate as write
+from ..tasks.metrics.texts import Compared, Scores, score
+from ..tasks.task import Asked, Base, Task, weight_of
 from ..tasks.text.perplexity import Loss, perplexity
+from ..tasks.text.prompts_of import prompts_of
 from .figures import table
-from .metrics import Scores, score
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -31,16 +34,7 @@ if TYPE_CHECKING:
     from ..data.dataset import Item
 
 BASE = "base"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A distinct prompt and the right answers to it. where: its first row."""
-
-    ids: tuple[int, ...]
-    text: str
-    references: tuple[str, ...]
-    where: str
+BATCHES_AT_ONCE = 8  # between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Report:
     """All results on the same rows. samples: indices of the prompts to show."""
 
     judged: tuple[Judged, ...]
-    prompts: tuple[Prompt, ...] = ()
+    prompts: tuple[Asked, ...] = ()
     samples: tuple[int, ...] = ()
 
     def table(self) -> Table:
@@ -131,13 +125,15 @@ def evaluate(
     max_prompts: int | None = None,
     samples: int = 3,
     batch_size: int = 16,
-    references_column: str = "references",
+    task: Task | None = None,
+    compared: Compared | None = None,
     on_rows: Callable[[str, int], None] | None = None,
 ) -> Report:
     """Evaluate the base (None) and the named adapters on `items`; what was active before is active again afterwards.
 
     generate: also generate text, up to `max_new_tokens` or a text in `stop`, and score it. max_prompts: generate for at
-    most this many prompts, evenly spaced. samples: the number of prompts to show. on_rows(what, rows): called after
+    most this many prompts, evenly spaced. task: the task of the items, if not causal_lm: its loss and its prompts.
+    compared: what exact match compares. samples: the number of prompts to show. on_rows(what, rows): called after
     each batch, with what was computed ("base: loss", "sql: text") and its number of rows.
 
     Raises ConfigError without an adapter to evaluate, StateError for one that is not attached, DataError for a row
@@ -145,7 +141,10 @@ def evaluate(
     """
     requested = list(dict.fromkeys(adapters))
     _check_adapters(model, requested)
-    prompts = _spread(prompts_of(items, tokenizer, references_column), max_prompts) if generate else []
+    base = Base(model, tokenizer)
+    prompts = (
+        _spread(task.asked(base, items) if task else prompts_of(items, tokenizer), max_prompts) if generate else []
+    )
     check_prompts(model, [p.ids for p in prompts], max_new_tokens, [p.where for p in prompts])
     pad = pad_id(tokenizer)
     judged = []
@@ -153,7 +152,12 @@ def evaluate(
         for name in requested:
             _use(model, name)
             label = BASE if name is None else name
-            loss = perplexity(model, items, pad, batch_size, _reporting(on_rows, f"{label}: loss"))
+            report = _reporting(on_rows, f"{label}: loss")
+            loss = (
+                _loss(task, base, items, batch_size, report)
+                if task
+                else perplexity(model, items, pad, batch_size, report)
+            )
             if not prompts:
                 judged.append(Judged(name, loss))
                 continue
@@ -169,45 +173,23 @@ def evaluate(
                 on_cut=cut.append,
             )
             texts = [text.strip() for text in texts]
-            judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts), len(cut)))
+            judged.append(
+                Judged(name, loss, score(texts, [p.references for p in prompts], compared), tuple(texts), len(cut))
+            )
     return Report(tuple(judged), tuple(prompts), tuple(_spread(range(len(prompts)), samples)))
 
 
-def prompts_of(
-    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, references_column: str = "references"
-) -> list[Prompt]:
-    """Return the distinct prompts in order of appearance, each with the distinct answers in its rows.
-
-    Raises DataError for a row without a prompt.
-    """
-    groups: dict[tuple[int, ...], list[Item]] = {}
-    for item in items:
-        start = item.prompt_length
-        if start == 0:
-            raise DataError(
-                f"{item.row.where}: the row has no prompt to generate from; all of a plain text is trained\n"
-                "  leave generation out, or give rows with prompt and completion"
-            )
-        groups.setdefault(tuple(item.ids[:start]), []).append(item)
-    prompts = []
-    for ids, rows in groups.items():
-        answers = [answer for item in rows for answer in _answers(item, tokenizer, references_column)]
-        prompts.append(Prompt(ids, _text(tokenizer, ids), tuple(dict.fromkeys(answers)), rows[0].row.where))
-    return prompts
-
-
-def _answers(item: Item, tokenizer: PreTrainedTokenizerBase, references_column: str) -> list[str]:
-    start = item.prompt_length
-    end = next((i for i in range(start + 1, len(item.ids)) if not item.trained[i]), len(item.ids))
-    listed = item.row.values.get(references_column) or []
-    return [
-        _text(tokenizer, item.ids[start:end]),
-        *(text.strip() for text in ([listed] if isinstance(listed, str) else listed)),
-    ]
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+def _loss(task: Task, base: Base, items: Sequence[Any], batch_size: int, on_rows: Callable[[int], None] | None) -> Loss:
+    """Return the task's loss over all items, in portions, so that progress can be shown."""
+    ordered = sorted(items, key=lambda item: -item.size)
+    total, size = 0.0, batch_size * BATCHES_AT_ONCE
+    for start in range(0, len(ordered), size):
+        rows = ordered[start : start + size]
+        total += task.evaluate(base, rows, batch_size)["loss"] * weight_of(rows)
+        if on_rows is not None:
+            on_rows(len(rows))
+    loss = total / weight_of(ordered)
+    return Loss(loss, math.exp(loss) if loss < 709 else math.inf, weight_of(ordered), len(ordered))
 
 
 def _spread(things: Sequence[Any], most: int | None) -> list[Any]:

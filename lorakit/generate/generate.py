@@ -38,6 +38,7 @@ def generate(
     batch_size: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    beams: int = 1,
     seed: int | None = None,
     stop: Sequence[str] = (),
     on_batch: Callable[[int], None] | None = None,
@@ -45,26 +46,27 @@ def generate(
 ) -> list[str]:
     """Return one text for each prompt, in the prompts' order.
 
-    prompts: token ids. top_p: probability mass to sample from. seed: samples repeatably and leaves torch's global
-    random state unchanged; None samples from the global state. stop: texts to end at. on_batch: called after each batch
-    with the number of prompts in it. on_cut: called with the index of each prompt whose text the limit of new tokens
-    ended, before its end token or a stop text.
+    prompts: token ids. top_p: probability mass to sample from. beams: the width of a beam search, which is greedy
+    decoding with several candidates (by transformers, for every model). seed: samples repeatably and leaves torch's
+    global random state unchanged; None samples from the global state. stop: texts to end at. on_batch: called after
+    each batch with the number of prompts in it. on_cut: called with the index of each prompt whose text the limit of
+    new tokens ended, before its end token or a stop text.
 
     Rows of similar length share a batch. Greedy text does not depend on `batch_size`; sampled text does, as the rows of
     a batch draw from the same random generator. Raises ConfigError for a setting out of range, DataError for a prompt
     that is empty or too long.
     """
-    _check_settings(max_new_tokens, batch_size, temperature, top_p, stop)
+    _check_settings(max_new_tokens, batch_size, temperature, top_p, stop, beams)
     check_prompts(model, prompts, max_new_tokens)
     ends = end_ids(model, tokenizer)
     pad = _pad_id(tokenizer, ends)
     texts = [""] * len(prompts)
     # longest first: fail at once if memory is short
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    if supports(model):
+    if beams == 1 and supports(model):
         decode_batch = partial(_decoded, max_new_tokens=max_new_tokens, ends=ends, pick=picker(temperature, top_p))
     else:
-        decode_batch = partial(_generated, settings=_settings(max_new_tokens, temperature, top_p, ends, pad))
+        decode_batch = partial(_generated, settings=_settings(max_new_tokens, temperature, top_p, ends, pad, beams))
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.inference_mode(), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
@@ -195,14 +197,20 @@ def _generated(
     return output[:, prefix:].tolist()
 
 
-def _settings(max_new_tokens: int, temperature: float, top_p: float, ends: list[int], pad: int) -> dict[str, Any]:
+def _settings(
+    max_new_tokens: int, temperature: float, top_p: float, ends: list[int], pad: int, beams: int
+) -> dict[str, Any]:
     """Return transformers' generation settings, with everything that the model's own could change switched off."""
     sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults: no warning
     return {
         **(sampled if temperature > 0 else greedy),
         "max_new_tokens": max_new_tokens,
-        "num_beams": 1,
+        "num_beams": beams,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        "min_length": 0,
+        "forced_eos_token_id": None,  # BART's would hide that the limit of new tokens ended a text
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
         "eos_token_id": ends or None,
@@ -322,8 +330,16 @@ def _pad_id(tokenizer: Any, ends: list[int]) -> int:
 
 
 def _check_settings(
-    max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stop: Sequence[str]
+    max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stop: Sequence[str], beams: int = 1
 ) -> None:
+    if beams < 1:
+        raise ConfigError(f"beams is {beams}\n  expected 1 (no beam search) or more")
+    if beams > 1 and temperature > 0:
+        raise ConfigError(
+            f"beams is {beams}, which searches for the likeliest text, and temperature {temperature:g}, which draws "
+            "one\n"
+            "  give only one of the two"
+        )
     if max_new_tokens < 1 or batch_size < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}\n  both must be at least 1")
     if not 0 <= temperature < float("inf"):

@@ -39,21 +39,30 @@ def activate(model: Any, which: str | Mapping[str, Weights] | None) -> None:
     model = as_module(model)
     state = state_of(model)
     check_not_routed(state, "activate")
+    weights = weights_of(state, which, "activate(model, which)")
+    if state.merged is not None:
+        raise StateError(
+            f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) before activating another"
+        )
+    set_active(model, state, weights)
+
+
+def weights_of(state: State, which: str | Mapping[str, Weights] | None, call: str) -> dict[str, Weights]:
+    """Return the adapters that `which` names, as `activate` takes it, with their weights.
+
+    `call`: how the caller was called, for the message. Raises StateError as `activate` does for what cannot be active.
+    """
     if not isinstance(which, str | Mapping | None):
         raise StateError(
-            f"activate(model, which): got a {qualified_name(which)}\n"
+            f"{call}: got a {qualified_name(which)}\n"
             f"  expected a name, None, or names with weights such as {{'a': 0.7, 'b': 0.3}}"
         )
     weights: dict[str, Weights] = {which: 1.0} if isinstance(which, str) else dict(which or {})
     for name, weight in weights.items():
         _check_weights(name, weight, attached_of(state, name))
-    if state.merged is not None:
-        raise StateError(
-            f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) before activating another"
-        )
     check_saved(state, weights)
     check_virtual(state, weights)
-    set_active(model, state, weights)
+    return weights
 
 
 def _check_weights(name: str, weights: Weights, attached: Attached) -> None:

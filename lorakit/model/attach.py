@@ -16,6 +16,7 @@ from ..adapter.tokens import Tokens
 from ..adapter.update import Update
 from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import PipelineModel, as_module
+from ..bases.rope import RECORD, SCALED, check_scaling
 from ..config import NONE, VIRTUAL, LoraConfig, virtual_kind
 from ..errors import AdapterError, ConfigError, StateError, TargetError
 from ..layers import fastpath, fused_qkv, peft_layers, saved
@@ -226,6 +227,7 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     if config.variant in VIRTUAL:
         _check_no_targets(config)
     targets = Targets({}) if config.variant in VIRTUAL else find_targets(model, config)
+    config = live(config.variant).settled(config, names, targets.modules)
     own = targets.modules if config.variant != "tokens" else {}
     both = [m for m in tokens if m in own or any(f".{s}." in f".{m}." for s in config.save_modules)]
     if both:
@@ -242,6 +244,8 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
             "  give one of these, or targets"
         )
     metadata = {"fingerprint": base_fingerprint(model, [*modules, *saved_values])}
+    if SCALED in model.__dict__:
+        metadata[RECORD] = model.__dict__[SCALED]
     return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
 
 
@@ -285,6 +289,8 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     adapter = stacked(model, adapter.check())
     live = live_names(model, adapter)
     check_base(model, adapter, force, live)
+    if not force:
+        check_scaling(getattr(model, "config", None), adapter.metadata)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
     check_quantization(model, modules, adapter, force)

@@ -164,8 +164,8 @@ def judge(
     model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, seconds: float
 ) -> tuple[list[str], Score]:
     """Generate a greedy text for each test row, and score them. `seconds`: of the training, for the Score."""
-    from ..evaluate.metrics import score
     from ..generate.generate import generate
+    from ..tasks.metrics.texts import score
     from .slots import slot_error_rate
 
     prompts = [tokenizer(test["prompt"]).input_ids for test in tests]

@@ -25,7 +25,7 @@ from ..errors import AdapterError, ConfigError
 from ..formats import FOLDERS, TAKES_ALPHA, find, format_of, load
 from ..io.json_object import read_json
 from ..module_names import is_language_trunk
-from ..tasks import task_for, task_names, task_of
+from ..tasks import task_names, task_of, task_of_adapter
 from ..train.run_folder import RunFolder
 from .paths import hub_id
 
@@ -130,7 +130,7 @@ def read_record(
     }
     run = RunFolder(home.parent)
     if home.name == "adapter" and run.config.is_file() and run.metrics.is_file():
-        known |= _from_run(run, known, str(facts.task))
+        known |= _from_run(run, known, task_of_adapter(facts.task, facts.metadata))
     elif held_out := number(metrics.get("held_out_loss")):
         known["held_out"] = [{"loss": held_out}]
     if eval_file is not None:
@@ -140,7 +140,7 @@ def read_record(
     return AdapterRecord(path, form, facts, given, **known)
 
 
-def _from_run(run: RunFolder, known: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
+def _from_run(run: RunFolder, known: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     """Return the fields of `AdapterRecord` that a run's folder provides, completed by what is known already."""
     try:
         config = mapping(yaml.safe_load(run.config.read_text(encoding="utf8")))
@@ -158,7 +158,7 @@ def _from_run(run: RunFolder, known: Mapping[str, Any], peft_type: str) -> dict[
         settings.setdefault("learning_rate", max(rates))
     return {
         "base": known["base"] or config.get("model"),
-        "settings": {k: v for k, v in settings.items() if k not in _of_other_tasks(peft_type)},
+        "settings": {k: v for k, v in settings.items() if k not in _of_other_tasks(task)},
         "data": {"id": config.get("data"), "split": config.get("split"), **known["data"]},
         "steps": known["steps"] or number(last.get("step")),
         "seconds": number(last.get("seconds")),
@@ -174,9 +174,8 @@ def _held_out(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[key] for key, name in names.items()}
 
 
-def _of_other_tasks(peft_type: str) -> set[str]:
-    """Return the settings that only tasks other than the adapter's ask for."""
-    own = task_for(peft_type)
+def _of_other_tasks(own: str | None) -> set[str]:
+    """Return the settings that only tasks other than the adapter's own ask for."""
     fields = {name: set(task_of(name).settings.model_fields) for name in task_names()}
     return set().union(*fields.values()) - fields[own] if own else set()
 

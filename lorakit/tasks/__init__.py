@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -29,5 +30,27 @@ def task_of(name: str) -> Task:
 
 
 def task_for(peft_type: str | None) -> str | None:
-    """Return the name of the task with this PEFT task_type, None if there is none."""
+    """Return the name of the task with this PEFT task_type, None if there is none.
+
+    Of several that share it, the first: SEQ_CLS is classification, though regression has that type too.
+    """
     return next((name for name in task_names() if task_of(name).peft_type == peft_type), None)
+
+
+def task_of_adapter(peft_type: str | None, metadata: Mapping[str, Any]) -> str | None:
+    """Return the name of the task that an adapter was trained for; None if that is not known.
+
+    `metadata`: the adapter's. The recipe of lorakit's own run names the task; `peft_type` (the adapter's
+    `config.task`) decides for adapters of others.
+    """
+    recipe = metadata.get("recipe")
+    if isinstance(recipe, Mapping):
+        name = recipe.get("task", DEFAULT)  # a recipe leaves out defaults
+        if name in task_names() and task_of(str(name)).peft_type == peft_type:
+            return str(name)
+    return task_for(peft_type)
+
+
+def recognizing(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the tasks that a row of data with these columns is of, without a doubt."""
+    return [name for name in task_names() if task_of(name).recognizes(row)]

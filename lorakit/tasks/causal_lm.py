@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..config import Quantization, RunSettings, Strict, part
 from ..errors import TrainError
-from .task import Base, Data
+from .task import Asked, Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
     blueprint,
     checkpoint,
@@ -41,22 +41,26 @@ from .text.base import (  # noqa: F401 (names of the task)
 )
 from .text.causal_rows import Sources
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
-from .text.settings import Columns, Lengths, Prompts
+from .text.settings import Columns, Lengths, LongContext, Prompts, Sampling
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ..data.dataset import Item
+    from ..data.questions import Question
     from ..data.templates import ChatOptions
 
 DEFAULT_PROMPTS = 2
 
 
 class Writing(Strict):
-    rows: ClassVar = {"template", "train_on", "turns", "chat_template", "chat_template_kwargs", "date"}
+    rows: ClassVar = {"answer_after", "template", "train_on", "turns", "chat_template", "chat_template_kwargs", "date"}
     free: ClassVar = {"chat_template", "date"}  # a resumed run compares the resulting rows by hash
 
+    answer_after: str | None = Field(
+        None, description="for rows of one text: what stands before the answer in each, such as 'A:'"
+    )
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
     )
@@ -94,34 +98,29 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, Writing, Columns, Sources, Prompts):
-    free: ClassVar = {"sample_tokens"}
-
+class Packing(Strict):
     packing: bool = Field(
         False,
         description="put several rows of a batch into one sequence, each with its own positions and attention: the "
         "same result with less padding",
     )
 
-    sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
-
     @model_validator(mode="after")
-    def _not_compiled(self) -> CausalSettings:
+    def _not_compiled(self) -> Packing:
         if self.packing and getattr(self, "compile", False):
             raise ValueError("packing is not tested with compile; remove one of the two")
         return self
+
+
+class CausalSettings(Lengths, LongContext, Packing, Writing, Columns, Sources, Prompts, Sampling):
+    pass
 
 
 settings = CausalSettings
 peft_type = "CAUSAL_LM"
 summary = "predict the next token (a language model)"
 unit = "tokens"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    ids: list[int]
+writes = True
 
 
 # ------------------------------------------------------------------------------------- rows
@@ -149,7 +148,7 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, CausalSettings)
     check_limit(config)
-    tokenizer, options = _tokenizer(own, processor), _options(own)
+    tokenizer, options = chat_tokenizer(own, processor), chat_options(own)
     how = {
         "columns": own.columns or None,
         "template": own.template,
@@ -159,7 +158,7 @@ def data(config: RunSettings, processor: Any) -> Data:
         "options": options,
         "ends": end_tokens(config.model, config.revision, config.trust_remote_code),
     }
-    data, dataset = read_data(config, own, own.max_length, how, tokenizer)
+    data, dataset = read_data(config, own, own.max_length, how, tokenizer, own.answer_after)
     check_vocabulary(config, processor, chain(data.train, data.held_out))
     about = record(dataset, tokenizer, options, own.chat_template is not None)
     files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
@@ -172,7 +171,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(data, about=about, files=files, facts=facts)
 
 
-def _tokenizer(own: CausalSettings, processor: Any) -> Any:
+def chat_tokenizer(own: Writing, processor: Any) -> Any:
     """Return the tokenizer with the run's chat template."""
     from ..data.templates import read_template, with_template
 
@@ -180,7 +179,7 @@ def _tokenizer(own: CausalSettings, processor: Any) -> Any:
     return processor if path is None else with_template(processor, read_template(path), path)
 
 
-def _options(own: CausalSettings) -> ChatOptions:
+def chat_options(own: Writing) -> ChatOptions:
     from ..data.templates import ChatOptions
 
     return ChatOptions(own.chat_template_kwargs, own.date)
@@ -199,10 +198,18 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
     from ..bases.load import load_model, stop_at
+    from .text.kind import check_decoder_only
     from .text.vocabulary import grow_for
 
+    check_decoder_only(config.model, blueprint(config))
     model = load_model(
-        config.model, dtype, device, config.revision, config.trust_remote_code, part(config, Quantization)
+        config.model,
+        dtype,
+        device,
+        config.revision,
+        config.trust_remote_code,
+        part(config, Quantization),
+        rope_scaling=part(config, CausalSettings).rope_scaling,
     )
     grow_for(config, model, processor)
     stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))
@@ -212,8 +219,10 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from .text.kind import check_decoder_only
     from .text.vocabulary import grow_skeleton
 
+    check_decoder_only(config.model, base)
     grow_skeleton(config, base)
     return AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=config.trust_remote_code)
 
@@ -222,11 +231,6 @@ def check(config: RunSettings, model: Any, items: Iterable[Item]) -> None:
     from .text.packed import check_packing
     from .text.positions import check_positions
 
-    if model.config.is_encoder_decoder:
-        raise TrainError(
-            f"{config.model} is an encoder-decoder ({type(model).__name__}); expected a decoder-only model\n"
-            "  choose another base (--model)"
-        )
     check_positions(config, model, items)
     if packs(config):
         check_packing(model)
@@ -302,10 +306,41 @@ def evaluate(base: Base, items: Sequence[Item], batch_size: int) -> dict[str, fl
     return {"loss": measured.loss, "perplexity": measured.perplexity}
 
 
+def asked(base: Base, items: Sequence[Item]) -> list[Asked]:
+    from .text.prompts_of import prompts_of
+
+    return prompts_of(items, base.processor)
+
+
+def to_predict(config: RunSettings, processor: Any) -> list[Question]:
+    """Read questions, in the run's template: `template: chat` and `plain` take a prompt for a user's turn."""
+    from ..bases.load import end_tokens
+    from ..data.questions import Question, read_questions
+    from ..data.read import read_rows
+    from ..data.render import Renderer
+    from ..data.split_text import answered, without_text
+
+    own = part(config, CausalSettings)
+    rows = read_rows(config.data, config.split, columns=own.columns)
+    asked = [*answered(rows, own.answer_after, own.columns)]
+    columns = without_text(own.columns) if own.answer_after else own.columns
+    examples = read_questions(asked, columns, as_turns=own.template != "auto")
+    ends = end_tokens(config.model, config.revision, config.trust_remote_code)
+    renderer = Renderer(chat_tokenizer(own, processor), own.template, options=chat_options(own), ends=ends)
+    return [Question(renderer.prompt(example), row) for example, row in zip(examples, rows, strict=True)]
+
+
+def predict(config: RunSettings, base: Base, items: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
+    """Return {"answer": text} for each row; "cut": true where `sample_tokens` ended it."""
+    from .text.answers import answers
+
+    return answers(config, base, items, batch_size)
+
+
 # ------------------------------------------------------------------------------------- samples
 
 
-def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
+def prompts(config: RunSettings, base: Base, data: Data) -> list[Asked]:
     """Return the configured prompts in the data's template, or those of the first held-out rows.
 
     Held-out rows are used if they have a prompt and the model has positions left for an answer.
@@ -317,28 +352,24 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
     if own.sample_tokens == 0:
         return []
     if own.sample_prompts:
-        tokenizer, options = _tokenizer(own, base.processor), _options(own)
+        tokenizer, options = chat_tokenizer(own, base.processor), chat_options(own)
         ids = [question_ids(text, tokenizer, data.about["template"], options) for text in own.sample_prompts]
         check_prompts(base.model, ids, own.sample_tokens, [f"sample prompt {text!r}" for text in own.sample_prompts])
-        return [Prompt(text, i) for text, i in zip(own.sample_prompts, ids, strict=True)]
+        return [Asked(i, text, (), "sample_prompts") for text, i in zip(own.sample_prompts, ids, strict=True)]
     positions = positions_of(base.model)
     room = math.inf if positions is None else positions - own.sample_tokens
-    chosen: list[Prompt] = []
+    chosen: list[Asked] = []
     for item in data.held_out:
         prompt = item.ids[: item.prompt_length]
         if 0 < len(prompt) <= room and prompt not in [p.ids for p in chosen]:
-            chosen.append(Prompt(base.processor.decode(prompt), prompt))
+            chosen.append(Asked(prompt, base.processor.decode(prompt), (), item.where))
         if len(chosen) == DEFAULT_PROMPTS:
             break
     return chosen
 
 
-def samples(config: RunSettings, base: Base, prompts: Sequence[Prompt]) -> list[TextSample]:
-    """Generate one greedy answer per prompt."""
-    from ..generate.generate import generate
+def samples(config: RunSettings, base: Base, prompts: Sequence[Asked]) -> list[TextSample]:
+    """Generate one answer per prompt."""
+    from .text.answers import sampled
 
-    if not prompts:
-        return []
-    tokens = part(config, CausalSettings).sample_tokens
-    answers = generate(base.model, base.processor, [p.ids for p in prompts], max_new_tokens=tokens)
-    return [TextSample(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return sampled(config, base, prompts)

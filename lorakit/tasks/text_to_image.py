@@ -20,7 +20,7 @@ from ..errors import ConfigError, TrainError, did_you_mean
 from ..nondefault import nondefault
 from .image.settings import DiffusionSettings
 from .image.sliding import Sliding, check_slider
-from .task import Base, Data, Shown
+from .task import Asked, Base, Data, Shown
 from .text.settings import Columns, Prompts
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ summary = "draw pictures for captions (a diffusion pipeline)"
 unit = "pictures"
 size_unit = "pixels"
 compares = True
+writes = False
 traced = False
 shares = False
 uses_all = False  # SDXL does not use the last layer of its first text encoder
@@ -249,7 +250,7 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
     """Do nothing: `prepare` finds out how the pipeline takes its latents."""
 
 
-def prepare(base: Base, items: Sequence[Any]) -> None:
+def prepare(base: Base, items: Iterable[Any]) -> None:
     """Find out how the pipeline takes its latents."""
     base.processor.prepare(base.model, items)
 
@@ -302,7 +303,23 @@ def evaluate(base: Base, items: Sequence[Any], batch_size: int) -> dict[str, flo
     return validate(base, items, batch_size)
 
 
+def to_predict(config: RunSettings, processor: Pictures) -> list[Any]:
+    raise ConfigError(
+        "predict: task text_to_image draws pictures, and says nothing of rows\n"
+        f"  lorakit image generate 'a prompt' --model {config.model} --adapter ADAPTER"
+    )
+
+
+def predict(config: RunSettings, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
+    raise ConfigError("predict: task text_to_image draws pictures\n  use lorakit image generate 'a prompt'")
+
+
 # ------------------------------------------------------------------------------------- samples
+
+
+def asked(base: Base, items: Sequence[Any]) -> list[Asked]:
+    """Return none: pictures are drawn, not written."""
+    return []
 
 
 def prompts(config: RunSettings, base: Base, data: Data) -> list[PicturePrompt]:

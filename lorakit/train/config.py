@@ -148,8 +148,9 @@ def _check_owners(config: TrainConfig, defaults: Mapping[str, Any]) -> None:
     wrong = []
     for name in config.model_fields_set:
         default = defaults.get(name, type(config).model_fields[name].get_default(call_default_factory=True))
-        if getattr(config, name) == default or belongs(name, config.method, config.task):
-            continue
+        value = getattr(config, name)
+        if not value or value == default or belongs(name, config.method, config.task):
+            continue  # none of something, such as no samples, is what a run has that does not know it
         methods, tasks = owners(name)
         kind, mine, having = ("method", config.method, methods) if methods else ("task", config.task, tasks)
         wrong.append(f"{name} has no effect with {kind}: {mine}; remove it (it is for {kind}: {', '.join(having)})")

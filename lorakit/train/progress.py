@@ -22,6 +22,7 @@ from .bar import Bar
 from .optimizer import describe
 from .resume import trainable
 from .run_folder import HELD_OUT, evaluated
+from .task_of_data import reason
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -161,6 +162,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
         ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
         *_reached(job),
+        *([("task", why)] if (why := reason(config, getattr(next(iter(job.train), None), "row", None))) else []),
         ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, {data.shape}"),
         *data.facts,
         (

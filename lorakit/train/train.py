@@ -11,6 +11,7 @@ from .loop import Loop
 from .progress import Progress
 from .run import Result, Run
 from .setup import set_up
+from .task_of_data import with_task
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Result:
@@ -19,6 +20,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
     Raises WriteError if another process is training in the same folder.
     """
     progress = progress or Progress()
+    config = with_task(config)
     search = None
     if config.find_lr:
         from .sweep.find_lr import find  # imported here, since it uses this loop too

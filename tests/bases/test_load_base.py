@@ -12,10 +12,12 @@ import quantized
 import tiny
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import lorakit as lk
 from lorakit.bases import quantize
-from lorakit.bases.load import load_classifier, load_model
+from lorakit.bases.load import load_model
+from lorakit.bases.load_head import labelled, load_with_head
 from lorakit.bases.own_linear import GptqLinear
 from lorakit.bases.stored_weights import storage, storage_of
 from lorakit.config import Quantization
@@ -172,8 +174,14 @@ def test_a_classifiers_head_and_what_is_trained_in_full_stay(tmp_path):
     config = BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=32, num_labels=2)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     how = Quantization(quantize="nf4")
-    model = load_classifier(
-        str(tmp_path), ["no", "yes"], torch.float32, torch.device("cpu"), trained=["pooler.dense"], quantization=how
+    model = load_with_head(
+        AutoModelForSequenceClassification,
+        str(tmp_path),
+        torch.float32,
+        torch.device("cpu"),
+        changes=labelled(["no", "yes"]),
+        trained=["pooler.dense"],
+        quantization=how,
     )
     packed = quantized_modules(model)
     assert len(packed) == 12
@@ -325,7 +333,10 @@ def test_a_t5_computes_in_its_own_dtype(tmp_path, dtype):
 
 def test_a_classifier_on_a_gptq_base_has_its_labels(tmp_path):
     folder, _ = packed_checkpoints.save(tmp_path, packed_checkpoints.gptq_config())
-    model = load_classifier(str(folder), ["no", "so", "yes"], torch.float32, torch.device("cpu"))
+    changes = labelled(["no", "so", "yes"])
+    model = load_with_head(
+        AutoModelForSequenceClassification, str(folder), torch.float32, torch.device("cpu"), changes=changes
+    )
     assert model.config.id2label == {0: "no", 1: "so", 2: "yes"}
     assert model.score.weight.shape[0] == 3
 

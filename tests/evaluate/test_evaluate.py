@@ -14,8 +14,8 @@ import lorakit as lk
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, DataError, StateError
 from lorakit.evaluate.evaluate import evaluate, prompts_of
-from lorakit.evaluate.metrics import score
 from lorakit.generate.generate import generate
+from lorakit.tasks.metrics.texts import score
 from lorakit.tasks.text.perplexity import perplexity
 
 

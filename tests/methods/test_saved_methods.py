@@ -124,7 +124,8 @@ def test_norms_are_found_by_what_they_are():
         }
     )
     assert norms(model) == ["first", "group", "own", "rms"]
-    assert norms(tiny.t5()) and norms(tiny.bert()) == ["LayerNorm"]
+    assert norms(tiny.bert()) == ["LayerNorm"]
+    assert len(norms(tiny.t5())) > 0
     assert norms(nn.Sequential(nn.Linear(2, 2))) == []
 
 

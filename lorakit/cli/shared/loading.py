@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,28 @@ class Loaded:
     names: list[str]
     style: Style | None
     options: ChatOptions
+    source: Callable[[str], list[int]] | None = None  # of an encoder-decoder: the ids of what its encoder reads
+
+    def question_ids(self, question: str | Sequence[Mapping[str, Any]], style: Style) -> list[int]:
+        """Return the token ids that the answer to a text, or to a conversation, starts from."""
+        from ...data.render import question_ids
+
+        if self.source is None:
+            return question_ids(question, self.tokenizer, style, self.options)
+        return self.source(question if isinstance(question, str) else str(question[-1]["content"]))
 
     def style_for(self, template: Style | Literal["auto"]) -> Style:
         """Choose how to format a prompt. "auto": as in training, else with the chat template if there is one.
 
         ConfigError if that needs a chat template and the tokenizer has none.
         """
+        if self.source is not None:
+            if template in ("chat", "plain"):
+                raise ConfigError(
+                    f"--template {template}: an encoder-decoder reads one text, not a conversation\n"
+                    "  use --template auto or none"
+                )
+            return "none"
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         default: Style = "chat" if has_template else "none"
         style = (self.style or default) if template == "auto" else template
@@ -99,7 +115,12 @@ def load(
     quantization: Quantization | None = None,
 ) -> Loaded:
     """Load the base and attach the adapters; the last one is active."""
+    from ...bases.load import load_config
+    from ...tasks.text.kind import writes_from_source
+
     values = read(model, adapters)  # first, to fail early
+    if writes_from_source(load_config(model)):
+        return _encoder_decoder(model, values, precision, quantization)
     return attached(model, values, precision, chat_template, kwargs, quantization=quantization)
 
 
@@ -120,6 +141,7 @@ def attached(
     """
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import load_model, load_tokenizer, stop_at
+    from ...bases.rope import recorded
     from ...bases.vocabulary import grow, recorded_tokens, restore_tokens
     from ...data.chat_record import ChatRecord
     from ...data.templates import ChatOptions, read_template, with_template
@@ -127,7 +149,9 @@ def attached(
 
     template = None if chat_template is None else read_template(chat_template)
     device = choose_device().value
-    base = load_model(model, choose_dtype(precision, device).value, device, quantization=quantization)
+    scaling = recorded(value.metadata for value in values.values())
+    dtype = choose_dtype(precision, device).value
+    base = load_model(model, dtype, device, quantization=quantization, rope_scaling=scaling)
     tokenizer = load_tokenizer(model)
     added = [recorded_tokens(value.metadata) for value in values.values()]
     if any(added):
@@ -143,3 +167,21 @@ def attached(
     tokenizer = with_template(tokenizer, template or record.template, chat_template or "chat_template")
     options = ChatOptions({**record.options.kwargs, **(kwargs or {})}, record.options.date if date is None else date)
     return Loaded(base, tokenizer, list(values), record.style, options)
+
+
+def _encoder_decoder(
+    model: str, values: Mapping[str, Adapter], precision: str, quantization: Quantization | None
+) -> Loaded:
+    """Load an encoder-decoder, with its adapters' languages and the prefix of their sources."""
+    from ...data.pairs import source_ids
+    from ...data.templates import ChatOptions
+    from .task_base import about_of, base_for, config_for, processor_for
+
+    name = "seq2seq"
+    config = config_for(name, values, data="prompt", model=model, precision=precision, quantization=quantization)
+    tokenizer = processor_for(config, values)
+    base = base_for(config, tokenizer, about_of(config, values), values)
+    prefix = getattr(config, "source_prefix", "")
+    return Loaded(
+        base.model, tokenizer, list(values), None, ChatOptions(), lambda text: source_ids(tokenizer, text, prefix)
+    )

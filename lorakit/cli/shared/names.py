@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...bases.hub_reach import check_hub
 
-_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".label", ".all", ".gz")
 
 
 def check_names(model: str | None = None, data: str | None = None, adapters: Iterable[str] = ()) -> None:

@@ -48,12 +48,13 @@ def after_training(config: TrainConfig, result: Path) -> str:
         rows,
         **loading,
         columns=getattr(config, "columns", None),
+        answer_after=getattr(config, "answer_after", None) if config.task == DEFAULT else None,
         template=None if template == "auto" else template,
         task=None if config.task == DEFAULT else config.task,
     ).replace(f"lorakit eval {quote(rows)}", f"lorakit eval {quote(rows)} {where}", 1)
     lines = [f"next: {evaluate}" + ("" if isinstance(config.validation, str) else "   # rows it was not trained on")]
-    if config.task == DEFAULT:
-        use = f"generate 'your prompt' {where}" if _is_completion(result) else f"chat {where}"
+    if task.writes:
+        use = f"generate 'your prompt' {where}" if config.task != DEFAULT or _is_completion(result) else f"chat {where}"
         lines.insert(0, " ".join([f"next: lorakit {use}", *_words(loading)]))
     return "\n".join(lines)
 

@@ -129,7 +129,8 @@ def _value(info: FieldInfo, text: Any) -> Any:
         pairs = [part.partition("=") for part in text.split(",") if part]
         if not all(sep for _, sep, _ in pairs):
             raise ConfigError(f"expected NAME=VALUE,... (got '{text}')")
-        return {name.strip(): _yaml(value) for name, _, value in pairs}
+        texts = all(get_args(k)[1] is str for k in _kinds(info.annotation) if get_origin(k) is dict)
+        return {name.strip(): value.strip() if texts else _yaml(value) for name, _, value in pairs}
     if list in origins and str in origins and re.fullmatch(r"[\w.]+", text) and text not in PRESETS:
         return [text]  # a plain name is a name ending; a regular expression has other characters
     if list in origins and (str not in origins or "," in text):

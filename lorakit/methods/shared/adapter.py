@@ -17,18 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...config import (
-    NONE,
-    VIRTUAL,
-    Choice,
-    LoraConfig,
-    LoraSettings,
-    RunSettings,
-    Strict,
-    VirtualTokenSettings,
-    part,
-    variants,
-)
+from ...config import NONE, VIRTUAL, Choice, LoraConfig, RunSettings, Strict, VirtualTokenSettings, part, variants
 from ...errors import AdapterError, ConfigError, listing
 from ..method import Start, StartData
 
@@ -63,6 +52,7 @@ _RESOLVED = {
     "init_batches",
     "trainable_tokens",
     *(name for name in VirtualTokenSettings.model_fields if name != "virtual_tokens"),
+    "feedforward",
 }
 
 result = "adapter"
@@ -79,6 +69,7 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
     source = part(config, Earlier).adapter
     if source is None:
         return None
+    from ...bases.rope import record_of
     from ...bases.vocabulary import recorded_tokens
 
     adapter = _load(source)
@@ -94,15 +85,16 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
     if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
         # A start that was subtracted has twice the run's rank and alpha.
         for name in (_RESOLVED | ({"rank", "alpha"} if "init" in recipe else set())) & fixed.keys():
-            default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
+            default = LoraConfig.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
+    if scaling := record_of(adapter.metadata):
+        fixed["rope_scaling"] = scaling
     about = adapter.metadata.get("data")
     own = adapter.config
-    return Start(
-        source, fixed, spellings, own.task, own.base, own.revision, about if isinstance(about, Mapping) else {}
-    )
+    about = about if isinstance(about, Mapping) else {}
+    return Start(source, fixed, spellings, own.task, own.base, own.revision, about, adapter.metadata)
 
 
 def _check_kind(adapter: Adapter, source: str, method: str, kind: str) -> None:
@@ -148,6 +140,7 @@ def attach_adapter(
     """Attach a new adapter of this config, or the earlier one that the run starts from."""
     from ...adapter.fingerprint import ONLY_ON
     from ...bases.pipeline import as_module
+    from ...bases.rope import RECORD
     from ...model.attach import attach, attach_from
     from ...model.known_base import base_fingerprint
     from ...model.start import Sources
@@ -162,7 +155,7 @@ def attach_adapter(
     continued = earlier.config.replace(**in_training, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, source)}
-    metadata |= {ONLY_ON: earlier.metadata[ONLY_ON]} if ONLY_ON in earlier.metadata else {}
+    metadata |= {name: earlier.metadata[name] for name in (ONLY_ON, RECORD) if name in earlier.metadata}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 
 

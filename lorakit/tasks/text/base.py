@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import Choice, RunSettings
+from ..task import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ CPU_TOKENS = 4096  # per micro-batch on a CPU: larger matrices are no faster the
 MARGIN = 1.0
 
 compares = False
+writes = False
 traced = True
 shares = True
 uses_all = True
@@ -55,6 +57,11 @@ def for_run(processor: Any, config: RunSettings) -> Any:
     return processor
 
 
+def asked(base: Any, items: Any) -> list[Asked]:
+    """Return none: the task does not answer in text."""
+    return []
+
+
 def prepare(base: Any, items: Any) -> None:
     """Do nothing: rows are ready."""
 
@@ -62,7 +69,8 @@ def prepare(base: Any, items: Any) -> None:
 def blueprint(config: RunSettings) -> Any:
     from ...bases.load import load_config
 
-    return load_config(config.model, config.revision, config.trust_remote_code)
+    scaling = getattr(config, "rope_scaling", None)
+    return load_config(config.model, config.revision, config.trust_remote_code, scaling)
 
 
 def checkpoint(model: Any) -> None:

@@ -68,19 +68,24 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], selected: Tensor) -> Ten
     """Return −log p of the N selected positions (`selected`: [rows, length − 1]) in row order, zero where untrained:
     [N], float32.
     """
-    targets = batch["labels"][:, 1:][selected]
+    # Without an attention mask the faster, plain causal kernel runs: no token attends to padding on its right. The last
+    # position has no label, so it is not computed. Packed rows are told by their positions.
+    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "position_ids") if name in batch}
+    return position_losses(model, inputs, selected, batch["labels"][:, 1:][selected])
+
+
+def position_losses(model: nn.Module, inputs: dict[str, Tensor], selected: Tensor, targets: Tensor) -> Tensor:
+    """Return −log p of the targets [N] at the selected positions, in row order: [N], float32.
+
+    inputs: what the model is called with. selected: positions of its output layer, [rows, length].
+    """
     layer = _output_layer(model)
     select = SelectPositions(
-        selected,
-        _is_frozen_end(model, layer, batch["input_ids"]),
-        _at_once(model, layer, batch["input_ids"], len(targets)),
+        selected, _is_frozen_end(model, layer, inputs), _at_once(model, layer, inputs, len(targets))
     )
     handle = layer.register_forward_pre_hook(select)
     try:
-        # Without an attention mask the faster, plain causal kernel runs: no token attends to padding on its right. The
-        # last position has no label, so it is not computed. Packed rows are told by their positions.
-        positions = {"position_ids": batch["position_ids"][:, :-1]} if "position_ids" in batch else {}
-        logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False, **positions).logits
+        logits = model(**inputs, use_cache=False).logits
     finally:
         handle.remove()
     if select.hidden is None:
@@ -97,7 +102,7 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], selected: Tensor) -> Ten
         rows = len(logits) if torch.is_grad_enabled() else POSITIONS_MULTIPLE
         chunks = zip(logits.split(rows), targets.split(rows), strict=True)
         return torch.cat([F.cross_entropy(chunk.float(), labels, reduction="none") for chunk, labels in chunks])
-    if not _is_last(model, layer, batch["input_ids"]):
+    if not _is_last(model, layer, inputs):
         raise TrainError(
             "this architecture changes its logits after the output layer, so its loss cannot be computed in chunks\n"
             f"  use a smaller micro_batch (its logits would take over {MAX_LOGITS_BYTES >> 20} MiB)"
@@ -123,7 +128,7 @@ class SelectPositions:
         return hidden[:1, None], *args[1:]  # [1, 1, width]: three axes mark that these are not all the logits
 
 
-def _is_frozen_end(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
+def _is_frozen_end(model: nn.Module, layer: nn.Module, inputs: dict[str, Tensor]) -> bool:
     """Whether the loss can be fused with the output layer: a plain, frozen linear without hooks whose logits the model
     returns unchanged. The hook checks once more, on the layer's actual input.
     """
@@ -132,11 +137,11 @@ def _is_frozen_end(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
         and not layer.weight.requires_grad
         and not is_hooked(layer)
         and not needs_plain()
-        and _is_last(model, layer, ids)
+        and _is_last(model, layer, inputs)
     )
 
 
-def _at_once(model: nn.Module, layer: nn.Module, ids: Tensor, count: int) -> bool:
+def _at_once(model: nn.Module, layer: nn.Module, inputs: dict[str, Tensor], count: int) -> bool:
     """Whether an output layer that is not fused computes the logits of all `count` positions at once.
 
     Large logits are split unless the model changes them after the output layer. Then evaluation computes them at once,
@@ -144,13 +149,13 @@ def _at_once(model: nn.Module, layer: nn.Module, ids: Tensor, count: int) -> boo
     """
     if count * getattr(layer, "out_features", 0) * 4 <= MAX_LOGITS_BYTES:
         return True
-    return not torch.is_grad_enabled() and not _is_last(model, layer, ids)
+    return not torch.is_grad_enabled() and not _is_last(model, layer, inputs)
 
 
 _last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # output layer -> result of `_is_last`
 
 
-def _is_last(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
+def _is_last(model: nn.Module, layer: nn.Module, inputs: dict[str, Tensor]) -> bool:
     """Whether the model returns its output layer's logits unchanged. Compares the two once, which needs no list of
     architectures.
     """
@@ -159,10 +164,11 @@ def _is_last(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
     outputs: list[Tensor] = []
     # a clone, since the model may change the output in place
     handle = layer.register_forward_hook(lambda layer, args, out: outputs.extend((out, out.detach().clone())))
-    devices = [ids.device] if ids.device.type == "cuda" else []
+    first = {name: inputs[name][:, :1] for name in ("input_ids", "decoder_input_ids") if name in inputs}
+    device = inputs["input_ids"].device
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            logits = model(input_ids=ids[:, :1], use_cache=False).logits
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            logits = model(**first, use_cache=False).logits
     finally:
         handle.remove()
     if not outputs:

@@ -84,7 +84,8 @@ def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> No
     if model.config.is_encoder_decoder:
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder model\n"
-            "  expected a decoder-only model, which reads prompt and answer as one text"
+            "  expected a decoder-only model, which reads prompt and answer as one text\n"
+            "  evaluate this one with --task seq2seq"
         )
     if not items:
         raise DataError("no rows to evaluate\n  expected at least one")

@@ -25,7 +25,7 @@ from ...config.short_names import SHORT_NAMES
 from ...errors import ConfigError, did_you_mean, listing
 from ...methods import method_of
 from ...tasks import task_of
-from ..config import METHODS, TrainConfig, belongs, home, task_named
+from ..config import TrainConfig, home
 
 MAX_RUNS = 64
 OUT = "sweeps/default"
@@ -94,8 +94,7 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
     for name in values:
         if name not in fields:
             raise ConfigError(f"a sweep has no setting '{name}'{did_you_mean(name, fields)}")
-    task = task_named(values.get("task"))
-    values = {n: v for n, v in DEFAULTS.items() if belongs(n, METHODS[0], task)} | dict(values)
+    values = DEFAULTS | dict(values)
     # In the order of the config's fields, so that the runs' names do not depend on the order given.
     axes = {name: _values(name, values[name]) for name in fields if name in values and _is_swept(name, values[name])}
     if not axes:

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import sentence_bleu, sentence_chrf
 
-from lorakit.errors import DataError
-from lorakit.evaluate.metrics import lcs_length, rouge_l, score
+from lorakit.errors import ConfigError, DataError
+from lorakit.tasks.metrics.texts import compared, lcs_length, rouge_l, rouge_n, score
 
+MEASURES = ("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l")
 texts = st.text(alphabet="ab cA1.,-'é£\n", max_size=25)
 
 
@@ -30,6 +31,33 @@ def test_rouge_l_of_rows_is_the_mean_of_each_rows_best_reference(rows):
     assert ours == pytest.approx(100 * sum(theirs) / len(theirs), abs=1e-9)
 
 
+@settings(max_examples=150, deadline=None)
+@given(texts, texts)
+def test_rouge_1_and_2_equal_the_rouge_score_package(prediction, reference):
+    theirs = RougeScorer(["rouge1", "rouge2"]).score(reference, prediction)
+    for n in (1, 2):
+        assert rouge_n(prediction, reference, n) == pytest.approx(theirs[f"rouge{n}"].fmeasure, abs=1e-12)
+
+
+def test_repeated_words_count_as_often_as_in_both():
+    assert rouge_n("a a a b", "a a c", 1) == pytest.approx(2 * 2 / 7)
+    assert rouge_n("a a a b", "a a c", 2) == pytest.approx(2 * 1 / 5)
+
+
+def test_exact_match_compares_what_is_asked_for():
+    """GSM8K's final answer; SQL without regard to case and spaces."""
+    answers, right = ["7+5=12 so #### 12", "it is 12", "#### 1 #### 13"], [["#### 12"], ["#### 12"], ["x #### 13 "]]
+    assert score(answers, right).exact_match == 0
+    assert score(answers, right, compared(r"####\s*(\d+)")).exact_match == pytest.approx(200 / 3)
+    assert score(["12 or 13"], [["13"]], compared(r"\d+")).exact_match == 100  # the last one, without a group
+    sql = ["select  A from\tt", "SELECT a"], [["SELECT a FROM t"], ["SELECT b"]]
+    assert score(*sql, compared(None, normalize=True)).exact_match == 50
+    with pytest.raises(DataError, match=r"references\[0\]: '####' is in none of them, such as '12'"):
+        score(["#### 12"], [["12"]], compared("####"))
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        compared("(")
+
+
 def test_subsequence_need_not_be_contiguous():
     assert lcs_length(["a", "x", "b", "y", "c"], ["a", "b", "z", "c"]) == 3
     assert lcs_length([], ["a"]) == 0
@@ -38,7 +66,7 @@ def test_subsequence_need_not_be_contiguous():
 def test_identical_texts_score_100():
     text = "The Vaults is a cheap pub near Café Adriatic."
     scores = score([text], [[text]])
-    assert scores.to_dict() == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 100, "exact_match": 100, "rows": 1})
+    assert scores.to_dict() == pytest.approx(dict.fromkeys((*MEASURES, "exact_match"), 100) | {"rows": 1})
 
 
 def test_disjoint_texts_score_zero():

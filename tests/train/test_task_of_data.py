@@ -1,0 +1,89 @@
+"""A run without a task takes it from its first row; a task that is given, an earlier run and an adapter count first."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_lm
+
+from lorakit.cli import run
+from lorakit.errors import ConfigError
+from lorakit.tasks import task_of_adapter
+from lorakit.train import task_of_data
+from lorakit.train.config import TrainConfig
+from lorakit.train.progress import Progress
+from lorakit.train.run_folder import RunFolder
+from lorakit.train.task_of_data import with_task
+from lorakit.train.train import train
+
+QUIET = Progress(quiet=True)
+LABELLED = [{"text": f"{n} sees {w}", "label": w} for n in tiny_lm.NAMES for w in ("tea", "sand")]
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    return tiny_lm.write_rows(tmp_path / "labelled.jsonl", LABELLED)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"text": "so", "label": "good"}, {}, "classification"),
+        ({"text": "so", "label": 1}, {}, "classification"),
+        ({"text": "so", "text_pair": "as", "label": 1, "id": 7}, {}, "classification"),
+        ({"sentence": "so", "gold": 1}, {"text": "sentence", "label": "gold"}, "classification"),
+        ({"text": "so", "label": "x"}, {"prompt": "text", "completion": "label"}, "causal_lm"),
+        ({"text": "so"}, {}, "causal_lm"),
+        ({"prompt": "so", "completion": "as"}, {}, "causal_lm"),
+        ({"text": "so", "label": "x", "messages": []}, {}, "causal_lm"),
+    ],
+)
+def test_the_task_is_that_of_the_first_rows_columns(row, columns, expected, tmp_path):
+    data = tiny_lm.write_rows(tmp_path / "rows.jsonl", [row])
+    config = TrainConfig(data=str(data), columns=columns, out=str(tmp_path / "run"))
+    assert with_task(config).task == expected
+
+
+def test_a_task_that_is_given_counts(labelled, tmp_path):
+    config = TrainConfig(data=str(labelled), task="causal_lm", out=str(tmp_path / "run"))
+    assert with_task(config) is config
+
+
+def test_two_tasks_that_recognize_a_row_are_named(labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(task_of_data, "recognizing", lambda row: ["classification", "regression"])
+    with pytest.raises(ConfigError, match=r"row 1: its columns \(text, label\).*classification, regression\n.*--task"):
+        with_task(TrainConfig(data=str(labelled), out=str(tmp_path / "run")))
+
+
+def test_a_run_that_began_without_this_is_resumed_as_it_was(labelled, make_config):
+    """Its rows of text and label were plain text for a language model."""
+    config = make_config(data=labelled, task="causal_lm", steps=2, sample_tokens=0)
+    train(config, QUIET)
+    again = TrainConfig(**{n: getattr(config, n) for n in config.model_fields_set - {"task"}} | {"steps": 3})
+    assert with_task(again).task == "causal_lm"
+    assert train(again, QUIET).step == 3
+
+
+def test_the_start_panel_says_which_task_and_why_and_the_adapter_records_it(
+    labelled, model_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = ["--data", str(labelled), "--model", str(model_folder), "--out", str(tmp_path / "run"), *tiny_lm.FLAGS[:-2]]
+    flags += ["--learning-rate", "1e-3"]
+    assert run(["train", *flags]) == 0
+    told = capsys.readouterr().out
+    assert "classification: predict a label for a text or a pair of texts (the rows have text, label)" in told
+    assert "--task classification" in told.splitlines()[-1]
+    metadata = json.loads((RunFolder(tmp_path / "run").adapter / "lorakit.json").read_text())
+    assert metadata["recipe"]["task"] == "classification"
+    assert run(["train", *flags]) == 0  # resumes
+
+
+def test_the_task_of_an_adapter_is_its_recipes_or_else_of_its_type():
+    assert task_of_adapter("SEQ_CLS", {}) == "classification"
+    assert task_of_adapter("SEQ_CLS", {"recipe": {"task": "classification"}}) == "classification"
+    assert task_of_adapter("CAUSAL_LM", {"recipe": {"rank": 4}}) == "causal_lm"
+    assert task_of_adapter("SEQ_CLS", {"recipe": {"rank": 4}}) == "classification"  # a default that does not fit
+    assert task_of_adapter("SEQ_CLS", {"recipe": {"task": "of_another_version"}}) == "classification"
+    assert task_of_adapter(None, {}) is None
