@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from . import integrations
     from .adapter.adapter import Adapter
     from .adapter.algebra.combine import combine
     from .adapter.lora import Factors
@@ -65,12 +66,15 @@ __all__ = [  # noqa: RUF022 (in the order one meets them)
     "penalty",
     "after_step",
     "combine",
+    "integrations",
     "LorakitError",
     "__version__",
 ]
 
 
 def __getattr__(name: str):
+    if name == "integrations":
+        return importlib.import_module(".integrations", __name__)
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module 'lorakit' has no attribute '{name}'")

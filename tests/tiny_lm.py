@@ -13,7 +13,7 @@ import torch
 
 from lorakit.data.dataset import Item
 from lorakit.data.parse import Row
-from lorakit.train.config import TrainConfig
+from lorakit.train.config import TrainConfig, belongs, task_named
 
 PAD, EOS = 0, 1
 POSITIONS = 96
@@ -85,6 +85,27 @@ def llama(seed: int = 0, tied: bool = False):
     return LlamaForCausalLM(config)
 
 
+def biased():
+    """A Qwen2: its linears in the attention have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        tie_word_embeddings=False,
+    )
+    return Qwen2ForCausalLM(config)
+
+
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -150,7 +171,7 @@ def write_rows(path: Path, values: Iterable[dict[str, Any]]) -> Path:
 
 
 def config(model: Path, data: Path, out: Path, **changes: Any) -> TrainConfig:
-    """A short run on one thread in float32."""
+    """A short run on one thread in float32, without the settings that its method and task do not have."""
     values: dict[str, Any] = {
         "rank": 4,
         "steps": 6,
@@ -163,6 +184,8 @@ def config(model: Path, data: Path, out: Path, **changes: Any) -> TrainConfig:
         "eval_every": 2,
         "sample_tokens": 4,
     }
+    method, task = changes.get("method", "lora"), task_named(changes.get("task"))
+    values = {name: value for name, value in values.items() if belongs(name, method, task)}
     return TrainConfig(**values | {"model": str(model), "data": str(data), "out": str(out)} | changes)
 
 

@@ -12,6 +12,7 @@ from ..config import Quantization
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
 from .hub_reach import check_hub, out_of_reach
 from .quantize import check_kernel, loading_options
+from .rope import SCALED, scaled
 from .stored_weights import storage_of
 
 if TYPE_CHECKING:
@@ -73,11 +74,16 @@ def _has_vocabulary(folder: Path, tokenizer: Any) -> bool:
     return all((folder / file).is_file() for file in required) and (bool(required) or not names)
 
 
-def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load a base model's transformers config. Raises LorakitError."""
+def load_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, rope_scaling: str | None = None
+) -> Any:
+    """Load a base model's transformers config. `rope_scaling`: with its rotary positions scaled, see `rope`. Raises
+    LorakitError.
+    """
     from transformers import AutoConfig
 
-    return from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    return scaled(config, rope_scaling, name)
 
 
 def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
@@ -116,6 +122,7 @@ def load_base(
     kernel: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    rope_scaling: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -131,6 +138,7 @@ def load_base(
     dtype: of everything that is not quantized, as torch's dtype, "bf16", "fp16" or "fp32"; "auto": bf16 if the device
         multiplies it, else float32
     device: None for an accelerator if there is one, else the CPU
+    rope_scaling: scale the rotary positions for longer contexts: "yarn:4" or "linear:4"; adapters remember it
     revision, trust_remote_code: as in transformers, for hub ids
 
     Warns about linears that stay as they are because of their sizes. Raises ConfigError for settings that do not fit
@@ -145,7 +153,7 @@ def load_base(
     how = Quantization(quantize=quantize, double=double, compute_dtype=compute)
     where = device_named(device) if device is not None else choose_device().value
     own = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, where).value
-    return load_model(str(path), own, where, revision, trust_remote_code, how, kernel)
+    return load_model(str(path), own, where, revision, trust_remote_code, how, kernel, rope_scaling)
 
 
 def load_model(
@@ -156,14 +164,16 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
     kernel: str | None = None,
+    rope_scaling: str | None = None,
 ) -> Any:
     """Load a causal or seq2seq LM onto `device`, in eval mode. Raises LorakitError, also where weights are missing.
 
-    `quantization`: how to quantize it while loading; None: as its checkpoint is. `kernel`: as for `load_base`.
+    `quantization`: how to quantize it while loading; None: as its checkpoint is. `kernel`, `rope_scaling`: as for
+    `load_base`.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = load_config(name, revision, trust_remote_code)
+    config = load_config(name, revision, trust_remote_code, rope_scaling)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = storage_options(
         quantization or Quantization(),
@@ -174,6 +184,8 @@ def load_model(
         device,
         kernel=kernel,
     )
+    if rope_scaling is not None:
+        options.setdefault("config", config)
     model, info = from_pretrained(
         auto_class,
         name,
@@ -189,6 +201,8 @@ def load_model(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             "  expected a complete language model"
         )
+    if rope_scaling is not None:
+        setattr(model, SCALED, rope_scaling)
     return ready(model, device, "quantization_config" in options)
 
 

@@ -37,6 +37,7 @@ TITLE = (
 )
 STEPS = 4
 VOCABULARY = 8192
+CHARACTERS = 6  # a token, at most
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -61,6 +62,7 @@ class Case:
         if "quantize" in self.settings:
             parts[2] += f", {self.settings['quantize']}"
         parts += ["checkpointing"] * self.settings.get("gradient_checkpointing", False)
+        parts += ["offloaded"] * self.settings.get("offload_activations", False)
         if "batch_size" in self.settings:
             parts.append(f"of {self.settings['batch_size']}")
         return ", ".join(parts)
@@ -72,6 +74,7 @@ class Case:
         return method_of(config.method).precision(config, torch.device("cpu")).value
 
 
+OFFLOADED = {"gradient_checkpointing": True, "offload_activations": True}
 CASES = (
     Case(0, 0, 8, 512),
     Case(0, 0, 4, 512, {"method": "full", "batch_size": 8}),
@@ -94,6 +97,11 @@ CASES = (
     Case(1024, 6, 4, 512, {"quantize": "torchao-int8"}),
     Case(2048, 4, 1, 512, {"quantize": "nf4"}),
     Case(768, 4, 8, 256, {"quantize": "nf4", "gradient_checkpointing": True}),
+    Case(0, 0, 1, 8192, {"rope_scaling": "yarn:32"}),
+    Case(0, 0, 1, 8192, {"rope_scaling": "yarn:32", "gradient_checkpointing": True}),
+    Case(0, 0, 1, 8192, {"rope_scaling": "yarn:32"} | OFFLOADED),
+    Case(0, 0, 1, 16384, {"rope_scaling": "yarn:32", "gradient_checkpointing": True}),
+    Case(0, 0, 1, 16384, {"rope_scaling": "yarn:32"} | OFFLOADED),
 )
 QUICK = (0, 2, 3, 14)
 
@@ -166,9 +174,10 @@ def _forget_peak() -> None:
 
 
 def _config(case: Case, folder: Path, number: int) -> TrainConfig:
-    data = folder / "rows.jsonl"
+    characters = max(12_000, CHARACTERS * case.length)
+    data = folder / f"rows-{characters}.jsonl"
     if not data.exists():
-        _write_rows(data)
+        _write_rows(data, characters)
     values = {"micro_batch": case.rows, "batch_size": case.rows, "precision": "bf16", "validation": 0} | case.settings
     return TrainConfig(
         **values,
@@ -185,10 +194,11 @@ def _config(case: Case, folder: Path, number: int) -> TrainConfig:
     )
 
 
-def _write_rows(path: Path, rows: int = 40, characters: int = 12_000) -> None:
-    """Write rows of E2E text that are longer than any case's length, so that all are cut to the same."""
+def _write_rows(path: Path, characters: int, rows: int = 40) -> None:
+    """Write rows of E2E text that are longer than the case's length, so that all are cut to the same."""
     values = [str(row.values) for row in read_rows(str(embedded_folder().parent / "e2e" / "train.jsonl"), None)]
     text = " ".join(values)
+    text *= -(-rows * characters // len(text))
     chunks = [text[i * characters : (i + 1) * characters] for i in range(rows)]
     path.write_text("".join(json.dumps({"text": chunk}) + "\n" for chunk in chunks), encoding="utf8")
 

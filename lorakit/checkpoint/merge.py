@@ -129,7 +129,7 @@ def merge_checkpoint(
         warnings += _check_changed(reports.targets, plans)
         warnings += [line for _, plan in plans for line in ordinary_note(plan.requantize)]
         for part, plan in plans:
-            write_config(part, plan, folder / part.name, dtype)
+            write_config(part, plan, folder / part.name, dtype, values)
         first = next((part.base for part, plan in plans if any(e.updates for e in plan.entries)), plans[0][0].base)
         report = MergeReport(
             base=str(base),

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..adapter.adapter import Adapter
 from ..io.atomic import write_text
 from .base import CONFIG, Base
+from .long_context import with_scaling
 from .merge_plan import Plan
 from .parts import Part
 from .tied_weights import untied
 from .vocabulary import with_vocabulary
 
 
-def write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a part's config and index if they changed."""
+def write_config(
+    part: Part, plan: Plan, folder: Path, dtype: torch.dtype | None, adapters: Sequence[Adapter] = ()
+) -> None:
+    """Write a part's config and index if they changed. `adapters`: those that are merged."""
     base = part.base
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
     if plan.grown is not None:
         config = with_vocabulary(config, *plan.grown)
+    if config:
+        config = with_scaling(config, adapters)
     quantization = new_quantization(part, plan)
     if quantization is not None:
         config = _with_quantization(config, quantization)

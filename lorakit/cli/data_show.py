@@ -87,32 +87,47 @@ def _show(
     check_names(model)
     with starting(f"reading {data}"):
         from ..bases.load import end_tokens, load_tokenizer
+        from ..data import preference_show, show
         from ..data.dataset import build
+        from ..data.preference_items import build_preferences
+        from ..data.preferences import is_preference
         from ..data.read import read_rows
-        from ..data.show import report
-        from ..data.show import show as print_rows
         from ..data.templates import ChatOptions, read_template, with_template
+        from ..train.task_of_data import renamed as under_our_names
 
         tokenizer = load_tokenizer(model)
         if chat_template is not None:
             tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
-        dataset = build(
-            read_rows(data, split, columns=renamed),
-            tokenizer,
-            columns=renamed,
-            template=template,
-            train_on=train_on,
-            max_length="auto" if max_length is None else max_length,
-            on_long=on_long,
-            turns=turns,
-            options=ChatOptions(kwargs, date),
-            ends=end_tokens(model),
+        read = read_rows(data, split, columns=renamed)
+        how: dict[str, Any] = {
+            "columns": renamed,
+            "template": template,
+            "max_length": "auto" if max_length is None else max_length,
+            "on_long": on_long,
+            "options": ChatOptions(kwargs, date),
+            "ends": end_tokens(model),
+        }
+        preferences = bool(read) and is_preference(under_our_names(read[0].values, renamed or {}))
+        if preferences:
+            _check_preferences(data, {name: options[name] for name in ("turns", "train_on")})
+        shown: Any = preference_show if preferences else show
+        dataset: Any = (
+            build_preferences(read, tokenizer, **how)
+            if preferences
+            else build(read, tokenizer, train_on=train_on, turns=turns, **how)
         )
     if json_output:
-        print(json.dumps(report(dataset)))
+        print(json.dumps(shown.report(dataset)))
         return
-    print_rows(dataset, tokenizer, rows)
+    shown.show(dataset, tokenizer, rows)
     print(f"\nnext: {command('train', data=data, model=model, **options)}")
+
+
+def _check_preferences(data: str, others: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options that the loss of preferences leaves no choice about."""
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
+    if given:
+        raise ConfigError(f"{data} has preferences, whose loss is of the answers\n  remove {', '.join(given)}")
 
 
 def _check_kind(data: str, pictures: bool, others: Mapping[str, Any]) -> None:

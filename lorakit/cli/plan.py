@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import task_of
 from ..tasks.text.settings import Lengths
-from ..train.config import METHODS, TrainConfig
+from ..train.config import TrainConfig
 from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -56,11 +56,14 @@ _SETTINGS = (
     "double",
     "compute_dtype",
     "gradient_checkpointing",
+    "offload_activations",
+    "rope_scaling",
     "memory",
     "optimizer",
     "components",
     "trust_remote_code",
 )
+_COMPARED = ("full", "lora")  # shown beside the run's own method
 _LENGTHS = (256, 1024, 4096, 16384)
 _LENGTH = 1024  # tokens, if none is given: no data is read
 
@@ -73,6 +76,9 @@ def _plan(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="plan for this kind of device; auto: this machine's")
     ] = "auto",
+    longest: Annotated[
+        bool, typer.Option("--longest", help="print the longest row that fits, with each way to save memory on and off")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
 ) -> None:
     """Estimate a training run's memory and time from the base's config alone, without loading weights."""
@@ -119,8 +125,8 @@ def _plan(
     dense = settings.replace(find_lr=False, **Quantization().model_dump())
     how = given if given.quantize else Quantization(quantize=SMALLEST)  # to compare with, where none is given
     planners: dict[str, Planner] = {}
-    for name in sorted(METHODS):
-        method, own_settings = method_of(name), dense.replace(method=name)
+    for name in sorted({*_COMPARED, settings.method}):
+        method, own_settings = method_of(name), dense.by_method(name)
         dtype = method.precision(own_settings, target).value
         if not method.keeps_base and stored is not None:
             continue  # it cannot train quantized weights
@@ -131,6 +137,9 @@ def _plan(
             if quantized.shell.packed:
                 planners[quantized.name] = quantized
     own = _own(planners, settings)
+    if longest:
+        _show_longest(planners, settings, limit.total if limit else None, own.positions, json_output)
+        return
     dtype = own.settings.dtype
     if not json_output:
         print("simulating a step on shapes, which takes a few seconds ...", file=sys.stderr, flush=True)
@@ -198,6 +207,32 @@ def _plan(
     print(_next(settings, config, flags, fits, how.quantize if suggested else None))
 
 
+def _show_longest(
+    planners: Mapping[str, Planner], settings: TrainConfig, memory: int | None, positions: int | None, as_json: bool
+) -> None:
+    """Print the longest row that fits into `memory` bytes. `positions`: the base's, None if unlimited."""
+    from rich.console import Console
+
+    from ..plan.longest import beyond, longest_rows, table
+    from ..plan.units import show_bytes
+
+    if memory is None:
+        raise ConfigError("--longest: how much memory there is, is not known\n  give it: --memory 24GB")
+    if not as_json:
+        print("simulating steps on shapes, which takes a few seconds ...", file=sys.stderr, flush=True)
+    found = longest_rows(planners.values(), memory)
+    if as_json:
+        rows = [{"method": each.name, "way": each.way, "tokens": each.tokens} for each in found]
+        print(json.dumps({"model": settings.model, "memory": memory, "positions": positions, "longest": rows}))
+        return
+    say(f"{settings.model}, one row at once within {show_bytes(memory)}:\n")
+    Console().print(table(found, {name: planner.title for name, planner in planners.items()}))
+    if (more := beyond(found, positions, settings.model)) is not None:
+        say(f"\n{more}")
+    run = f"lorakit train --data YOUR.jsonl --model {quote(settings.model)} --micro-batch 1"
+    print(f"next: {run} --gradient-checkpointing --offload-activations")
+
+
 def _check_method(settings: TrainConfig, stored: str) -> None:
     """Raise ConfigError if the method trains weights that the base has quantized, as `stored` says."""
     if not method_of(settings.method).keeps_base:
@@ -227,7 +262,7 @@ def _own(planners: Mapping[str, Planner], settings: TrainConfig) -> Planner:
 
 
 def _show_static(settings: TrainConfig, device: Any, limit: Any, json_output: bool) -> None:
-    """Print what a run on pictures holds throughout; its activations are not estimated."""
+    """Print what a run on pictures or sound holds throughout; its activations are not estimated."""
     from rich.console import Console
 
     from ..analysis.tables import Table
@@ -250,13 +285,13 @@ def _show_static(settings: TrainConfig, device: Any, limit: Any, json_output: bo
         f"{estimate.trained:,} trained"
     )
     say(
-        "activations are not estimated for pictures: they grow with resolution and micro_batch, and "
+        "activations are not estimated for pictures: they grow with their size and micro_batch, and "
         "gradient_checkpointing needs less of them"
     )
     if memory is not None and estimate.total > memory:
         print(f"next: the run does not fit into {show_bytes(memory)}; try a lower --precision or a smaller base")
     else:
-        print(f"next: lorakit image train FOLDER --model {quote(settings.model)}")
+        print(f"next: lorakit train --task {settings.task} --model {quote(settings.model)} --data FOLDER")
 
 
 def _next(

@@ -4,23 +4,13 @@
 config, flat in YAML, joins `RunSettings` with the settings of all methods and tasks: see `lorakit/train/config.py`.
 """
 
-from .lora import (
-    ALL_LINEAR,
-    EXPERTS,
-    MAX_RANK,
-    NONE,
-    PRESETS,
-    LoraConfig,
-    LoraSettings,
-    Tokens,
-    live_kinds,
-    scale_of,
-    variants,
-)
+from .lora import EXPERTS, MAX_RANK, LoraConfig, LoraSettings, Tokens, live_kinds, scale_of, variants
 from .peft_names import PEFT_NAMES
+from .placement import ALL_LINEAR, NONE, PRESETS, Placement, Saved
 from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
+from .virtual_tokens import VIRTUAL, VirtualTokenSettings, encoder_of, virtual_kind
 
 __all__ = [
     "ALL_LINEAR",
@@ -30,20 +20,26 @@ __all__ = [
     "PEFT_NAMES",
     "PRESETS",
     "QUANTIZERS",
+    "VIRTUAL",
     "Auto",
     "Choice",
     "LoraConfig",
     "LoraSettings",
+    "Placement",
     "Quantization",
     "RunSettings",
+    "Saved",
     "Source",
     "Strict",
     "Tokens",
+    "VirtualTokenSettings",
     "at_least_one",
+    "encoder_of",
     "explain",
     "joined",
     "live_kinds",
     "part",
     "scale_of",
     "variants",
+    "virtual_kind",
 ]

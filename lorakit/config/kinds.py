@@ -8,7 +8,10 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from .short_names import stands_for
-from .strict import Strict
+from .virtual_tokens import VIRTUAL, VirtualKind, VirtualTokenSettings
+
+# Virtual tokens are had alone, or beside LoRA.
+_VIRTUAL = tuple((name, kind) for name in ("variant", "prompt", "method") for kind in VIRTUAL)
 
 # setting -> the settings and values that it needs (any one of them)
 _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -23,6 +26,7 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "vera_start": (("variant", "vera"),),
     "eva_rho": (("init", "eva"),),
     "init_batches": (("init", "eva"), ("init", "lora_ga")),
+    **dict.fromkeys(VirtualTokenSettings.model_fields, _VIRTUAL),
 }
 # setting -> the settings and values beside which it has no effect, with why
 _WITHOUT: dict[str, tuple[tuple[str, Any, str], ...]] = {
@@ -44,7 +48,7 @@ def needed(setting: str) -> dict[str, str]:
     return dict(_NEEDS.get(setting, ())[:1])
 
 
-class KindSettings(Strict):
+class KindSettings(VirtualTokenSettings):
     """The settings of `LoraSettings` that only some kinds of update (`variant`) or starts (`init`) have."""
 
     lora_plus: float | None = Field(
@@ -70,10 +74,18 @@ class KindSettings(Strict):
         2.0, ge=1, allow_inf_nan=False, description="EVA: a module's rank is at most this many times rank"
     )
     init_batches: int = Field(8, ge=1, description="EVA, LoRA-GA: batches of training data that the start is made from")
+    prompt: VirtualKind | None = Field(
+        None, description="virtual tokens beside LoRA: prefix, prompt or p_tuning, trained together with it"
+    )
 
     @model_validator(mode="after")
     def _belong(self):
         own = dict(self)
+        alone = next((f"{name}='{own[name]}'" for name in ("variant", "method") if own.get(name) in VIRTUAL), None)
+        if self.prompt is not None and alone is not None:
+            raise ValueError(
+                f"prompt='{self.prompt}' adds virtual tokens to LoRA, and {alone} trains them alone; give one of them"
+            )
         for setting, others in _WITHOUT.items():
             if own[setting] != type(self).model_fields[setting].default and not has_effect(setting, own):
                 name, value, why = next(each for each in others if own[each[0]] == each[1])
@@ -82,6 +94,8 @@ class KindSettings(Strict):
             changed = own[setting] != type(self).model_fields[setting].default
             if changed and not has_effect(setting, own):
                 accepted = " or ".join(f"{name}='{value}'" for name, value in needs)
+                if needs is _VIRTUAL:
+                    accepted = f"virtual tokens (variant, prompt or method {', '.join(VIRTUAL)})"
                 raise ValueError(f"{setting} has an effect with {accepted} only; remove it, or give that")
         if self.adalora_warmup + self.adalora_final >= 1:
             raise ValueError(

@@ -13,26 +13,25 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..module_names import Patterns, ends_with
+from .ia3 import Ia3Settings
 from .kinds import KindSettings
+from .placement import Placement
 from .short_names import SHORT_NAMES, spelled_out
-from .strict import check_pattern
+from .strict import Strict, check_pattern
+from .virtual_tokens import VIRTUAL, VirtualKind, VirtualTokenSettings
 
-ALL_LINEAR = "all-linear"
-NONE = "none"  # adapts nothing: only biases, `save_modules` or `trainable_tokens` are trained
-PRESETS = (ALL_LINEAR, NONE, "attention", "kohya", "locon")  # sets of targets by name, others in layers/presets.py
 EXPERTS = "experts"
 MAX_RANK = 65536  # beyond any sensible rank
 Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
 Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "loftq"]
 _OF_STARTS = ("eva_rho", "init_batches")
 _RANDOM = ("default", "gaussian")
+# Settings of kinds that are methods of their own, which a run by LoRA does not have.
+_OF_KINDS: dict[str, type[Strict]] = {"ia3": Ia3Settings}
 
 
-class LoraSettings(KindSettings):
-    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
-
-    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
-    """
+class LowRank(Strict):
+    """The shape of a low-rank update, and how it is trained."""
 
     rank: int = Field(16, ge=1, le=MAX_RANK, description="rank of the update")
     # 32 whatever the rank ("LoRA Without Regret", 2025): the best learning rate then hardly depends on the rank.
@@ -41,25 +40,14 @@ class LoraSettings(KindSettings):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases to train: none, all, or those of adapted modules"
     )
-    targets: str | list[str] = Field(
-        ALL_LINEAR,
-        description="modules to adapt: all-linear, none, attention, kohya, locon, name endings, or one regular "
-        "expression for full names",
-    )
-    components: list[str] | None = Field(
-        None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"
-    )
-    exclude: str | list[str] | None = Field(
-        None, description="modules to skip: name endings, or one regular expression"
-    )
-    layers: list[int] | None = Field(
-        None, description="only these layer numbers: the first number in a module's name, after two names at least"
-    )
-    layers_pattern: list[str] = Field(
-        default_factory=list,
-        description="with layers: the names before the layer's number, such as h or blocks (default: any)",
-    )
-    strict_targets: bool = Field(True, description="a target that no module matches is an error; false: list it")
+
+
+class LoraSettings(KindSettings, Placement, LowRank):
+    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
+
+    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
+    """
+
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )
@@ -71,9 +59,6 @@ class LoraSettings(KindSettings):
     init: Init = Field(
         "default",
         description="start: A kaiming-uniform, or gaussian; pissa, olora, milora, loftq (of W); eva, lora_ga (of data)",
-    )
-    save_modules: list[str] = Field(
-        default_factory=list, description="modules to train and save in full (PEFT's modules_to_save)"
     )
     trainable_tokens: Tokens | dict[str, Tokens] = Field(
         default_factory=list,
@@ -90,21 +75,10 @@ class LoraSettings(KindSettings):
     def _short_name(cls, values: Any) -> Any:
         return spelled_out(values)
 
-    @field_validator("targets", "exclude")
-    @classmethod
-    def _names_or_regex(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list):
-            if not value or not all(value):
-                raise ValueError("expected at least one name ending, and none of them empty")
-            return sorted(dict.fromkeys(value))
-        if isinstance(value, str) and value not in PRESETS:
-            check_pattern(value)
-        return value
-
     @field_validator("variant")
     @classmethod
     def _known(cls, value: str) -> str:
-        known = (*variants(), *SHORT_NAMES)
+        known = (*variants(), *SHORT_NAMES, *VIRTUAL)
         if value not in known:
             names = ", ".join(f"'{name}'" for name in known)
             raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {names}")
@@ -135,14 +109,6 @@ class LoraSettings(KindSettings):
             if not any(parts):
                 raise ValueError(f"no part of '{key}' is adapted; remove it from the targets instead")
         return value
-
-    @model_validator(mode="after")
-    def _pattern_needs_layers(self):
-        for pattern in self.layers_pattern:
-            check_pattern(pattern)
-        if self.layers_pattern and self.layers is None:
-            raise ValueError("layers_pattern says where the numbers of layers are; give layers too")
-        return self
 
     def rank_of(self, module: str) -> int:
         """Return the rank for a module's full name."""
@@ -185,12 +151,33 @@ class LoraSettings(KindSettings):
         return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
 
 
-class LoraConfig(LoraSettings):
+class LoraConfig(LoraSettings, Ia3Settings):
     """An adapter's settings: those of its updates, its task and its base."""
 
-    task: str | None = Field(None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    task: str | None = Field(
+        None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ..., or IMAGE_CLASSIFICATION"
+    )
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
+
+    @model_validator(mode="after")
+    def _of_kinds(self) -> LoraConfig:
+        for variant, settings in _OF_KINDS.items():
+            for name, field in settings.model_fields.items():
+                if self.variant != variant and getattr(self, name) != field.default:
+                    raise ValueError(f"{name} has an effect with variant='{variant}' only; remove it, or give that")
+        return self
+
+    def without_virtual_tokens(self) -> LoraConfig:
+        """Return the settings of the adapter without its virtual tokens."""
+        kept = self.model_fields_set - {"prompt", *VirtualTokenSettings.model_fields}
+        kept -= {"variant"} if self.variant in VIRTUAL else set()
+        return LoraConfig(**{name: getattr(self, name) for name in kept})
+
+    def virtual_tokens_alone(self, kind: VirtualKind) -> LoraConfig:
+        """Return the settings of the adapter's virtual tokens, which are of this kind, as an adapter of their own."""
+        kept = self.model_fields_set & {"task", "base", "revision", *VirtualTokenSettings.model_fields}
+        return LoraConfig(**{name: getattr(self, name) for name in kept} | {"variant": kind})
 
 
 @cache
@@ -202,8 +189,10 @@ def live_kinds() -> tuple[str, ...]:
 
 @cache
 def variants() -> tuple[str, ...]:
-    """List the kinds that `variant` may name: all but the form that LoRA has on experts, which such a layer chooses."""
-    return tuple(kind for kind in live_kinds() if kind != EXPERTS)
+    """List the kinds of update of a module that `variant` may name: all but the form that LoRA has on experts, which
+    such a layer chooses, and virtual tokens, which are in front of the whole model.
+    """
+    return tuple(kind for kind in live_kinds() if kind not in (EXPERTS, *VIRTUAL))
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

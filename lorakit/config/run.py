@@ -30,7 +30,7 @@ class Source(Strict):
 class RunSettings(Quantization, Source):
     """The settings of a training run that do not depend on the method or the task."""
 
-    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory", "diverged"}
+    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory", "diverged", "offload_activations"}
     rows: ClassVar = {"validation", "add_tokens"}
 
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
@@ -72,6 +72,11 @@ class RunSettings(Quantization, Source):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, a third more time"
     )
+    offload_activations: bool = Field(
+        False,
+        description="with gradient_checkpointing: keep the layers' inputs outside the device's memory, in the "
+        "computer's, or, on a CPU, in temporary files of the run's folder",
+    )
     compile: bool = Field(
         False, description="compile the layers with torch.compile first (for long runs; a CPU needs a C++ compiler)"
     )
@@ -109,6 +114,14 @@ class RunSettings(Quantization, Source):
             raise ValueError("compile is not tested with gradient_checkpointing; remove one of the two")
         if self.compile and self.quantize:
             raise ValueError("compile is not tested with quantize; remove one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _checkpointed(self) -> RunSettings:
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_activations moves what gradient_checkpointing keeps, and that is off; give both, or neither"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,9 +26,11 @@ class Choice:
 class Strict(BaseModel):
     """A frozen settings object. ConfigError for unknown keys, with the nearest name, and for invalid values."""
 
-    # Names of a class's own settings: `free` do not affect the result, `rows` determine the training rows.
+    # Names of a class's own settings: `free` do not affect the result, `rows` determine the training rows, `anew` are
+    # chosen anew by a run that starts from an earlier result.
     free: ClassVar[Collection[str]] = ()
     rows: ClassVar[Collection[str]] = ()
+    anew: ClassVar[Collection[str]] = ()
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
 
     def __init__(self, **values: Any) -> None:
@@ -87,7 +89,7 @@ def at_least_one(value: int | str) -> int | str:
 
 def joined(name: str, parts: Iterable[type[Strict]]) -> type[Strict]:
     """Join settings classes into one. Raises TypeError if two of them define the same setting or validator."""
-    parts = tuple(parts)
+    parts = tuple(dict.fromkeys(parts))
     owners: dict[str, type] = {}
     for cls in dict.fromkeys(cls for part in parts for cls in part.__mro__ if issubclass(cls, Strict)):
         checks = {

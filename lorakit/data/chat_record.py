@@ -19,6 +19,7 @@ from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorakit.data.dataset import Dataset
+    from lorakit.data.preference_items import Preferences
 
 TEMPLATE_FILE = "chat_template.jinja"  # transformers' name for it
 
@@ -64,7 +65,7 @@ class ChatRecord:
         return lines
 
 
-def record(dataset: Dataset, tokenizer: Any, options: ChatOptions, own_template: bool) -> dict[str, Any]:
+def record(dataset: Dataset | Preferences, tokenizer: Any, options: ChatOptions, own_template: bool) -> dict[str, Any]:
     """Return the record of a dataset. own_template: the chat template is the run's, not the model's."""
     about: dict[str, Any] = {"template": dataset.style}
     if dataset.style != "chat":

@@ -138,6 +138,7 @@ def _shape_of(values: Mapping[str, Any], columns: Mapping[str, str], row: Row) -
         fix = f"prompt: {prompt}, completion: chosen" if prompt else "messages: chosen"
         raise DataError(
             f"{row.where}: preference pairs (chosen, rejected), which supervised training cannot use\n"
+            "  to learn which answer is better: --task preference\n"
             f"  to train on the chosen answers only, name them: columns: {{{fix}}}"
         )
     # Columns with a value decide. If none fit, null columns count too, so that a null completion is reported as such.

@@ -31,7 +31,7 @@ def show(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3, co
     """Print the first rows and the facts of `report`."""
     console = console or Console()
     colour = console.color_system is not None and not console.no_color
-    console.print(_legend(colour))
+    console.print(legend(colour))
     for item in dataset.items[:rows]:
         count = f"{len(item.ids):,} tokens, {sum(item.trained):,} trained"
         console.print(Text(f"\n{item.row.where} ({count})", style="bold"), soft_wrap=True)
@@ -39,8 +39,13 @@ def show(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3, co
     console.print(Text("\nlength in tokens", style="bold"))
     for line in histogram(dataset.lengths, dataset.max_length):
         console.print(Text(line))
+    print_facts(facts(dataset), console)
+
+
+def print_facts(facts: Sequence[tuple[str, str]], console: Console) -> None:
+    """Print facts, (label, text) each."""
     console.print(Text("\nfacts", style="bold"))
-    for name, value in facts(dataset):
+    for name, value in facts:
         if console.is_terminal:  # wrapped below its own text
             fact = Table.grid(padding=0)
             fact.add_column(width=18)
@@ -123,7 +128,8 @@ def marked(item: Item, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Text
     return text
 
 
-def _legend(colour: bool) -> Text:
+def legend(colour: bool) -> Text:
+    """Say how trained tokens are marked."""
     if not colour:
         return Text("⟦trained⟧ and context")
     return Text.assemble(("trained", TRAINED), " and ", ("context", CONTEXT))

@@ -17,6 +17,12 @@ MEASURES = {
     "perplexity": ("perplexity", 2),
     "accuracy": ("accuracy", 4),
     "macro_f1": ("macro f1", 4),
+    "reward_accuracy": ("reward accuracy", 4),
+    "reward_margin": ("reward margin", 4),
+    "reward_chosen": ("reward chosen", 4),
+    "reward_rejected": ("reward rejected", 4),
+    "likelihood_accuracy": ("chosen likelier", 4),  # per token, without a reference
+    "kl": ("KL", 4),
     "matthews": ("Matthews", 4),
     "pearson": ("Pearson", 4),
     "spearman": ("Spearman", 4),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import ONLY_ON
+from ..bases.rope import record_of
 from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
 from ..formats.bundled import own_files
@@ -138,6 +139,7 @@ def export(
     copy = parts.copy if parts is not None else None
     needed = adapter.metadata.get(ONLY_ON)
     notes = [f"it is right on a base quantized as {needed} only (LoftQ): serve it on that"] if needed else []
+    notes += _scaled_positions(adapter)
     notes += record.to_pass_on(with_template=written.is_dir()) + token_lines
     unchecked = _unchecked(ready) if base is None and check.placed is None else None
     return Exported(
@@ -153,6 +155,19 @@ def export(
         unchecked,
         check.placed,
     )
+
+
+def _scaled_positions(adapter: Adapter) -> list[str]:
+    """Say that the adapter is for a base with scaled positions, which the receiver must be given too."""
+    scaling = record_of(adapter.metadata)
+    if scaling is None:
+        return []
+    kind, _, factor = scaling.partition(":")
+    return [
+        f"it was trained with rotary positions scaled by {scaling}, and is wrong without: llama.cpp: --rope-scaling "
+        f"{kind} --rope-scale {factor}; vLLM: --hf-overrides with the base's rope_parameters; or merge it "
+        "(lorakit merge writes them into config.json)"
+    ]
 
 
 def _check_names(path: Path, tokens: Iterable[str]) -> None:

@@ -10,7 +10,7 @@
 Packed projections and shared grouped convolutions are written as plain factors of a larger rank (exactly: alpha grows
 with it), and read back in their compact shapes. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n
 parts, r, 1], as in loralib) is read as a packed projection. Kinds of adapter with keys of their
-own (LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
+own ((IA)³, LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,22 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_adalora, peft_attention, peft_loha, peft_lokr, peft_parameters, peft_tokens, peft_vera
+from . import (
+    peft_adalora,
+    peft_attention,
+    peft_ia3,
+    peft_ln_tuning,
+    peft_loha,
+    peft_lokr,
+    peft_parameters,
+    peft_prompts,
+    peft_tokens,
+    peft_vera,
+)
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
-from .peft_config import changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, to_peft
+from .peft_config import TASK, changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, own_task, to_peft
 from .peft_experts import misread, note
 from .peft_keys import CONFIG, PREFIX, sort
 from .peft_kind import PeftKind
@@ -49,7 +60,7 @@ from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
 
-KINDS: tuple[PeftKind, ...] = (peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND)
+KINDS: tuple[PeftKind, ...] = (peft_ia3.KIND, peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND, *peft_prompts.KINDS)
 
 
 def is_peft(path: Path) -> bool:
@@ -73,11 +84,15 @@ def read(path: Path, started: bool = False) -> Adapter:
 
     started: accept an adapter that was initialized from the base's weights, whose factors are no update of that base.
     """
+    return peft_prompts.joined(_read(path, started), _folder(path), _read)
+
+
+def _read(path: Path, started: bool = False) -> Adapter:
     folder = _folder(path)
     where = folder / CONFIG
     if not where.exists():
         raise AdapterError(f"{folder} is no PEFT adapter: {CONFIG} is missing")
-    values = peft_tokens.as_lora(read_json(where))
+    values = peft_ln_tuning.as_lora(peft_tokens.as_lora(read_json(where)))
     peft_type = str(values.get("peft_type"))
     kind = next((kind for kind in KINDS if kind.peft_type == peft_type), None)
     adalora = peft_type == peft_adalora.KIND
@@ -85,6 +100,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     config, transposed = kind.config(values, where) if kind is not None else from_peft(fields, where, started)
     enabled = enabled_parts(values, where)
     tensors, header, weights = read_weights(folder)
+    config, tensors = peft_ln_tuning.with_norms(config, tensors, PREFIX), peft_ln_tuning.renamed(tensors)
     ours = (
         read_json(folder / OURS)
         if (folder / OURS).exists()
@@ -92,9 +108,12 @@ def read(path: Path, started: bool = False) -> Adapter:
     )
     if (quantization := loftq_base(values)) is not None:
         ours.setdefault(ONLY_ON, quantization)
-    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
+    task = ours.pop(TASK, None)
+    config = checked(
+        folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}, task=config.task or task)
+    )
     if kind is not None:
-        plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        plain = {key.removeprefix(kind.prefix): tensor for key, tensor in tensors.items()}
         updates, saved = kind.updates(values, plain, config, weights, ours)
         return Adapter(config, updates, saved, ours).check()
     if adalora:
@@ -140,6 +159,9 @@ def read(path: Path, started: bool = False) -> Adapter:
 
 def losses(adapter: Adapter) -> list[str]:
     """What PEFT's folder cannot hold of this adapter, one line each."""
+    adapter, virtual = peft_prompts.parted(adapter)
+    if virtual is not None:
+        return losses(adapter) + losses(virtual)
     kind = _kind_of(adapter)
     if kind is not None:
         return embeddings(adapter) + kind.losses(adapter)
@@ -166,16 +188,20 @@ def write(adapter: Adapter, path: Path) -> Path:
     lost = losses(adapter)
     if lost:
         raise AdapterError(f"{path}: PEFT's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
+    adapter, virtual = peft_prompts.parted(adapter)
+    if virtual is not None:
+        write(virtual, path / peft_prompts.FOLDER)
     adapter, biases = _without_biases(adapter)
     kind = _kind_of(adapter)
-    tensors, ranks, alphas = _tensors_of(adapter) if kind is None else kind.tensors_of(adapter, PREFIX)
+    prefix = PREFIX if kind is None else kind.prefix
+    tensors, ranks, alphas = _tensors_of(adapter) if kind is None else kind.tensors_of(adapter, prefix)
     for module, f in adapter.factors.items() if biases else ():  # all modules have one, or none has
         bias = biases.get(module)
         tensors[f"{PREFIX}{module}.lora_B.bias"] = torch.zeros(f.B.shape[0]) if bias is None else bias / f.scale
     for name, tensor in adapter.saved.items():
         module, _, last = name.rpartition(".")
         adapted_bias = last == "bias" and module in adapter.updates
-        tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
+        tensors[f"{prefix}{module}.base_layer.bias" if adapted_bias else prefix + name] = tensor
     tensors |= peft_tokens.tensors_of(adapter, PREFIX)
     experts = peft_parameters.experts_of(adapter)
     for parameter, own in experts.items():
@@ -188,6 +214,9 @@ def write(adapter: Adapter, path: Path) -> Path:
     packed = {m: list(f.parts) for m, f in adapter.factors.items() if f.parts and f.A.shape == written[m].A.shape}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
     ours |= {} if kind is None else kind.ours(adapter)
+    ours |= own_task(adapter.config)
+    for file, held in ({} if kind is None else kind.beside(adapter)).items():
+        write_tensors(path / file, held, {"format": "pt"})
     own_config = adapter.config.replace(save_modules=_save_modules(adapter))
     own_config = peft_attention.with_targets(own_config, adapter.factors, ranks)
     values = to_peft(own_config, ranks, alphas, transposed, dora, experts)
@@ -382,10 +411,12 @@ class Peft(Format):
 
     def note(self, adapter: Adapter) -> str | None:
         notes = (note(misread(adapter), len(adapter.updates)), peft_attention.note(adapter.factors))
+        notes = (*notes, peft_prompts.note(adapter))
         return "\n".join(said for said in notes if said is not None) or None
 
     def stale(self, path: Path) -> list[str]:
-        return [PICKLE]  # a reader may prefer it to the new weights
+        # A reader may prefer the first to the new weights; the others are parts of an adapter with virtual tokens.
+        return [PICKLE, peft_prompts.ENCODER, peft_prompts.FOLDER]
 
 
 FORMAT = Peft()

@@ -8,11 +8,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import PEFT_NAMES, PRESETS, LoraConfig
+from ..config import NONE, PEFT_NAMES, PRESETS, LoraConfig
 from ..errors import AdapterError, ConfigError
 from ..module_names import ends_with, matches
 from ..ops.quantized import blockwise, int8
 from . import peft_parameters
+
+# PEFT's task_types; it refuses a config with another one. Those that lorakit has besides are in lorakit.json.
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK = "task"
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless false or empty.
 _UNSUPPORTED = {
@@ -30,19 +34,17 @@ _UNSUPPORTED = {
 # orthogonal, gaussian and mica leave the base as it is. "milora" is in forks of PEFT, done like pissa.)
 _SUBTRACTED = ("pissa", "milora", "corda", "olora", "lora_ga")
 
+# PEFT's `target_modules` of an adapter that adapts none, as its own X-LoRA writes it.
+_NO_TARGETS = "dummy-target-modules"
+
 # PEFT's other kinds of adapter, and what their users can do.
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
 _PROMPT = "it adds inputs and changes no weight, so no LoRA has the same effect: use it with PEFT"
 _OTHERS = {
-    "IA3": ("IA3 rescales activations", _MERGE),
     "OFT": ("OFT rotates weights", _MERGE),
     "BOFT": ("BOFT rotates weights", _MERGE),
     "HRA": ("HRA reflects weights", _MERGE),
-    "LN_TUNING": ("it trains norms", _MERGE),
-    "PROMPT_TUNING": ("prompt tuning", _PROMPT),
     "MULTITASK_PROMPT_TUNING": ("prompt tuning", _PROMPT),
-    "P_TUNING": ("p-tuning", _PROMPT),
-    "PREFIX_TUNING": ("prefix tuning", _PROMPT),
     "ADAPTION_PROMPT": ("LLaMA-Adapter", _PROMPT),
     "CPT": ("context prompt tuning", _PROMPT),
 }
@@ -58,6 +60,11 @@ def changed_base(values: Mapping[str, Any]) -> str | None:
     start = start.lower() if isinstance(start, str) else ""
     changed = start.startswith(_SUBTRACTED) or (start == "loftq" and loftq_base(values) is None)
     return start if changed else None
+
+
+def own_task(config: LoraConfig) -> dict[str, str]:
+    """Return what lorakit.json holds of the task: PEFT reads no other task_type than its own."""
+    return {TASK: config.task} if config.task is not None and config.task not in TASK_TYPES else {}
 
 
 def loftq_base(values: Mapping[str, Any]) -> str | None:
@@ -80,8 +87,8 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA, LOKR, VERA and "
-            "TRAINABLE_TOKENS" + (f"\n  {what}: {advice}" if what else "")
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, IA3, LN_TUNING, LOHA, LOKR, VERA, "
+            "TRAINABLE_TOKENS, PREFIX_TUNING, PROMPT_TUNING and P_TUNING" + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():
         if values.get(key):
@@ -99,6 +106,8 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
         )
     values = peft_parameters.as_targets(values, where)
     ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if given(values.get(theirs))}
+    if ours.get("targets") == _NO_TARGETS:
+        ours["targets"] = NONE
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)
     if isinstance(ours.get("layers"), int):
@@ -150,7 +159,9 @@ def to_peft(
     """
     modules = [m for m in ranks if m not in parameters]
     targets = config.targets
-    if targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in ranks):
+    if targets == NONE and not ranks:
+        targets = _NO_TARGETS
+    elif targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in ranks):
         targets = sorted(modules)
     elif parameters:
         targets = (
@@ -181,7 +192,7 @@ def to_peft(
         "revision": config.revision,
         "target_modules": targets,
         **({"target_parameters": peft_parameters.entries(config, parameters)} if parameters else {}),
-        "task_type": config.task,
+        "task_type": config.task if config.task in TASK_TYPES else None,
         "use_dora": dora,
         "use_rslora": config.rslora,
     }

@@ -15,11 +15,13 @@ from ..adapter.adapter import Adapter
 from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import listing
+from .peft_keys import PREFIX
 
 
 class PeftKind(Protocol):
     peft_type: str
     variant: str
+    prefix: str = PREFIX  # of its keys
 
     def config(self, values: Mapping[str, Any], where: Path) -> tuple[LoraConfig, bool]:
         """Return (our config, fan_in_fan_out) from adapter_config.json. AdapterError as in `from_peft`."""
@@ -48,6 +50,10 @@ class PeftKind(Protocol):
 
     def ours(self, adapter: Adapter) -> dict[str, Any]:
         """Return what lorakit.json holds of the updates because PEFT's files have no place for it."""
+        return {}
+
+    def beside(self, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+        """Return what files of lorakit's own hold of the updates for the same reason: file name -> tensors."""
         return {}
 
 

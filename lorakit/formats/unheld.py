@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..adapter.adapter import Adapter
 from ..adapter.update import Update
+from ..adapter.virtual_tokens import BODY
 from ..config import EXPERTS
 from ..errors import listing
 
@@ -18,8 +19,10 @@ def other_kinds(adapter: Adapter, *held: str) -> list[str]:
     tokens = [m for m, u in updates.items() if u.variant == "tokens"]
     with_base = [m for m, u in updates.items() if u.needs_base and m not in tokens]
     experts = [m for m, u in updates.items() if u.variant == EXPERTS]
-    others = [m for m in updates if m not in with_base and m not in tokens and m not in experts]
+    others = [m for m in updates if m not in with_base and m not in tokens and m not in experts and m != BODY]
     lines = []
+    if BODY in updates:
+        lines.append(f"virtual tokens, which only PEFT's files hold: adapter.prune(['{BODY}']) is the rest alone")
     if others:
         lines.append(f"{len(others)} updates of another kind ({listing(others, 2)}): resize converts them to factors")
     if with_base:

@@ -133,8 +133,11 @@ def check_prompts(
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """Return the model's max_position_embeddings; None where positions are relative (T5)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Return the model's max_position_embeddings, without those of virtual tokens; None if positions are relative."""
+    from ..layers.virtual.body import virtual_tokens_of
+
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else positions - virtual_tokens_of(model)
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

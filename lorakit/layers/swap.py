@@ -17,6 +17,7 @@ from .layer import COUNT, LoraLayer, adapted_class, mixin_and_base, rebind_hooke
 from .linear import Conv1DLayer, LinearLayer
 from .multihead import MultiheadLayer, PackedMultiheadLayer
 from .packed import PackedConv1DLayer, PackedLayer
+from .virtual.body import BodyLayer
 
 _PACKED: dict[type[LoraLayer], type[PackedLayer]] = {
     LinearLayer: PackedLayer,
@@ -27,6 +28,8 @@ _PACKED: dict[type[LoraLayer], type[PackedLayer]] = {
 
 def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     """Return the mixin that adapts this module, None if no low-rank update is defined for it."""
+    if isinstance(module, BodyLayer):
+        return None
     if isinstance(module, LoraLayer):
         return mixin_and_base(type(module))[0]
     if isinstance(module, nn.Linear) or base_of(module).is_linear(module):
@@ -56,13 +59,13 @@ def is_linear(module: nn.Module) -> bool:
     return mixin is not None and issubclass(mixin, LinearLayer)
 
 
-def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
+def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None, is_body: bool = False) -> None:
     """Give the module its adapted class, if it does not have it yet. `parts`: which of a packed projection's parts are
-    adapted.
+    adapted; `is_body`: it is a model's body, for virtual tokens.
     """
     if isinstance(module, LoraLayer):
         return
-    mixin = mixin_for(module)
+    mixin = BodyLayer if is_body else mixin_for(module)
     assert mixin is not None
     if parts is not None:
         mixin = _PACKED[mixin]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from ..config import LoraConfig, Tokens
+from ..adapter.virtual_tokens import BODY
+from ..config import LoraConfig, Tokens, virtual_kind
 from ..errors import ConfigError, TargetError, did_you_mean
 from ..module_names import ends_with
 from .swap import mixin_for
@@ -45,6 +46,8 @@ def tokens_of(config: LoraConfig, module: str) -> tuple[int, ...]:
 
 def variant_of(config: LoraConfig, module: str) -> str:
     """Return the kind of update of a module. `module`: as for `tokens_of`."""
+    if module == BODY and (kind := virtual_kind(config)) is not None:
+        return kind
     return "tokens" if isinstance(config.trainable_tokens, Mapping) and tokens_of(config, module) else config.variant
 
 

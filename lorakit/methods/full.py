@@ -8,8 +8,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..config import Choice, RunSettings, Strict
+from ..config import Choice, RunSettings
 from ..errors import ConfigError, StateError
+from .shared.adapter import Earlier
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 FACTOR = 10  # its best learning rate is about a tenth of LoRA's ("LoRA Without Regret", Thinking Machines 2025)
 
 
-class FullSettings(Strict):
-    """Full fine-tuning has no settings of its own."""
+class FullSettings(Earlier):
+    """Full fine-tuning has no settings of its own. An adapter to start from is refused with what to do instead."""
 
 
 settings = FullSettings
+defaults: dict[str, Any] = {}
 title = "full, float32"
 summary = "train all weights in float32 (the baseline) and save a model"
 result = "model"

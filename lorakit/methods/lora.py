@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config import LoraConfig, LoraSettings, RunSettings, part
+from ..config import VIRTUAL, LoraConfig, LoraSettings, RunSettings, part
 from ..errors import ConfigError
 from .method import Start, StartData
+from .shared import virtual_tokens
 from .shared.adapter import (  # noqa: F401 (names of the method)
     Earlier,
     activate,
     after_step,
-    alone,
     attach_adapter,
     base_alone,
     cheaper,
@@ -26,6 +26,7 @@ from .shared.adapter import (  # noqa: F401 (names of the method)
     save,
     start_from,
 )
+from .shared.adapter import alone as alone_of_adapters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +40,7 @@ class LoraRunSettings(LoraSettings, Earlier):
 _DECIDE_WHAT_IS_SAVED = ("adapter", "variant", "targets", "trainable_tokens", "bias", "save_modules", "packed")
 
 settings = LoraRunSettings
+defaults: dict[str, Any] = {}
 title = "LoRA"
 summary = "train an adapter"
 
@@ -51,10 +53,18 @@ def adapter_config(config: RunSettings, task_type: str) -> LoraConfig:
 
 
 def start(config: RunSettings) -> Start | None:
-    return start_from(config, LoraSettings.model_fields)
+    found = start_from(config, LoraSettings.model_fields)
+    kind = part(config, LoraSettings).variant if found is None else found.settings["variant"]
+    if kind in VIRTUAL:
+        raise ConfigError(
+            f"variant: {kind}: method: lora trains updates of modules; virtual tokens alone are a method of their own\n"
+            f"  use method: {kind}; or prompt: {kind}, for virtual tokens beside LoRA"
+        )
+    return found
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None) -> None:
+    virtual_tokens.check_run(config)
     attach_adapter(model, adapter_config(config, task_type), config, name, task_type, first)
     _check(model, config, name)
 
@@ -93,12 +103,13 @@ def check_result(model: Any, config: RunSettings, name: str, unsaved: Callable[[
 
 
 def rate_factors(model: Any, config: RunSettings, name: str) -> Mapping[nn.Parameter, tuple[str, float]]:
-    """LoRA+: those of B."""
+    """LoRA+: those of B. Virtual tokens have a rate of their own too."""
     from ..bases.pipeline import as_module
     from ..model.training import faster_parameters
 
     ratio = part(config, LoraSettings).lora_plus
-    return {} if ratio is None else dict.fromkeys(faster_parameters(as_module(model), name), ("B", ratio))
+    faster = {} if ratio is None else dict.fromkeys(faster_parameters(as_module(model), name), ("B", ratio))
+    return {**faster, **virtual_tokens.rate_factors(model, name, config)}
 
 
 def trained(config: RunSettings) -> str:
@@ -107,7 +118,12 @@ def trained(config: RunSettings) -> str:
     kind = "" if own.variant == "lora" else f"{own.variant}, "
     ways = (", rslora" if own.rslora else "") + (", A frozen" if own.freeze_a else "")
     ways += f", B at {own.lora_plus:g} times A's rate" if own.lora_plus else ""
-    return f"{kind}rank {own.rank}, alpha {own.alpha:g}{start}{ways}"
+    tokens = f", {virtual_tokens.described(config)}" if own.prompt else ""
+    return f"{kind}rank {own.rank}, alpha {own.alpha:g}{start}{ways}{tokens}"
+
+
+def alone(config: RunSettings) -> tuple[str, str] | None:
+    return virtual_tokens.alone(config) if part(config, LoraSettings).prompt else alone_of_adapters(config)
 
 
 def note_together(config: RunSettings) -> str | None:

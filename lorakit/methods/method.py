@@ -54,6 +54,7 @@ class Method(Protocol):
     """A fine-tuning method. `config` is always a run's config, which includes the method's own settings."""
 
     settings: type[Strict]
+    defaults: Mapping[str, Any]  # settings of a run that have another default with this method
     title: str  # column heading: "LoRA"
     summary: str  # in the help of --method
     result: str  # what is saved, "adapter" or "model"; also its folder inside the run folder

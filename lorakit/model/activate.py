@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import as_module
 from ..errors import StateError, did_you_mean, listing
 from ..layers import saved
@@ -38,20 +39,30 @@ def activate(model: Any, which: str | Mapping[str, Weights] | None) -> None:
     model = as_module(model)
     state = state_of(model)
     check_not_routed(state, "activate")
+    weights = weights_of(state, which, "activate(model, which)")
+    if state.merged is not None:
+        raise StateError(
+            f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) before activating another"
+        )
+    set_active(model, state, weights)
+
+
+def weights_of(state: State, which: str | Mapping[str, Weights] | None, call: str) -> dict[str, Weights]:
+    """Return the adapters that `which` names, as `activate` takes it, with their weights.
+
+    `call`: how the caller was called, for the message. Raises StateError as `activate` does for what cannot be active.
+    """
     if not isinstance(which, str | Mapping | None):
         raise StateError(
-            f"activate(model, which): got a {qualified_name(which)}\n"
+            f"{call}: got a {qualified_name(which)}\n"
             f"  expected a name, None, or names with weights such as {{'a': 0.7, 'b': 0.3}}"
         )
     weights: dict[str, Weights] = {which: 1.0} if isinstance(which, str) else dict(which or {})
     for name, weight in weights.items():
         _check_weights(name, weight, attached_of(state, name))
-    if state.merged is not None:
-        raise StateError(
-            f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) before activating another"
-        )
     check_saved(state, weights)
-    set_active(model, state, weights)
+    check_virtual(state, weights)
+    return weights
 
 
 def _check_weights(name: str, weights: Weights, attached: Attached) -> None:
@@ -107,6 +118,23 @@ def check_saved(state: State, weights: Mapping[str, Weights], where: str = "") -
         owners |= dict.fromkeys(own, name)
 
 
+def check_virtual(state: State, weights: Mapping[str, Weights]) -> None:
+    """Raise StateError if virtual tokens would be scaled, or those of two adapters would stand in one row."""
+    own = {name: weight_at(w, BODY) for name, w in weights.items() if BODY in state.adapters[name].modules}
+    used = [name for name, weight in own.items() if weight != 0]
+    scaled = next((name for name in used if own[name] != 1), None)
+    if scaled is not None:
+        raise StateError(
+            f"adapter '{scaled}' has virtual tokens, which cannot be scaled (its weight is {own[scaled]:g})\n"
+            "  use it with weight 1"
+        )
+    if len(used) > 1:
+        raise StateError(
+            f"adapters {listing([repr(name) for name in used])} all have virtual tokens, and a row has those of one\n"
+            "  use one of them; an adapter without virtual tokens can be used beside it"
+        )
+
+
 def active(model: Any) -> dict[str, Weights]:
     """Return the active adapters and their weights; empty for the base alone. Raises StateError if none is attached."""
     return dict(state_of(as_module(model)).active)
@@ -123,7 +151,8 @@ def set_active(model: nn.Module, state: State, weights: dict[str, Weights]) -> N
     state.active = weights
     children = [(child_name(n), w) for n, w in weights.items()]
     for name, layer in layers_of(model):
-        layer.lora_active = tuple((child, weight_at(w, name)) for child, w in children if child in layer._modules)
+        own = layer.lora_name or name
+        layer.lora_active = tuple((child, weight_at(w, own)) for child, w in children if child in layer._modules)
     use_saved(model, state, weights)
 
 

@@ -14,8 +14,10 @@ from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import ONLY_ON
 from ..adapter.tokens import Tokens
 from ..adapter.update import Update
+from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import PipelineModel, as_module
-from ..config import LoraConfig
+from ..bases.rope import RECORD, SCALED, check_scaling
+from ..config import NONE, VIRTUAL, LoraConfig, virtual_kind
 from ..errors import AdapterError, ConfigError, StateError, TargetError
 from ..layers import fastpath, fused_qkv, peft_layers, saved
 from ..layers.bases import base_of, quantized
@@ -23,9 +25,18 @@ from ..layers.fused import attention, fused
 from ..layers.init.batches import Loss
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
-from ..layers.targets import check_adaptable, find_targets, in_components, module_names, shortest_endings, with_head
+from ..layers.targets import (
+    Targets,
+    check_adaptable,
+    find_targets,
+    in_components,
+    module_names,
+    shortest_endings,
+    with_head,
+)
 from ..layers.token_targets import repeated, sharing, token_modules, tokens_of, variant_of
 from ..layers.updates.update import LiveUpdate, live
+from ..layers.virtual.body import body_of
 from . import save_pretrained
 from .activate import set_active, use_saved
 from .embeddings import embeddings_for, put_in_place
@@ -198,7 +209,8 @@ class _Plan:
         else:
             value = self.values[name]
             update = live(value.variant).of(module, name, value, self.config.dropout, trainable)
-        if trainable and self.config.freeze_a and not tokens_of(self.config, name):
+        beside = tokens_of(self.config, name) or (name == BODY and self.config.prompt)  # beside factors A and B
+        if trainable and self.config.freeze_a and not beside:
             update.freeze_a(module, name)
         return update
 
@@ -211,7 +223,11 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
         del tokens[m]
     if tokens:
         config = config.replace(trainable_tokens={m: list(ids) for m, ids in tokens.items()})
-    targets = find_targets(model, config)
+    virtual = {} if virtual_kind(config) is None else {BODY: body_of(model)}
+    if config.variant in VIRTUAL:
+        _check_no_targets(config)
+    targets = Targets({}) if config.variant in VIRTUAL else find_targets(model, config)
+    config = live(config.variant).settled(config, names, targets.modules)
     own = targets.modules if config.variant != "tokens" else {}
     both = [m for m in tokens if m in own or any(f".{s}." in f".{m}." for s in config.save_modules)]
     if both:
@@ -219,7 +235,7 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
             f"'{both[0]}' has trainable_tokens, and is adapted or saved in full too (LoraConfig)\n"
             "  name it in one of trainable_tokens, targets and save_modules"
         )
-    modules = {**targets.modules, **{m: names[m] for m in tokens}}
+    modules = {**targets.modules, **{m: names[m] for m in tokens}, **virtual}
     check_adaptable(names, {m: names[m] for m in tokens})
     saved_values = fresh_saved(model, config, targets.modules)
     if not modules and not saved_values:
@@ -228,7 +244,36 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
             "  give one of these, or targets"
         )
     metadata = {"fingerprint": base_fingerprint(model, [*modules, *saved_values])}
+    if SCALED in model.__dict__:
+        metadata[RECORD] = model.__dict__[SCALED]
     return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
+
+
+def _check_no_targets(config: LoraConfig) -> None:
+    """Raise ConfigError for settings of updates of modules, where there are virtual tokens alone."""
+    fields = LoraConfig.model_fields
+    given = [
+        name
+        for name in (
+            "targets",
+            "exclude",
+            "layers",
+            "rank",
+            "alpha",
+            "dropout",
+            "rslora",
+            "rank_pattern",
+            "packed",
+            "init",
+        )
+        if getattr(config, name) != fields[name].get_default(call_default_factory=True)
+        and (name, getattr(config, name)) != ("targets", NONE)
+    ]
+    if given:
+        raise ConfigError(
+            f"LoraConfig.{given[0]} has no effect: variant='{config.variant}' trains virtual tokens alone\n"
+            f"  remove {', '.join(given)}; LoRA with virtual tokens is prompt='{config.variant}' instead of variant"
+        )
 
 
 def _begun(model: nn.Module, state: State, plan: _Plan, sources: Sources) -> _Plan:
@@ -244,6 +289,8 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     adapter = stacked(model, adapter.check())
     live = live_names(model, adapter)
     check_base(model, adapter, force, live)
+    if not force:
+        check_scaling(getattr(model, "config", None), adapter.metadata)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
     check_quantization(model, modules, adapter, force)
@@ -276,7 +323,7 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
     fresh = [module for module in every.values() if not isinstance(module, LoraLayer)]
     try:
         for name, module in every.items():
-            adopt(module, plan.parts_of(name))
+            adopt(module, plan.parts_of(name), name == BODY)
         updates = {name: plan.update_of(module, name, trainable) for name, module in plan.modules.items()}
         by_kind: dict[type[LiveUpdate], list[LiveUpdate]] = {}
         for update in chain.from_iterable(update.modules() for update in updates.values()):
@@ -319,7 +366,8 @@ def _register(
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention
     config = plan.config
-    targets = [m for m in plan.modules if variant_of(config, m) != "tokens" or config.variant == "tokens"]
+    targets = [m for m in plan.modules if m != BODY]
+    targets = [m for m in targets if variant_of(config, m) != "tokens" or config.variant == "tokens"]
     if targets:
         components = list(dict.fromkeys(m.partition(".")[0] for m in targets))
         config = config.replace(components=components if isinstance(model, PipelineModel) else None)

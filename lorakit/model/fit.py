@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.update import Update
+from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import PipelineModel, component_of
 from ..config import LoraConfig, live_kinds
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..layers.bases import quantized
 from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
+from ..layers.virtual.body import body_of
 from .state import architecture_of, base_parameters, is_adapter_key
 
 
@@ -25,6 +27,8 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
     for m, update in adapter.updates.items():
         _check_live(m, update)
     names = module_names(model)
+    if BODY in adapter.updates:
+        names[BODY] = body_of(model)
     modules = {m: names[m] for m in adapter.updates if m in names}
     missing = [m for m in adapter.updates if m not in names]
     if missing and (strict or not modules):
@@ -33,7 +37,7 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
             f"{listing(missing, 3)}{did_you_mean(missing[0], names)}\n"
             f"{_other_components(model, missing)}strict=False attaches the rest and lists these"
         )
-    check_adaptable(names, modules)
+    check_adaptable(names, {m: module for m, module in modules.items() if m != BODY})
     first: dict[int, str] = {}
     for m, module in modules.items():
         parts = adapter.updates[m].parts

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import as_module
 from ..errors import StateError
 from ..layers.batched.expert_rows import checked
@@ -141,6 +142,12 @@ def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice
             )
         if isinstance(weight, bool) or not (isinstance(weight, int | float) and math.isfinite(weight)):
             raise StateError(f"the weight of adapter '{name}' ({where}) is {weight!r}; expected a finite number")
+        if weight and BODY in state.adapters[name].modules:
+            raise StateError(
+                f"{where} of route's choices is '{name}', which has virtual tokens: rows with and without them have "
+                "different lengths inside the model\n"
+                f"  use it for all rows: activate(model, '{name}')"
+            )
         if weight and state.adapters[name].saved:
             holders.add(name)
         numbers.append((child_name(name), float(weight)))

@@ -18,14 +18,22 @@ from ..layers.walk import base_modules
 
 def check_whole(model: nn.Module) -> None:
     """Raise StateError if the model's parameters are sharded (FSDP, DeepSpeed ZeRO-3) or tensor-parallel."""
+    how = how_sharded(model)
+    if how is not None:
+        raise StateError(
+            f"{how}, so no adapter can be attached to it any more\n"
+            "  attach the adapter to the whole model first, then shard it (fully_shard, accelerate's prepare)\n"
+            "  tensor-parallel models are not supported: load the model without tp_plan"
+        )
+
+
+def how_sharded(model: nn.Module) -> str | None:
+    """Say which part of the model is sharded, and how: "'model.norm' is ..."; None if every process has all of it."""
     for name, module in base_modules(model):
         how = _wrapped(module) or next((how for p in module._parameters.values() if (how := _spread(p))), None)
         if how is not None:
-            raise StateError(
-                f"{f'{name!r}' if name else 'the model'} is {how}, so no adapter can be attached to it any more\n"
-                "  attach the adapter to the whole model first, then shard it (fully_shard, accelerate's prepare)\n"
-                "  tensor-parallel models are not supported: load the model without tp_plan"
-            )
+            return f"{f'{name!r}' if name else 'the model'} is {how}"
+    return None
 
 
 def check_captured(parameters: Iterable[tuple[str, Any]]) -> None:

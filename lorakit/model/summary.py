@@ -10,7 +10,7 @@ from torch import nn
 
 from ..bases.pipeline import PipelineModel, as_module
 from ..formats.peft_experts import dropped, note
-from ..layers.bases import base_of, parameter_count
+from ..layers.bases import parameter_count
 from ..layers.expert_weight import ExpertWeight
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
@@ -24,7 +24,7 @@ from .state import Attached, Weights, architecture_of, layer_at, names_of, saved
 @dataclass(frozen=True)
 class Row:
     """One adapted module, or one saved parameter (rank None). `parameters`: number of elements; `experts`: how many
-    matrices the weight is a stack of, 0 for others.
+    matrices the weight is a stack of, 0 for others. `counted`: what `rank` counts.
     """
 
     adapter: str
@@ -33,6 +33,7 @@ class Row:
     rank: int | None
     parameters: int
     experts: int = 0
+    counted: str = "rank"  # what `rank` is: "rank", "tokens"
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,16 @@ class Summary:
 
 def _grouped(rows: Sequence[Row], indent: str) -> list[str]:
     """One line for all modules of an ending, a shape and a rank."""
-    groups: dict[tuple[str, str, str, int | None], list[int]] = {}
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
     for row in rows:
         # a saved parameter's last name ("weight") would say nothing
         last = _ending(row.name) if row.rank else row.name
-        groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
+        size = f"{row.counted} {row.rank}" if row.rank else "saved"
+        groups.setdefault((row.adapter, last, row.shape, size), []).append(row.parameters)
     width = max((len(k[1]) for k in groups), default=0)
     return [
-        f"{indent}{adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {f'rank {rank}' if rank else 'saved':<9} "
-        f"{sum(counts):>12,}"
-        for (adapter, last, shape, rank), counts in groups.items()
+        f"{indent}{adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {size:<9} {sum(counts):>12,}"
+        for (adapter, last, shape, size), counts in groups.items()
     ]
 
 
@@ -121,9 +122,10 @@ def summary(model: Any) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            sizes = base_of(layer).shape(layer)
+            sizes = child.shape(layer)
             experts = sizes[0] if isinstance(layer, ExpertWeight) else 0
-            rows.append(Row(name, m, _shape(sizes), child.rank, sum(p.numel() for p in child.parameters()), experts))
+            count = sum(p.numel() for p in child.parameters())
+            rows.append(Row(name, m, _shape(sizes), child.rank, count, experts, child.counted))
         for full, parameter in saved_parameters(model, state, name):
             rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

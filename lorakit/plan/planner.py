@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import RunSettings
 from ..config.optimizers import state_bytes
+from ..methods import method_of
 from ..tasks.task import Task
 from .estimate import Estimate
 from .largest import largest
@@ -36,6 +37,7 @@ HEAP = 1.47
 HEAP_PACKED = 1.85
 HEAP_CHECKPOINTING = 2.3  # kept tensors are scattered between a layer's temporary ones; 2.4 was measured
 MOST_ROWS = 256  # where the search for the largest batch ends
+LONGEST = 1 << 20  # tokens, where the search for the longest row ends
 COLUMNS = 8  # batches are padded to a multiple of this
 
 
@@ -52,8 +54,9 @@ class PlanSettings:
     method: str = "lora"
     packing: Packing | None = None  # how the base's linears are stored; None: not quantized
     checkpointing: bool = False
+    offload: bool = False  # what checkpointing keeps lies outside the device's memory
     plain_attention: int = 0  # rows up to this many tokens use plain attention
-    validation: int = 0  # rows of an evaluation batch; 0: no evaluation
+    validation: int = 0  # held-out rows, of which as many are evaluated at once as are trained; 0: no evaluation
     share: float = 1.0  # trained tokens / tokens
     batch: int = 1  # rows of an optimizer step
 
@@ -66,13 +69,24 @@ class Planner:
         self.settings, self.base = settings, base
         build = partial(settings.task.skeleton, settings.config, base, settings.dtype)
         self.shell = Shell(
-            type(base).__name__, build, settings.attach, checkpointing=settings.checkpointing, packing=settings.packing
+            type(base).__name__,
+            build,
+            settings.attach,
+            checkpointing=settings.checkpointing,
+            offload=settings.offload,
+            packing=settings.packing,
         )
         self.optimizer_bytes = state_bytes(settings.config.optimizer, self.shell.trained())
         self._traced: dict[tuple[int, int, bool], Traced] = {}
-        self._evaluations: dict[int, Traced] = {}  # by length
+        self._evaluations: dict[tuple[int, int], Traced] = {}  # by rows and length
         # A loss may inspect a model once and remember the result. Let it do so now: then all estimates count the same.
         evaluation(self.shell, self._batch(1, COLUMNS), settings.task.losses)
+
+    @property
+    def title(self) -> str:
+        """Its method's title, and how the base is stored."""
+        own, packing = method_of(self.settings.method).title, self.settings.packing
+        return own if packing is None else f"{own}, {packing.name}"
 
     @property
     def positions(self) -> int | None:
@@ -88,6 +102,10 @@ class Planner:
     def stored(self, packing: Packing) -> Planner:
         """Return a planner of the same run on a base whose linears are stored in another way. Raises PlanError."""
         return Planner(self.base, replace(self.settings, packing=packing))
+
+    def checkpointed(self, checkpointing: bool, offload: bool) -> Planner:
+        """Return a planner of the same run with or without gradient checkpointing and offload of what it keeps."""
+        return Planner(self.base, replace(self.settings, checkpointing=checkpointing, offload=offload))
 
     def estimate(self, rows: int, length: int, accumulating: bool | None = None) -> Estimate:
         """Estimate a run that computes `rows` rows of `length` tokens at once.
@@ -107,15 +125,16 @@ class Planner:
         most = max(1, min(MOST_ROWS, MOST_TOKENS // length))
         return largest(lambda rows: self.estimate(rows, length).total, memory, most, slack=0.02)
 
-    def longest(self, rows: int, memory: int, most: int | None = None) -> int:
+    def longest(self, rows: int, memory: int, most: int | None = None, beyond: bool = False) -> int:
         """Return the largest length (tokens) at which `rows` rows fit into `memory` bytes at once, within two percent;
         0 if none.
 
-        `most`: search up to this length; None: to the model's positions.
+        `most`: search up to this length; None: to the model's positions, or `beyond` them, to `LONGEST`.
         """
         if sum(self._resting().values()) > memory:
             return 0
-        most = min(most or 1 << 20, self.positions or 1 << 20, MOST_TOKENS // max(rows, self.settings.validation))
+        bound = LONGEST if beyond else min(LONGEST, self.positions or LONGEST)
+        most = min(most or LONGEST, bound, MOST_TOKENS // rows)
         return COLUMNS * largest(
             lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02
         )
@@ -157,7 +176,7 @@ class Planner:
             batch = self._batch(rows, length, packed=settings.task.packs(settings.config))
             self._traced[key] = training_step(shell, batch, self._loss, accumulating)
         step = self._traced[key]
-        held_out = self._evaluation(length)
+        held_out = self._evaluation(min(rows, settings.validation), length)
         stretches = [*step.stretches.values(), *held_out.values()]
         heap = int(self._heap() * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
         moments = {"step": _moment(resting, step.stretches, heap)}
@@ -170,12 +189,14 @@ class Planner:
         storage = None if settings.packing is None else settings.packing.name
         return Estimate(self.name, storage, rows, length, base, trained, size, moments, step.flops)
 
-    def _evaluation(self, length: int) -> dict[str, Parts]:
-        """Trace an evaluation. Returns its peaks by stretch; empty without held-out rows."""
-        rows = self.settings.validation
-        if rows and length not in self._evaluations:
-            self._evaluations[length] = evaluation(self.shell, self._batch(rows, length), self.settings.task.losses)
-        return self._evaluations[length].stretches if rows else {}
+    def _evaluation(self, rows: int, length: int) -> dict[str, Parts]:
+        """Trace an evaluation, which computes as many rows at once as training. Returns its peaks by stretch; empty
+        without held-out rows.
+        """
+        key = (rows, length)
+        if rows and key not in self._evaluations:
+            self._evaluations[key] = evaluation(self.shell, self._batch(rows, length), self.settings.task.losses)
+        return self._evaluations[key].stretches if rows else {}
 
     def _batch(self, rows: int, length: int, packed: bool = False) -> dict[str, Tensor]:
         return self.settings.task.example(rows, length, self.settings.share, packed)

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import LorakitError
 from ..layers.fused import attention
+from ..layers.offload import is_moved
+from ..layers.offload import offload as offload_to
 from .packed import PackedLinear, Packing, pack
 from .weightless import Shapes
 
@@ -40,6 +43,16 @@ def plan_errors(name: str) -> Iterator[None]:
         ) from error
 
 
+class Gone(saved_tensors_hooks):
+    """Saved tensors that are moved leave the device's memory, and come back as new tensors of the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            lambda tensor: (tensor.shape, tensor.dtype) if is_moved(tensor) else tensor,
+            lambda kept: kept if isinstance(kept, torch.Tensor) else torch.empty(kept[0], dtype=kept[1]),
+        )
+
+
 FEW = 3  # with this many layers or fewer, leaving some out saves nothing
 
 
@@ -53,11 +66,13 @@ class Shell:
         attach: Callable[[nn.Module], object],
         *,
         checkpointing: bool = False,
+        offload: bool = False,
         packing: Packing | None = None,
     ):
         """`name`: the base's, for errors; `build`: builds the model; `attach`: adds what is trained to it; `packing`:
-        how its linears are stored, None if they are not quantized. Raises PlanError if the model cannot be built, or
-        the size of such weights is not known.
+        how its linears are stored, None if they are not quantized; `offload`: see `PlanSettings`.
+
+        Raises PlanError if the model cannot be built, or the size of such weights is not known.
         """
         if packing is not None and packing.storage.size is None:
             raise PlanError(f"the bytes of weights that are stored as {packing.storage.title} are not known")
@@ -76,6 +91,8 @@ class Shell:
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
+        if offload:
+            offload_to(self.model, Gone)
         self.model.train()
         self._attention = self.model.config._attn_implementation
         self.shapes = Shapes()

@@ -44,7 +44,7 @@ def evaluation(shell: Shell, batch: Mapping[str, Tensor], losses: Callable[[Any,
     """Trace a forward without gradients, through `losses`. Raises PlanError if the model cannot run on shapes."""
 
     def run() -> Traced:
-        live = Live([*without_memory(shell.model), *batch.values()], shell.shapes)
+        live = Live([*without_memory(shell.model), *_tensors(batch)], shell.shapes)
         live.stretch = "evaluation"
         shell.model.eval()
         try:
@@ -57,9 +57,14 @@ def evaluation(shell: Shell, batch: Mapping[str, Tensor], losses: Callable[[Any,
     return _over_layers(shell, run)
 
 
+def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors of a batch, which may have other things in it."""
+    return [value for value in batch.values() if isinstance(value, Tensor)]
+
+
 def _training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumulating: bool) -> Traced:
     model, handles = shell.model, []
-    live = Live([*without_memory(model), *batch.values()], shell.shapes)
+    live = Live([*without_memory(model), *_tensors(batch)], shell.shapes)
 
     def gradient_ready(parameter: Tensor) -> None:
         if parameter.grad is not None:

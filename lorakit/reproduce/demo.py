@@ -116,7 +116,9 @@ def run(
         scores.append(score)
     if compare:
         say(f"   and full fine-tuning, {result.steps} steps")
-        full_config = config.replace(method="full", learning_rate=SETTINGS["learning_rate"] / 10, out=str(out / "full"))
+        full_config = config.by_method("full").replace(
+            learning_rate=SETTINGS["learning_rate"] / 10, out=str(out / "full")
+        )
         full = train(full_config, Progress(console))
         full_model = load_model(str(_trained(full, "lorakit demo --compare")), torch.float32, device)
         texts["full"], score = judge(full_model, tokenizer, tests, "full fine-tuning", full.seconds)

@@ -41,7 +41,7 @@ from .text.base import (  # noqa: F401 (names of the task)
 )
 from .text.causal_rows import Sources
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
-from .text.settings import Columns, Lengths, Prompts, Sampling
+from .text.settings import Columns, Lengths, LongContext, Prompts, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, Writing, Columns, Sources, Prompts, Sampling):
+class Packing(Strict):
     packing: bool = Field(
         False,
         description="put several rows of a batch into one sequence, each with its own positions and attention: the "
@@ -106,10 +106,14 @@ class CausalSettings(Lengths, Writing, Columns, Sources, Prompts, Sampling):
     )
 
     @model_validator(mode="after")
-    def _not_compiled(self) -> CausalSettings:
+    def _not_compiled(self) -> Packing:
         if self.packing and getattr(self, "compile", False):
             raise ValueError("packing is not tested with compile; remove one of the two")
         return self
+
+
+class CausalSettings(Lengths, LongContext, Packing, Writing, Columns, Sources, Prompts, Sampling):
+    pass
 
 
 settings = CausalSettings
@@ -144,7 +148,7 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, CausalSettings)
     check_limit(config)
-    tokenizer, options = _tokenizer(own, processor), _options(own)
+    tokenizer, options = chat_tokenizer(own, processor), chat_options(own)
     how = {
         "columns": own.columns or None,
         "template": own.template,
@@ -167,7 +171,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(data, about=about, files=files, facts=facts)
 
 
-def _tokenizer(own: CausalSettings, processor: Any) -> Any:
+def chat_tokenizer(own: Writing, processor: Any) -> Any:
     """Return the tokenizer with the run's chat template."""
     from ..data.templates import read_template, with_template
 
@@ -175,7 +179,7 @@ def _tokenizer(own: CausalSettings, processor: Any) -> Any:
     return processor if path is None else with_template(processor, read_template(path), path)
 
 
-def _options(own: CausalSettings) -> ChatOptions:
+def chat_options(own: Writing) -> ChatOptions:
     from ..data.templates import ChatOptions
 
     return ChatOptions(own.chat_template_kwargs, own.date)
@@ -199,7 +203,13 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 
     check_decoder_only(config.model, blueprint(config))
     model = load_model(
-        config.model, dtype, device, config.revision, config.trust_remote_code, part(config, Quantization)
+        config.model,
+        dtype,
+        device,
+        config.revision,
+        config.trust_remote_code,
+        part(config, Quantization),
+        rope_scaling=part(config, CausalSettings).rope_scaling,
     )
     grow_for(config, model, processor)
     stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))
@@ -316,7 +326,7 @@ def to_predict(config: RunSettings, processor: Any) -> list[Question]:
     columns = without_text(own.columns) if own.answer_after else own.columns
     examples = read_questions(asked, columns, as_turns=own.template != "auto")
     ends = end_tokens(config.model, config.revision, config.trust_remote_code)
-    renderer = Renderer(_tokenizer(own, processor), own.template, options=_options(own), ends=ends)
+    renderer = Renderer(chat_tokenizer(own, processor), own.template, options=chat_options(own), ends=ends)
     return [Question(renderer.prompt(example), row) for example, row in zip(examples, rows, strict=True)]
 
 
@@ -342,7 +352,7 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Asked]:
     if own.sample_tokens == 0:
         return []
     if own.sample_prompts:
-        tokenizer, options = _tokenizer(own, base.processor), _options(own)
+        tokenizer, options = chat_tokenizer(own, base.processor), chat_options(own)
         ids = [question_ids(text, tokenizer, data.about["template"], options) for text in own.sample_prompts]
         check_prompts(base.model, ids, own.sample_tokens, [f"sample prompt {text!r}" for text in own.sample_prompts])
         return [Asked(i, text, (), "sample_prompts") for text, i in zip(own.sample_prompts, ids, strict=True)]

@@ -7,7 +7,7 @@ Such a file imports torch inside its functions only, so that `lorakit --help` st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,11 +84,14 @@ class Epochs(Protocol):
 
 @dataclass
 class Base:
-    """A model and its processor: a tokenizer or a pipeline. `config`: the run's, for tasks whose batches need it."""
+    """A model and its processor: a tokenizer or a pipeline. `config`: the run's, for tasks whose batches need it;
+    `kept`: what `Data.before_step` keeps for the step's batches.
+    """
 
     model: Any
     processor: Any
     config: Any = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,9 @@ class Data:
 
     `shape`: a description for the start panel; `facts`: further lines of it, by name; `about`: stored in the result's
     metadata; `notes`: message -> number of rows it concerns; `files`: file name -> text to write into the result's
-    folder; `watched`: training items that are evaluated where none are held out.
+    folder; `watched`: training items that are evaluated where none are held out; `before_step`: for losses of items
+    that depend on all items of their step: computes that before the step's first batch, and keeps it in `Base.kept`.
+    It gets the step's items, in every process those of all processes, while the run's adapter is active.
     """
 
     train: list[Any]
@@ -109,6 +114,7 @@ class Data:
     files: Mapping[str, str] = field(default_factory=dict)
     watched: Sequence[Any] = ()
     mixture: Epochs | None = None  # what an epoch has of several data sets; None: all training items
+    before_step: Callable[[Base, Sequence[Any]], None] | None = None
 
     @property
     def rows(self) -> int:
@@ -186,10 +192,11 @@ class Task(Protocol):
     def configure(self, model: Any, device: torch.device, longest: int) -> None:
         """Choose how the model computes, such as its attention. `longest`: size of the largest item."""
 
-    def prepare(self, base: Base, items: Sequence[Any]) -> None:
+    def prepare(self, base: Base, items: Iterable[Any]) -> None:
         """Do before the first step what needs the model and the items. Raises TrainError for what would fail later.
 
-        Called before the adapter is attached too, if that starts from data (`LoraConfig.init`).
+        `items`: the run's, training and held out. Its adapter is attached and active, as it is before training. Called
+        before the adapter is attached too, with the training items, if that starts from data (`LoraConfig.init`).
         """
 
     def checkpoint(self, model: Any) -> None:
@@ -234,7 +241,9 @@ class Task(Protocol):
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed loss of each item: [items], float32. Training and evaluation use this same loss.
 
-        Random numbers must come from torch's default generator, which the loop seeds by run and step.
+        Random numbers must come from torch's default generator, which the loop seeds by run and step. Further figures
+        of each item go into the batch, as `batch["logged"]`: name -> [items], NaN where a figure does not concern an
+        item. A step logs their means.
         """
 
     def loss_labels(self, items: Sequence[Any]) -> list[str]:

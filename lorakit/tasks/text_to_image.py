@@ -148,17 +148,12 @@ def resolved(config: RunSettings, processor: Pictures, earlier: Mapping[str, Any
 def _check_settings(config: RunSettings) -> None:
     """Raise ConfigError for settings that this task does not have, or that would have no effect."""
     from ..bases.pipeline import is_text_encoder
-    from . import task_names, task_of
 
     if config.method != "lora":
         raise ConfigError(f"method: {config.method}: task text_to_image trains adapters\n  use method: lora")
     if getattr(config, "adapter", None) is not None:
         raise ConfigError("adapter: task text_to_image starts anew\n  remove adapter")
-    others = [field for name in task_names() for field in task_of(name).settings.model_fields]
-    of_text = [name for name in dict.fromkeys(others) if name not in TextToImageSettings.model_fields]
-    for name in nondefault(config, [*_UNUSED, *of_text]):
-        if name == "sample_tokens" and not getattr(config, name):
-            continue  # no samples: what a sweep and the search for a learning rate ask of every task
+    for name in nondefault(config, _UNUSED):
         raise ConfigError(f"{name}: task text_to_image does not have it\n  remove {name}")
     own = part(config, TextToImageSettings)
     components = getattr(config, "components", None) or ()
@@ -255,7 +250,7 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
     """Do nothing: `prepare` finds out how the pipeline takes its latents."""
 
 
-def prepare(base: Base, items: Sequence[Any]) -> None:
+def prepare(base: Base, items: Iterable[Any]) -> None:
     """Find out how the pipeline takes its latents."""
     base.processor.prepare(base.model, items)
 
@@ -306,6 +301,17 @@ def evaluate(base: Base, items: Sequence[Any], batch_size: int) -> dict[str, flo
     from .image.validation import validate
 
     return validate(base, items, batch_size)
+
+
+def to_predict(config: RunSettings, processor: Pictures) -> list[Any]:
+    raise ConfigError(
+        "predict: task text_to_image draws pictures, and says nothing of rows\n"
+        f"  lorakit image generate 'a prompt' --model {config.model} --adapter ADAPTER"
+    )
+
+
+def predict(config: RunSettings, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
+    raise ConfigError("predict: task text_to_image draws pictures\n  use lorakit image generate 'a prompt'")
 
 
 # ------------------------------------------------------------------------------------- samples

@@ -118,7 +118,8 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 
 def _batch(task: Task, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in task.example(rows, length).items()}
+    batch: dict[str, Any] = task.example(rows, length)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _inside(stack: nn.Module, layers: list[nn.Module]) -> bool:

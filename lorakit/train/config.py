@@ -5,6 +5,8 @@ The field descriptions serve as the comments of `lorakit init`, as the help and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # ClassVar: pydantic 2.9 resolves the annotations of joined settings in this module.
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias  # noqa: F401
 
@@ -30,6 +32,32 @@ else:
     _of_tasks = joined("TaskSettings", (task_of(name).settings for name in TASKS)).__mro__[1:]
     _between = [cls for cls in _of_tasks if issubclass(cls, Strict) and cls is not Strict]
     Settings = joined("Settings", [RunSettings, *_between, Source, *(method_of(name).settings for name in METHODS)])
+
+
+# Settings of every run, whatever its method and task.
+_OF_RUNS = {*RunSettings.model_fields, "ema", "keep_best"}
+
+
+def owners(setting: str) -> tuple[list[str], list[str]]:
+    """Return the methods and the tasks that have a setting; nothing for one of every run."""
+    if setting in _OF_RUNS:
+        return [], []
+    methods = [name for name in METHODS if setting in method_of(name).settings.model_fields]
+    return methods, [name for name in TASKS if setting in task_of(name).settings.model_fields]
+
+
+def belongs(setting: str, method: str, task: str) -> bool:
+    """Whether a setting has an effect on runs of this method and task."""
+    methods, tasks = owners(setting)
+    return not (methods or tasks) or method in methods or task in tasks
+
+
+def home(setting: str) -> dict[str, str]:
+    """Return a method or a task with which the setting belongs to a run; empty if it does by default."""
+    methods, tasks = owners(setting)
+    if belongs(setting, METHODS[0], TASKS[0]):
+        return {}
+    return {"method": methods[0]} if methods else {"task": tasks[0]}
 
 
 def task_named(value: Any) -> Any:
@@ -66,14 +94,23 @@ class TrainConfig(Settings):
     @model_validator(mode="wrap")
     @classmethod
     def _defaults_of_task(cls, values: Any, handler: Any) -> Any:
-        """Give settings that are not given the task's own default; they still count as not given."""
+        """Give settings that are not given the task's and the method's own default; they still count as not given."""
         if not isinstance(values, dict):
             return handler(values)
         values = spelled_out(values)  # what a short name stands for counts as given
         name = task_named(values.get("task"))
-        config = handler((dict(task_of(name).defaults(values)) if name in TASKS else {}) | values)
+        method = values.get("method", METHODS[0])
+        own = dict(task_of(name).defaults(values)) if name in TASKS else {}
+        own |= method_of(method).defaults if method in METHODS else {}
+        config = handler(own | values)
         config.model_fields_set.intersection_update(values)
+        _check_owners(config, own)
         return config
+
+    def by_method(self, method: str) -> TrainConfig:
+        """Return the same run by another method, without the settings that it does not have."""
+        kept = {name: getattr(self, name) for name in self.model_fields_set if belongs(name, method, self.task)}
+        return type(self)(**kept | {"method": method})
 
     @field_validator("task", mode="before")
     @classmethod
@@ -102,3 +139,20 @@ class TrainConfig(Settings):
         if value not in ("auto", "unchecked"):
             parse_bytes(value)
         return value
+
+
+def _check_owners(config: TrainConfig, defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings that were given, have another value than the default, and belong to other methods
+    or tasks. `defaults`: those of the method and the task.
+    """
+    wrong = []
+    for name in config.model_fields_set:
+        default = defaults.get(name, type(config).model_fields[name].get_default(call_default_factory=True))
+        value = getattr(config, name)
+        if not value or value == default or belongs(name, config.method, config.task):
+            continue  # none of something, such as no samples, is what a run has that does not know it
+        methods, tasks = owners(name)
+        kind, mine, having = ("method", config.method, methods) if methods else ("task", config.task, tasks)
+        wrong.append(f"{name} has no effect with {kind}: {mine}; remove it (it is for {kind}: {', '.join(having)})")
+    if wrong:
+        raise ValueError("\n".join(sorted(wrong)))

@@ -32,8 +32,8 @@ class Labelled:
                     self._sums[label] += loss
 
     def means(self) -> dict[str, float]:
-        """Return the mean loss of each label, over all processes."""
+        """Return the mean loss of each label, over all processes, by the name to log it under."""
         if not self._sums:
             return {}
         sums = self._parallel.mean(torch.stack(list(self._sums.values()))) * self._parallel.world
-        return {label: value / weight for (label, weight), value in zip(self._weights.items(), sums.tolist())}
+        return {f"{label}_loss": value / weight for (label, weight), value in zip(self._weights.items(), sums.tolist())}

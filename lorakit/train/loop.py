@@ -11,7 +11,8 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..tasks.task import Item, Task, weight_of
 from .interrupt import Interrupt
 from .labelled import Labelled
 from .launch import command, peers
+from .logged import Logged
 from .micro import limit_for, micro_batches
 from .run import Result, Run
 
@@ -37,8 +39,12 @@ class Losses(nn.Module):
         super().__init__()
         self.task, self.model = task, model
 
+        self.logged: Mapping[str, Tensor] = {}  # of the last batch: further figures, name -> [rows]
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.task.losses(self.model, batch)
+        losses = self.task.losses(self.model, batch)
+        self.logged = cast(Any, batch).get("logged", {})  # kept here, as processes may get a copy of the batch
+        return losses
 
 
 class Loop:
@@ -58,7 +64,8 @@ class Loop:
         job = self.runs[0].job
         self.parallel, self.method, self.task = job.parallel, job.method, job.task
         self.model = job.model
-        self.losses = self.parallel.wrap(Losses(job.task, job.model))
+        self.rows = Losses(job.task, job.model)
+        self.losses = self.parallel.wrap(self.rows)
 
     def go(self, interrupt: Interrupt) -> list[Result]:
         """Train all runs to their end, or until a signal arrives; that step is finished and saved first.
@@ -92,7 +99,7 @@ class Loop:
     def _step(self, active_runs: list[Run]) -> None:
         """Take a step in every run: gradients of its batch, normalized by the batch's total weight, then the update."""
         began = time.perf_counter()
-        batches = [run.batch() for run in active_runs]
+        batches = [self._batch(run) for run in active_runs]
         losses, norms, apart = self._gradients(active_runs, batches)
         losses_and_norms = torch.stack([losses, norms]).tolist()  # one synchronization with the device
         not_finite = {
@@ -122,6 +129,15 @@ class Loop:
             run.elapsed += elapsed
             run.log({"step": run.step, **row, "seconds": round(run.elapsed, 3)})
 
+    def _batch(self, run: Run) -> list[Item]:
+        """Return the rows of a run's next step, after its task has looked at them together."""
+        batch, before_step = run.batch(), run.job.data.before_step
+        if before_step is not None:
+            if len(self.runs) > 1:
+                self.method.activate(self.model, run.job.adapter)
+            before_step(run.job.base, batch)
+        return batch
+
     def _evaluate(self, run: Run) -> None:
         """Evaluate a run. If its held-out loss is not finite or it has diverged, it fails; a single run raises that."""
         try:
@@ -134,8 +150,8 @@ class Loop:
     def _gradients(
         self, active_runs: list[Run], batches: list[list[Item]]
     ) -> tuple[Tensor, Tensor, list[dict[str, float]]]:
-        """Run forward and backward by micro-batches. Returns the runs' losses and gradient norms, [runs] each, and the
-        losses of rows with a label, by label.
+        """Run forward and backward by micro-batches. Returns the runs' losses and gradient norms, [runs] each, and
+        further figures to log, by name.
         """
         parallel, first = self.parallel, active_runs[0]
         seeded: set[int] = set()
@@ -152,6 +168,7 @@ class Loop:
         parts = micro_batches(mine, limit_for([run.job for run in active_runs]))
         totals = [torch.zeros((), device=parallel.device) for _ in active_runs]
         apart = [Labelled(self.task, batch, parallel) for batch in batches]
+        logged = [Logged(parallel) for _ in batches]
         for i, part in enumerate(parts):
             run = active_runs[part.runs[0]]
             if len(set(part.runs)) == 1 and part.runs[0] not in seeded:  # the random numbers of the run alone
@@ -174,8 +191,12 @@ class Loop:
             for number, own, own_factors, rows in of_runs:
                 totals[number] += own.sum()
                 apart[number].add(rows, own, weights[number], own_factors)
+            for name, values in self.rows.logged.items():
+                for number, own in zip(dict.fromkeys(part.runs), values.split(part.counts), strict=True):
+                    logged[number].add(name, own, counts=weights[number] > 0)
         norms = torch.stack([torch.nn.utils.get_total_norm(run.gradients()) for run in active_runs])
-        return parallel.mean(torch.stack(totals)), norms.float(), [labelled.means() for labelled in apart]
+        figures = [of_labels.means() | others.means() for of_labels, others in zip(apart, logged, strict=True)]
+        return parallel.mean(torch.stack(totals)), norms.float(), figures
 
     def _penalty(self, run: Run) -> Tensor | None:
         """Add the gradient of what the run's method adds to its loss, and return that. Every process adds the same, so

@@ -49,7 +49,7 @@ def planner_for(
     """Build the planner for a run's settings.
 
     `share`: trained tokens / tokens; `held`: bytes this process holds already, None to assume a new process;
-    `validation`: rows of an evaluation batch, 0 for no evaluation. Raises PlanError for a base that cannot be
+    `validation`: held-out rows, 0 for no evaluation. Raises PlanError for a base that cannot be
     estimated.
     """
     process_bytes = overhead(device) if held is None else overhead(device, held)
@@ -67,6 +67,7 @@ def planner_for(
         config.method,
         packing_of(config, base),
         checkpointing=config.gradient_checkpointing,
+        offload=config.offload_activations,
         plain_attention=plain_attention(device),
         validation=validation,
         share=share,
@@ -110,9 +111,7 @@ def check(
     largest = heapq.nlargest(at_once, rows, key=lambda item: item.size)
     share = min(1.0, weight_of(largest) / sum(item.size for item in largest))
     try:
-        planner = planner_for(
-            config, dtype, device, share=share, held=resident() or None, validation=min(held_out, config.batch_size)
-        )
+        planner = planner_for(config, dtype, device, share=share, held=resident() or None, validation=held_out)
         accumulating = at_once < math.ceil(config.batch_size / processes)
         estimate = planner.estimate(at_once, longest, accumulating)
     except PlanError as error:
@@ -174,6 +173,8 @@ def refusal(planner: Planner, estimate: Estimate, limit: Memory, cheaper: str | 
         lines.append(f"  max_length: {length} with micro_batch: 1 fits")
     if not planner.settings.checkpointing:
         lines.append("  gradient_checkpointing: true needs less memory for activations")
+    elif not planner.settings.offload:
+        lines.append("  offload_activations: true keeps what gradient_checkpointing saves outside this memory")
     if cheaper:
         lines.append(f"  {cheaper}")
     if (smaller := quantized_estimate(planner, estimate)) is not None and smaller.total <= limit.total:

@@ -90,8 +90,8 @@ class Run:
     def update(self, loss: float, norm: float, items: list[Item], apart: Mapping[str, float]) -> dict[str, Any]:
         """Clip the gradients and take an optimizer step. Returns the metrics to log.
 
-        `loss`: mean of the step; `norm`: of all gradients together; `items`: the step's rows; `apart`: the mean losses
-        of rows with a label.
+        `loss`: mean of the step; `norm`: of all gradients together; `items`: the step's rows; `apart`: further means to
+        log, by name.
         """
         rate = self.job.rate.value * optimizer.rate_factor(self.config, self.step, self.job.steps)
         rates = optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
@@ -105,7 +105,7 @@ class Run:
         return {
             "loss": round(loss, 5),
             **({} if self.penalty is None else {"penalty": round(float(self.penalty), 5)}),
-            **{f"{label}_loss": round(value, 5) for label, value in apart.items()},
+            **{name: round(value, 5) for name, value in apart.items()},
             "learning_rate": rate,
             **{f"learning_rate_{label}": value for label, value in rates.items()},
             "gradient_norm": round(norm, 5),
@@ -157,7 +157,7 @@ class Run:
     def _base_figures(self) -> dict[str, float]:
         job = self.job
         with job.method.base_alone(job.model):
-            return job.task.evaluate(job.base, self.evaluated, self.config.batch_size)
+            return job.task.evaluate(job.base, self.evaluated, job.micro_batch.value)
 
     def begin(self) -> None:
         """Evaluate the base before the first step, as step 0, if the task compares with it."""
@@ -224,7 +224,7 @@ class Run:
     def _evaluate(self) -> None:
         self.job.method.activate(self.job.model, self.job.adapter)
         if self.evaluated:
-            measured = self.job.task.evaluate(self.job.base, self.evaluated, self.config.batch_size)
+            measured = self.job.task.evaluate(self.job.base, self.evaluated, self.job.micro_batch.value)
             self.log({"step": self.step} | self._named(measured))
             loss = next(iter(measured.values()))
             self._check_divergence(loss)

@@ -20,7 +20,7 @@ from ..errors import ConfigError, TrainError, listing
 from ..io.atomic import replacing, write_errors, write_text
 from ..io.lock import locked
 from ..io.staging import resolved
-from .config import TrainConfig
+from .config import TrainConfig, home
 from .longer import LENGTH, why_not
 from .resume import newest_state, steps_in
 
@@ -233,5 +233,5 @@ def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     } | dict(settings)
     for name in settings.keys() & TrainConfig.model_fields.keys():
         with contextlib.suppress(ConfigError):  # a sweep's list, or a value that is no longer valid: keep it
-            filled[name] = getattr(TrainConfig(**{"data": "-", name: settings[name]}), name)
+            filled[name] = getattr(TrainConfig(**{"data": "-", **home(name), name: settings[name]}), name)
     return filled

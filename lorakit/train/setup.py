@@ -20,6 +20,7 @@ from torch import nn
 from ..config import Choice
 from ..data.dataset import fingerprint, sizes_of
 from ..errors import ConfigError
+from ..layers.offload import offload, to_memory_or_files
 from ..methods import method_of
 from ..methods.method import Method
 from ..model.attach import DEFAULT
@@ -172,6 +173,8 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
         method.check_result(model, each, name, partial(task.unsaved, each, bases[name].processor))
     if config.gradient_checkpointing:
         task.checkpoint(model)
+    if config.offload_activations:
+        offload(model, to_memory_or_files(device, folders[next(iter(configs))].path))
     longest = max(_longest(each.train) for each in data.values())
     task.configure(model, device, longest)
     compiled = None
@@ -203,7 +206,9 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
             )
         )
     for job in jobs:
-        task.prepare(job.base, job.train)
+        if not alone:
+            method.activate(model, job.adapter)
+        task.prepare(job.base, chain(job.train, job.held_out))
     if alone and task.packs(config):
         jobs[0].packed = task.saved_padding(_at_once(jobs[0]))
     return jobs

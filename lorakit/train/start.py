@@ -14,6 +14,9 @@ from ..methods import method_of
 from ..tasks import task_of, task_of_adapter
 from .config import TrainConfig
 
+# Settings that a run may choose anew, whatever the result that it starts from was trained with.
+ANEW = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("anew", ())}
+
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """Return the config with the settings that the result it starts from fixes; the config itself if it starts anew.
@@ -31,6 +34,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     fixed = dict(start.settings)
     task = task_of_adapter(start.task, start.metadata)
     if task is not None:
+        task = _task_to_go_on(config, task, config.replace(**changes), start.about)
         fixed["task"] = task
     elif start.task is not None and "task" not in given:
         raise ConfigError(
@@ -43,6 +47,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         mine = getattr(config, name)
         if name not in given or mine == value or (name in start.spellings and mine == start.spellings[name]):
             changes[name] = value
+        elif name in ANEW:
+            continue
         else:
             lines.append(f"  {name}: the adapter has {value!r}, given is {mine!r}")
     if lines:
@@ -52,6 +58,18 @@ def resolved(config: TrainConfig) -> TrainConfig:
             + "\n  omit these settings, or omit adapter to start a new one"
         )
     return config.replace(**changes)
+
+
+def _task_to_go_on(config: TrainConfig, task: str, based: TrainConfig, about: Any) -> str:
+    """Return the task to go on with: the result's, or another one that was given and can go on with it.
+
+    That is one of the same PEFT type, where the result has nothing that belongs to its own task, such as labels: so
+    preferences can follow supervised training. `based`: the config with the result's base.
+    """
+    other = config.task
+    if "task" not in config.model_fields_set or task_of(other).peft_type != task_of(task).peft_type:
+        return task
+    return task if _of_task(based, task, about).keys() - ANEW else other
 
 
 def _of_task(config: TrainConfig, task: str, about: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny_lm
 import tiny_pictures
-import torch
 from torch import nn
 
 import lorakit as lk
@@ -23,7 +23,11 @@ from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
 
 # What a kind's config needs, as in test_updates.
-NEEDS: dict[str, dict[str, Any]] = {"tokens": {"trainable_tokens": [1, 5]}, "vera": {"alpha": 32.0}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "ia3": {"rank": 16, "alpha": 32.0},
+    "tokens": {"trainable_tokens": [1, 5]},
+    "vera": {"alpha": 32.0},
+}
 BESIDE: dict[str, dict[str, Any]] = {
     "alone": {},
     "trained tokens": {"trainable_tokens": [1, 5]},
@@ -34,35 +38,15 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 # What PEFT's folder has no place for. This base's linears have biases in the attention.
 REFUSED = {
-    *((kind, "trained tokens") for kind in ("loha", "lokr", "vera")),
-    *((kind, beside) for kind in ("loha", "lokr") for beside in ("all biases", "its own biases")),
+    *((kind, "trained tokens") for kind in ("ia3", "loha", "lokr", "vera")),
+    *((kind, beside) for kind in ("ia3", "loha", "lokr") for beside in ("all biases", "its own biases")),
     *(("tokens", beside) for beside in ("all biases", "its own biases", "a saved module", "a norm")),
 }
 
 
 @pytest.fixture(scope="module")
 def biased_folder(tmp_path_factory):
-    import tiny_lm
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("biased")
-    config = Qwen2Config(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=tiny_lm.POSITIONS,
-        pad_token_id=tiny_lm.PAD,
-        bos_token_id=None,
-        eos_token_id=tiny_lm.EOS,
-        tie_word_embeddings=False,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tiny_lm.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(tiny_lm.save(tmp_path_factory.mktemp("biased"), tiny_lm.biased()))
 
 
 @pytest.mark.parametrize("beside", BESIDE)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_lm
 import torch
 from pydantic import Field, field_validator
 
@@ -26,6 +27,7 @@ from lorakit.train.progress import Progress
 from lorakit.train.run import Run
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
+from lorakit.train.start import resolved
 from lorakit.train.sweep.sweep_config import expand
 from lorakit.train.train import train
 
@@ -39,14 +41,36 @@ def adapter_on(base: str, result: Path) -> Any:
 
 # How each result is loaded again, apart from lorakit's training: (base, result) -> model.
 LOADED: dict[str, Callable[[str, Path], Any]] = {
+    "bitfit": adapter_on,
+    "ia3": adapter_on,
+    "layernorm": adapter_on,
     "lora": adapter_on,
+    "p_tuning": adapter_on,
+    "prefix": adapter_on,
+    "prompt": adapter_on,
+    "probe": adapter_on,
     "full": lambda base, result: load_model(str(result), torch.float32, CPU),
 }
+
+
+# What a method needs of a run besides the defaults.
+NEEDS: dict[str, dict[str, Any]] = {"probe": {"save_modules": ["lm_head"]}}
+# The methods that need another base than a Llama, which has no biases.
+BASES = {"bitfit": tiny_lm.biased}
 
 
 @pytest.fixture(params=method_names())
 def method(request):
     return request.param
+
+
+@pytest.fixture
+def run_of(make_config, method, tmp_path_factory):
+    """`run_of(**changes)`: a short run by the method."""
+    base = {}
+    if method in BASES:
+        base["model"] = tiny_lm.save(tmp_path_factory.mktemp("base"), BASES[method]())
+    return lambda **changes: make_config(**{"method": method, **base, **NEEDS.get(method, {}), **changes})
 
 
 def logits(model) -> torch.Tensor:
@@ -64,8 +88,8 @@ def test_its_settings_are_settings_of_a_run(method):
     assert f"{method}: {method_of(method).summary}" in TrainConfig.model_fields["method"].description
 
 
-def test_what_is_trained_is_what_is_planned_and_the_rest_stays(make_config, method):
-    config = make_config(method=method, steps=3, learning_rate=1e-2, patience=0)
+def test_what_is_trained_is_what_is_planned_and_the_rest_stays(run_of, method):
+    config = run_of(steps=3, learning_rate=1e-2, patience=0)
     job = set_up(config)
     before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
     trained = set(resume.trainable(job.model))
@@ -79,9 +103,9 @@ def test_what_is_trained_is_what_is_planned_and_the_rest_stays(make_config, meth
     assert moved <= trained
 
 
-def test_what_it_asks_of_the_loop_is_for_what_is_trained(make_config, method):
+def test_what_it_asks_of_the_loop_is_for_what_is_trained(run_of, method):
     """Its learning rates are of trained parameters, its penalty is a scalar, and after a step it may adjust them."""
-    config = make_config(method=method, steps=2, learning_rate=1e-2)
+    config = run_of(steps=2, learning_rate=1e-2)
     job = set_up(config)
     of_method, trained = method_of(method), resume.trainable(job.model)
     factors = of_method.rate_factors(job.model, config, job.adapter)
@@ -93,8 +117,8 @@ def test_what_it_asks_of_the_loop_is_for_what_is_trained(make_config, method):
     assert resume.trainable(job.model).keys() == trained.keys()
 
 
-def test_its_result_loads_and_computes_as_the_run_ended(make_config, method):
-    config = make_config(method=method, steps=3, learning_rate=1e-2, patience=0, eval_every=3)
+def test_its_result_loads_and_computes_as_the_run_ended(run_of, method):
+    config = run_of(steps=3, learning_rate=1e-2, patience=0, eval_every=3)
     job = set_up(config)
     (result,) = Loop([Run(job, QUIET)]).go(Interrupt())
     assert result.adapter == job.result == Path(config.out) / method_of(method).result
@@ -104,8 +128,8 @@ def test_its_result_loads_and_computes_as_the_run_ended(make_config, method):
     assert (tuned - base).abs().max() > 1e-2
 
 
-def test_the_base_can_be_had_beside_it_or_that_is_refused(make_config, method):
-    config = make_config(method=method, steps=2, learning_rate=1e-2)
+def test_the_base_can_be_had_beside_it_or_that_is_refused(run_of, method):
+    config = run_of(steps=2, learning_rate=1e-2)
     job = set_up(config)
     base = logits(load_model(config.model, torch.float32, CPU))
     Loop([Run(job, QUIET)]).go(Interrupt())
@@ -119,10 +143,8 @@ def test_the_base_can_be_had_beside_it_or_that_is_refused(make_config, method):
             method_of(method).base_alone(job.model)
 
 
-def test_a_killed_run_ends_with_the_same_bits(make_config, tmp_path, method):
-    config = make_config(
-        out=tmp_path / "whole", method=method, steps=4, save_every=2, keep=3, eval_every=2, learning_rate=1e-2
-    )
+def test_a_killed_run_ends_with_the_same_bits(run_of, tmp_path, method):
+    config = run_of(out=tmp_path / "whole", steps=4, save_every=2, keep=3, eval_every=2, learning_rate=1e-2)
     train(config, QUIET)
     whole, resumed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
     shutil.copytree(whole.path, resumed.path)
@@ -133,18 +155,20 @@ def test_a_killed_run_ends_with_the_same_bits(make_config, tmp_path, method):
         assert file.read_bytes() == (resumed.path / file.relative_to(whole.path)).read_bytes()
 
 
-def test_it_starts_from_an_earlier_adapter_or_says_why_not(make_config, method, tmp_path):
-    assert method_of(method).start(make_config(method=method)) is None
-    first = train(make_config(method="lora", steps=2, rank=3, learning_rate=1e-2, out=tmp_path / "first"), QUIET)
-    config = make_config(method=method, rank=3, steps=2, learning_rate=1e-2, out=tmp_path / "next").replace(
-        adapter=str(first.adapter)
-    )
-    if method_of(method).result != "adapter":
+def test_it_starts_from_an_earlier_adapter_or_says_why_not(make_config, run_of, method, tmp_path):
+    of, own = method_of(method), {"rank": 3} if method == "lora" else {}
+    assert of.start(run_of()) is None
+    short = {"steps": 2, "learning_rate": 1e-2}
+    if of.result != "adapter":
+        first = train(make_config(**short, out=tmp_path / "first"), QUIET)
         with pytest.raises(ConfigError, match="adapter"):
-            method_of(method).start(config)
+            of.start(run_of(**short, out=tmp_path / "next", adapter=str(first.adapter)))
         return
-    assert method_of(method).start(config).settings["rank"] == 3
-    result = train(config, QUIET)
+    first = train(run_of(**short, **own, out=tmp_path / "first"), QUIET)
+    config = run_of(**short, **own, out=tmp_path / "next", adapter=str(first.adapter))
+    assert own.items() <= of.start(config).settings.items()
+    assert of.start(config).settings.keys() <= {*of.settings.model_fields, "add_tokens"}
+    result = train(resolved(config), QUIET)
     assert lk.Adapter.load(result.adapter).metadata["started_from"]["sha256"] == lk.Adapter.load(first.adapter).digest()
 
 
@@ -173,7 +197,7 @@ def test_a_setting_that_two_parts_define_is_refused():
     class Checked(Strict):
         _ranks = field_validator("*")(lambda value: value)
 
-    with pytest.raises(TypeError, match="'rank' is a setting of LoraSettings and of Mine"):
+    with pytest.raises(TypeError, match="'rank' is a setting of LowRank and of Mine"):
         joined("Both", [LoraSettings, Mine])
-    with pytest.raises(TypeError, match="'_ranks' is a setting of LoraSettings and of Checked"):
+    with pytest.raises(TypeError, match="'_ranks' is a setting of LowRank and of Checked"):
         joined("Both", [LoraSettings, Checked])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lorakit.errors import TrainError, WriteError
-from lorakit.train.config import TrainConfig
+from lorakit.train.config import TrainConfig, belongs
 from lorakit.train.run_folder import FREE, RunFolder, locked_folder
 
 
@@ -86,7 +86,13 @@ def test_settings_that_change_nothing_that_is_computed_may_change(begun, config,
         "cache": "none",
     }
     assert changes.keys() == FREE
-    RunFolder(changes["out"]).open(config.replace(**changes), "a" * 64)
+    own = {name: value for name, value in changes.items() if belongs(name, "lora", "causal_lm")}
+    RunFolder(changes["out"]).open(config.replace(**own), "a" * 64)
+    assert changes.keys() - own.keys() == {"sample_steps", "sample_guidance", "sample_negative", "sample_seed", "cache"}
+    pictures = TrainConfig(data="pictures", task="text_to_image", out=str(tmp_path / "pictures"))
+    RunFolder(pictures.out).open(pictures, "a" * 64)
+    own = {name: value for name, value in changes.items() if name != "out" and belongs(name, "lora", pictures.task)}
+    RunFolder(pictures.out).open(pictures.replace(**own), "a" * 64)
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_with_any_settings(config):

@@ -28,7 +28,7 @@ from ..dense import Dense
 from ..fingerprint import ONLY_ON, components_in, of_components
 from ..lora import Factors, FactorShapes
 from ..update import Update
-from .compatible import Saved, check_same_base, combine_values, needed_quantization
+from .compatible import Saved, check_have_changes, check_same_base, combine_values, needed_quantization
 from .compose import compose, relative
 from .concatenate import WeightedUpdate, common_factor_shapes, exact_sum
 from .dare import dare_linear, dare_ties, drop
@@ -88,6 +88,7 @@ def combined(
     AdapterError for different bases or shapes, for differing saved weights, and for a DoRA.
     """
     weights = _checked(adapters, weights, method, rank, keep, density)
+    check_have_changes(adapters)
     options = _Options(method, rank, keep, density or 1.0, majority, seed)
     if not force:
         check_same_base(adapters)

@@ -44,6 +44,14 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
             )
 
 
+def check_have_changes(adapters: Sequence[Adapter]) -> None:
+    """Raise AdapterError for an update that changes nothing of its module, and so has no sum: virtual tokens."""
+    for adapter in adapters:
+        for module, update in adapter.updates.items():
+            if not update.changes_weight and not update.changes_bias:
+                update.factor_shapes(module)  # says why there are none
+
+
 def needed_quantization(adapters: Sequence[Adapter]) -> str | None:
     """Return how the base must be quantized for the sum of adapters of which some repair what quantization lost
     (LoftQ); None if none does.

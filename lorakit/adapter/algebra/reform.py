@@ -13,6 +13,7 @@ from ...module_names import matches
 from ..adapter import Adapter
 from ..lora import Factors, factors_of
 from ..update import Update
+from ..virtual_tokens import BODY, VirtualTokens
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any) -> Adapter:
@@ -22,8 +23,14 @@ def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any
     # A config has one rule for all modules: alpha / rank can express every scale.
     if len({f.rslora for f in factors_of(updates).values()}) > 1:
         updates = {m: u.map_factors(_scaled_by_rank) for m, u in updates.items()}
-    config = describing(changes.pop("config", adapter.config), factors_of(updates), list(updates))
-    kinds = {u.variant for u in updates.values()}
+    config: LoraConfig = changes.pop("config", adapter.config)
+    virtual = updates.get(BODY)
+    if isinstance(virtual, VirtualTokens) and len(updates) == 1:
+        config = config.virtual_tokens_alone(virtual.kind)
+        return replace(adapter, config=config, updates=dict(updates), **changes)
+    config = config if virtual is not None else config.without_virtual_tokens()
+    config = describing(config, factors_of(updates), [m for m in updates if m != BODY])
+    kinds = {u.variant for m, u in updates.items() if m != BODY}
     variant = next(iter(kinds)) if len(kinds) == 1 and kinds <= set(variants()) else "lora"
     return replace(adapter, config=config.replace(variant=variant), updates=dict(updates), **changes)
 

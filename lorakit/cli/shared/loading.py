@@ -141,6 +141,7 @@ def attached(
     """
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import load_model, load_tokenizer, stop_at
+    from ...bases.rope import recorded
     from ...bases.vocabulary import grow, recorded_tokens, restore_tokens
     from ...data.chat_record import ChatRecord
     from ...data.templates import ChatOptions, read_template, with_template
@@ -148,7 +149,9 @@ def attached(
 
     template = None if chat_template is None else read_template(chat_template)
     device = choose_device().value
-    base = load_model(model, choose_dtype(precision, device).value, device, quantization=quantization)
+    scaling = recorded(value.metadata for value in values.values())
+    dtype = choose_dtype(precision, device).value
+    base = load_model(model, dtype, device, quantization=quantization, rope_scaling=scaling)
     tokenizer = load_tokenizer(model)
     added = [recorded_tokens(value.metadata) for value in values.values()]
     if any(added):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class TokenRows(LiveUpdate):
     """One adapter's rows of one module. `weight`: [n, dim]."""
 
+    counted = "tokens"
     ids: Tensor
     original: Tensor
 
@@ -116,6 +117,7 @@ class TiedRows(LiveUpdate):
     """The update of another module that has the same weight. It has no parameters of its own."""
 
     tied = True
+    counted = "tokens"
 
     def __init__(self, of: TokenRows):
         super().__init__()

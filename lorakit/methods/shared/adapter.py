@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...config import Choice, LoraConfig, LoraSettings, RunSettings, Strict, part, variants
-from ...errors import AdapterError, ConfigError
+from ...config import NONE, VIRTUAL, Choice, LoraConfig, RunSettings, Strict, VirtualTokenSettings, part, variants
+from ...errors import AdapterError, ConfigError, listing
 from ..method import Start, StartData
 
 if TYPE_CHECKING:
@@ -51,41 +51,65 @@ _RESOLVED = {
     "eva_rho",
     "init_batches",
     "trainable_tokens",
+    *(name for name in VirtualTokenSettings.model_fields if name != "virtual_tokens"),
+    "feedforward",
 }
 
 result = "adapter"
 keeps_base = True
 
 
-def start_from(config: RunSettings, fixes: Collection[str]) -> Start | None:
+def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = None) -> Start | None:
     """Read the adapter that a run starts from; None for a run that starts anew.
 
     `fixes`: the settings of `LoraConfig` that the method has; those that act in training only may be among them.
+    `kind`: of all updates that an adapter of the method has, `NONE` for methods whose adapters have saved weights
+    alone; None for any. Raises AdapterError for an adapter of another kind.
     """
     source = part(config, Earlier).adapter
     if source is None:
         return None
+    from ...bases.rope import record_of
     from ...bases.vocabulary import recorded_tokens
 
     adapter = _load(source)
+    if kind is not None:
+        _check_kind(adapter, source, config.method, kind)
     fixed = {name: getattr(adapter.config, name) for name in fixes if name not in _IN_TRAINING}
     kinds = {update.variant for update in adapter.updates.values()}
-    kinds -= {"tokens"} if len(kinds) > 1 else set()  # beside the others
-    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants()}:  # factors of experts are a LoRA's
+    kinds -= {"tokens", *VIRTUAL} if len(kinds) > 1 else set()  # beside the others
+    if "variant" in fixed and len(kinds) == 1 and kinds <= {*variants(), *VIRTUAL}:  # factors of experts are a LoRA's
         fixed["variant"] = kinds.pop()
     recipe = adapter.metadata.get("recipe")
     spellings = {}
     if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
         # A start that was subtracted has twice the run's rank and alpha.
         for name in (_RESOLVED | ({"rank", "alpha"} if "init" in recipe else set())) & fixed.keys():
-            default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
+            default = LoraConfig.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
+    if scaling := record_of(adapter.metadata):
+        fixed["rope_scaling"] = scaling
     about = adapter.metadata.get("data")
     own = adapter.config
     about = about if isinstance(about, Mapping) else {}
     return Start(source, fixed, spellings, own.task, own.base, own.revision, about, adapter.metadata)
+
+
+def _check_kind(adapter: Adapter, source: str, method: str, kind: str) -> None:
+    others = sorted({update.variant for update in adapter.updates.values()} - {kind})
+    if others:
+        what = "trains none" if kind == NONE else f"trains {kind} alone"
+        raise AdapterError(
+            f"{source}: it has updates of kind {listing(others)}, and method: {method} {what}\n"
+            "  start from an adapter that this method trained, or use method: lora"
+        )
+    if kind != NONE and not adapter.updates:
+        raise AdapterError(
+            f"{source}: it has saved weights alone, and method: {method} trains updates of kind {kind}\n"
+            "  start from an adapter that this method trained"
+        )
 
 
 def _load(source: str) -> Adapter:
@@ -116,6 +140,7 @@ def attach_adapter(
     """Attach a new adapter of this config, or the earlier one that the run starts from."""
     from ...adapter.fingerprint import ONLY_ON
     from ...bases.pipeline import as_module
+    from ...bases.rope import RECORD
     from ...model.attach import attach, attach_from
     from ...model.known_base import base_fingerprint
     from ...model.start import Sources
@@ -130,7 +155,7 @@ def attach_adapter(
     continued = earlier.config.replace(**in_training, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, source)}
-    metadata |= {ONLY_ON: earlier.metadata[ONLY_ON]} if ONLY_ON in earlier.metadata else {}
+    metadata |= {name: earlier.metadata[name] for name in (ONLY_ON, RECORD) if name in earlier.metadata}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 
 

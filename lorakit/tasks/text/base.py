@@ -69,7 +69,8 @@ def prepare(base: Any, items: Any) -> None:
 def blueprint(config: RunSettings) -> Any:
     from ...bases.load import load_config
 
-    return load_config(config.model, config.revision, config.trust_remote_code)
+    scaling = getattr(config, "rope_scaling", None)
+    return load_config(config.model, config.revision, config.trust_remote_code, scaling)
 
 
 def checkpoint(model: Any) -> None:

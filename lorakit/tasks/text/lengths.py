@@ -35,14 +35,14 @@ def described(lengths: Sequence[int], limit: int, reason: str, counts: Mapping[s
 
 def check_limit(config: RunSettings) -> None:
     """Raise ConfigError if `max_length` exceeds the model's positions. Only the model's config is read."""
-    from ...bases.load import load_config
+    from .base import blueprint
 
     limit: Any = getattr(config, "max_length", "auto")
     if limit == "auto":
         return
-    model = load_config(config.model, config.revision, config.trust_remote_code)
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(blueprint(config).get_text_config(), "max_position_embeddings", None)
     if positions is not None and limit > positions:
         raise ConfigError(
-            f"max_length: {limit} is more than the {positions} positions of {config.model}\n  give {positions} or less"
+            f"max_length: {limit} is more than the {positions} positions of {config.model}\n"
+            f"  give {positions} or less, or scale its rotary positions: rope_scaling: yarn:{-(-limit // positions)}"
         )

@@ -45,6 +45,24 @@ class Prompts(Strict):
     )
 
 
+class LongContext(Strict):
+    rope_scaling: str | None = Field(
+        None,
+        description="scale the base's rotary positions, for rows longer than it was trained for: yarn:4 or linear:4; "
+        "the adapter remembers it",
+    )
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _rope_scaling(cls, value: str | None) -> str | None:
+        from ...bases.rope import parsed
+
+        if value is not None:
+            kind, factor = parsed(value)
+            value = f"{kind}:{factor:g}"
+        return value
+
+
 class Sampling(Strict):
     """How text is generated: for samples during training, and by `lorakit predict`."""
 

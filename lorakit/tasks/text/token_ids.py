@@ -6,18 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...bases.vocabulary import tokens_of
-from ...config import LoraSettings, RunSettings, part
+from ...config import RunSettings, VirtualTokenSettings, part
 from ...errors import ConfigError, did_you_mean
+from ...methods import method_of
 
 
 def with_token_ids(config: RunSettings, tokenizer: Any) -> RunSettings:
-    """Return the config with ids for tokens, and with the added ones among those that are trained.
+    """Return the config with ids for tokens and for `prompt_text`, and with the added tokens among those that are
+    trained.
 
     `tokenizer`: it knows `add_tokens` already. Raises ConfigError for a token it does not know.
     """
-    own = part(config, LoraSettings).trainable_tokens
+    method = method_of(config.method)
+    text = part(config, VirtualTokenSettings).prompt_text
+    if isinstance(text, str):  # as PEFT does, with the special tokens that the tokenizer adds
+        config = config.replace(prompt_text=list(tokenizer(text)["input_ids"]))
+    own: Any = config.trainable_tokens
     if not own and not config.add_tokens:
         return config
+    if "trainable_tokens" not in method.settings.model_fields:
+        if method.keeps_base:
+            raise ConfigError(
+                f"add_tokens: method: {config.method} does not train rows of tokens, so new ones would stay as they "
+                "are\n  omit add_tokens, or use method: lora"
+            )
+        return config.replace(add_tokens=tokens_of(config.add_tokens))
     trained: Any = (
         {name: _ids(tokens, tokenizer) for name, tokens in own.items()}
         if isinstance(own, dict)

@@ -9,11 +9,13 @@ from ...config import RunSettings
 
 
 def load_extended_tokenizer(config: RunSettings) -> Any:
-    """Load the base's tokenizer, with `add_tokens`. Raises LorakitError."""
+    """Load the base's tokenizer, with `add_tokens` and a limit scaled as the base's positions. Raises LorakitError."""
     from ...bases.load import load_tokenizer
+    from ...bases.rope import stretch
     from ...bases.vocabulary import extend
 
     tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    stretch(tokenizer, getattr(config, "rope_scaling", None))
     if config.add_tokens:
         extend(tokenizer, config.add_tokens, _rows(config), config.model)
     return tokenizer

@@ -25,7 +25,7 @@ from ...config.short_names import SHORT_NAMES
 from ...errors import ConfigError, did_you_mean, listing
 from ...methods import method_of
 from ...tasks import task_of
-from ..config import TrainConfig
+from ..config import TrainConfig, home
 
 MAX_RUNS = 64
 OUT = "sweeps/default"
@@ -266,7 +266,7 @@ def _values(name: str, values: list[Any]) -> list[Any]:
 
 def _parsed(name: str, value: Any) -> Any:
     """Validate one value of a setting. A short name, such as the variant "pissa", stays as it is."""
-    own = getattr(TrainConfig(**{"data": "-", **needed(name), name: value}), name)
+    own = getattr(TrainConfig(**{"data": "-", **home(name), **needed(name), name: value}), name)
     return value if name == "variant" and value in SHORT_NAMES else own
 
 

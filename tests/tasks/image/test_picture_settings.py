@@ -54,6 +54,7 @@ OF_TEXT = {
     "mix": {"a.jsonl": 0.5},
     "on_long": "cut",
     "packing": True,
+    "random_crop": 0.5,
     "sample_tokens": 3,
     "streaming": True,
     "template": "plain",
@@ -64,7 +65,7 @@ OF_TEXT = {
 
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_settings_of_other_tasks_are_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match=f"{name}: task text_to_image does not have it"):
+    with pytest.raises(ConfigError, match=f"{name} has no effect with task: text_to_image; remove it"):
         processor(tmp_path, **{name: OF_TEXT[name]})
 
 

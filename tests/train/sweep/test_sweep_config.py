@@ -80,7 +80,7 @@ def test_the_written_settings_read_back_as_the_same_sweep():
         ({"precision": ["fp32", "bf16"]}, "precision cannot be swept"),
         ({"gradient_checkpointing": [True, False]}, "one forward pass"),
         ({"out": ["a", "b"]}, "out cannot be swept"),
-        ({"rank": [4, 8], "method": "full"}, "method: full fine-tuning"),
+        ({"seed": [4, 8], "method": "full"}, "method: full fine-tuning"),
         ({"rank": [4, 8], "save_modules": ["norm"]}, "save_modules"),
         ({"rank": [4, 8], "bias": "all"}, "bias: all"),
         ({"rank": [4, 8], "track": ["wandb"]}, "wandb"),
