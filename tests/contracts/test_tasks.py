@@ -17,6 +17,7 @@ import tiny_lm
 import tiny_pictures
 import tiny_seq
 import tiny_vision
+import tiny_visual
 import torch
 import torch.nn.functional as F
 import yaml
@@ -24,6 +25,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
@@ -115,6 +117,13 @@ def classifier(base: str, result: Path) -> Any:
 
 def picture_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(tiny_vision.pixels_of(item.image())).logits[0].log_softmax(0)[item.label]
+
+
+def visual_loss(model: Any, item: Any) -> torch.Tensor:
+    pixels = torch.cat([tiny_vision.pixels_of(image) for image in item.images()])
+    logits = model(input_ids=torch.tensor([item.ids]), pixel_values=pixels).logits[0, :-1]
+    losses = F.cross_entropy(logits, torch.tensor(item.ids[1:]), reduction="none")
+    return losses[torch.tensor(item.trained[1:])].sum()
 
 
 def vision_classifier(base: str, result: Path) -> Any:
@@ -219,6 +228,13 @@ KINDS = {
             "save_as": "diffusers",
         },  # the same name for any folder
     ),
+    "vision_language": Kind(
+        lambda folder: tiny_visual.write_rows(folder / "own"),
+        24,
+        visual_loss,
+        lambda base, result: in_peft(AutoModelForImageTextToText.from_pretrained(base), result),
+        model="visual_folder",
+    ),
 }
 
 
@@ -236,6 +252,11 @@ def pipeline_folder(tmp_path_factory):
 def vision_folder(tmp_path_factory):
     """A base that takes pictures of any size."""
     return tiny_vision.save(tmp_path_factory.mktemp("tiny-vision") / "convnext", tiny_vision.convnext(), resize=False)
+
+
+@pytest.fixture(scope="module")
+def visual_folder(tmp_path_factory):
+    return tiny_visual.save(tmp_path_factory.mktemp("tiny-visual") / "llava")
 
 
 @pytest.fixture(scope="module")
