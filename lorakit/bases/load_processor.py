@@ -60,3 +60,17 @@ def load_vision_processor(name: str, revision: str | None = None, trust_remote_c
             "  expected a vision-language model with its processor_config.json, such as LLaVA"
         )
     return processor
+
+
+def load_speech_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the processor of a speech model: with a tokenizer and a feature extractor. Raises LorakitError without."""
+    from transformers import AutoProcessor
+
+    processor = from_pretrained(AutoProcessor, name, revision=revision, trust_remote_code=trust_remote_code)
+    missing = [part for part in ("tokenizer", "feature_extractor") if getattr(processor, part, None) is None]
+    if missing:
+        raise LorakitError(
+            f"'{name}' has no processor of speech: its {type(processor).__name__} has no {missing[0]}\n"
+            "  expected a Whisper with its preprocessor_config.json"
+        )
+    return processor

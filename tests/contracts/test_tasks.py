@@ -4,18 +4,22 @@ loads in PEFT, or in diffusers.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import wave
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import tiny_lm
 import tiny_pictures
 import tiny_seq
+import tiny_speech
 import tiny_vision
 import tiny_visual
 import torch
@@ -28,6 +32,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
 )
 
 from lorakit.bases.load import load_config
@@ -117,6 +122,18 @@ def classifier(base: str, result: Path) -> Any:
 
 def picture_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(tiny_vision.pixels_of(item.image())).logits[0].log_softmax(0)[item.label]
+
+
+def speech_loss(model: Any, item: Any) -> torch.Tensor:
+    """By transformers' own shift of labels, with the tokens before the text left out of the sum."""
+    processor = tiny_speech.processor()
+    with wave.open(io.BytesIO(item.sound.read())) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 2**15
+    features = processor.feature_extractor(samples, sampling_rate=16000, return_tensors="pt").input_features
+    processor.tokenizer.set_prefix_tokens(language="en", task="transcribe", predict_timestamps=False)
+    labels = torch.tensor([processor.tokenizer(item.text).input_ids[1:]])  # without the start of the transcript
+    logits = model(input_features=features, labels=labels).logits[0]
+    return F.cross_entropy(logits[3:], labels[0, 3:], reduction="sum")
 
 
 def visual_loss(model: Any, item: Any) -> torch.Tensor:
@@ -213,6 +230,14 @@ KINDS = {
         model="t5_folder",
         planned=both_sides,
     ),
+    "speech": Kind(
+        lambda folder: tiny_speech.write_rows(folder / "own"),
+        24,
+        speech_loss,
+        lambda base, result: in_peft(AutoModelForSpeechSeq2Seq.from_pretrained(base), result),
+        model="speech_folder",
+        changes={"language": "en"},
+    ),
     "text_to_image": Kind(
         lambda folder: tiny_pictures.write_pictures(folder / "own", 12, ((24, 24), (16, 16))),
         12,
@@ -252,6 +277,11 @@ def pipeline_folder(tmp_path_factory):
 def vision_folder(tmp_path_factory):
     """A base that takes pictures of any size."""
     return tiny_vision.save(tmp_path_factory.mktemp("tiny-vision") / "convnext", tiny_vision.convnext(), resize=False)
+
+
+@pytest.fixture(scope="module")
+def speech_folder(tmp_path_factory):
+    return tiny_speech.save(tmp_path_factory.mktemp("tiny-speech") / "whisper")
 
 
 @pytest.fixture(scope="module")
