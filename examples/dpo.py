@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> DPOTrainer:
         processing_class=tokenizer,
     )
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     return trainer
 

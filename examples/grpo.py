@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> GRPOTrainer:
     add_fused_lm_head(base, temperature=trainer.temperature)
     trainer.ref_model = trainer.accelerator.prepare_model(base, evaluation_mode=True)
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     return trainer
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> RewardTrainer:
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     return trainer
 

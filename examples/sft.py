@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
         processing_class=tokenizer,
     )
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()  # the adapter, in PEFT's format
     return trainer
 

@@ -8,7 +8,16 @@ from .strict import Strict, check_pattern
 
 ALL_LINEAR = "all-linear"
 NONE = "none"  # adapts nothing: only biases, `save_modules` or `trainable_tokens` are trained
-PRESETS = (ALL_LINEAR, NONE, "attention", "kohya", "locon")  # sets of targets by name, others in layers/presets.py
+PRESETS = (
+    ALL_LINEAR,
+    NONE,
+    "attention",
+    "houlsby",
+    "ia3",
+    "kohya",
+    "locon",
+    "pfeiffer",
+)  # sets of targets by name, others in layers/presets.py
 
 
 class Saved(Strict):
@@ -24,8 +33,8 @@ class Placement(Saved):
 
     targets: str | list[str] = Field(
         ALL_LINEAR,
-        description="modules to adapt: all-linear, none, attention, kohya, locon, name endings, or one regular "
-        "expression for full names",
+        description="modules to adapt: all-linear, none, attention, houlsby, ia3, kohya, locon, pfeiffer, name "
+        "endings, or one regular expression for full names",
     )
     components: list[str] | None = Field(
         None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"

@@ -10,7 +10,7 @@
 Packed projections and shared grouped convolutions are written as plain factors of a larger rank (exactly: alpha grows
 with it), and read back in their compact shapes. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n
 parts, r, 1], as in loralib) is read as a packed projection. Kinds of adapter with keys of their
-own (LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
+own ((IA)³, LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import (
     peft_adalora,
     peft_attention,
+    peft_ia3,
     peft_ln_tuning,
     peft_loha,
     peft_lokr,
@@ -50,7 +51,7 @@ from . import (
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
-from .peft_config import changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, to_peft
+from .peft_config import TASK, changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, own_task, to_peft
 from .peft_experts import misread, note
 from .peft_keys import CONFIG, PREFIX, sort
 from .peft_kind import PeftKind
@@ -59,7 +60,7 @@ from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
 
-KINDS: tuple[PeftKind, ...] = (peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND, *peft_prompts.KINDS)
+KINDS: tuple[PeftKind, ...] = (peft_ia3.KIND, peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND, *peft_prompts.KINDS)
 
 
 def is_peft(path: Path) -> bool:
@@ -107,7 +108,10 @@ def _read(path: Path, started: bool = False) -> Adapter:
     )
     if (quantization := loftq_base(values)) is not None:
         ours.setdefault(ONLY_ON, quantization)
-    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
+    task = ours.pop(TASK, None)
+    config = checked(
+        folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}, task=config.task or task)
+    )
     if kind is not None:
         plain = {key.removeprefix(kind.prefix): tensor for key, tensor in tensors.items()}
         updates, saved = kind.updates(values, plain, config, weights, ours)
@@ -210,6 +214,7 @@ def write(adapter: Adapter, path: Path) -> Path:
     packed = {m: list(f.parts) for m, f in adapter.factors.items() if f.parts and f.A.shape == written[m].A.shape}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
     ours |= {} if kind is None else kind.ours(adapter)
+    ours |= own_task(adapter.config)
     for file, held in ({} if kind is None else kind.beside(adapter)).items():
         write_tensors(path / file, held, {"format": "pt"})
     own_config = adapter.config.replace(save_modules=_save_modules(adapter))

@@ -122,7 +122,7 @@ class _Virtual(PeftKind):
         lstm = "lstm_head.weight_ih_l0" in own.encoder
         first = own.encoder.get("transform.0.weight", own.encoder.get("mlp_head.0.weight"))
         hidden = None if first is None else first.shape[0] // (2 if lstm else 1)
-        found["encoder_hidden_size"] = config.encoder_size if hidden is None else hidden
+        found["encoder_hidden_size"] = hidden or config.encoder_size or found["token_dim"]
         if self.kind == "prefix":
             return found | {"prefix_projection": bool(own.encoder)}
         return found | {

@@ -70,6 +70,7 @@ _RESERVED = frozenset(
         "embedding",
         "decodes",
         "window",
+        "own_input",
     }
 )
 
@@ -185,11 +186,19 @@ class LoraLayer(Swapped):
         lora_route: Routing | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = super().forward(x, *args, **kwargs)
         if self.lora_route is not None:
-            return self.lora_route.add_updates(self, y, x)
+            return self.lora_route.add_updates(self, super().forward(x, *args, **kwargs), x)
         active = self.lora_in_use()
+        if (own := self.lora_own_input(x, active)) is not None:
+            return super().forward(own, *args, **kwargs)
+        y = super().forward(x, *args, **kwargs)
         return self.lora_updated(y, x, active) if active else y
+
+    def lora_own_input(self, x: Tensor, active: list[tuple[LiveUpdate, float]]) -> Tensor | None:
+        """Return the input with which the base alone computes the updates too, if there is one."""
+        if len(active) != 1 or active[0][0].width:
+            return None
+        return active[0][0].of_input(self, x, active[0][1])
 
     def lora_in_use(self) -> list[tuple[LiveUpdate, float]]:
         """Return the updates that the forward must add, each with its weight."""

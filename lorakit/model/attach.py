@@ -227,6 +227,7 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     if config.variant in VIRTUAL:
         _check_no_targets(config)
     targets = Targets({}) if config.variant in VIRTUAL else find_targets(model, config)
+    config = live(config.variant).settled(config, names, targets.modules)
     own = targets.modules if config.variant != "tokens" else {}
     both = [m for m in tokens if m in own or any(f".{s}." in f".{m}." for s in config.save_modules)]
     if both:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Choice, RunSettings, part
 from ..errors import ConfigError
 from ..nondefault import nondefault
-from .causal_lm import Packing, Writing, check, load, packs, prompts, resolved, samples, skeleton  # noqa: F401 (names of the task)
+from .causal_lm import Packing, Writing, check, load, packs, predict, prompts, resolved, samples, skeleton, to_predict  # noqa: F401 (names of the task)
 from .preferences.settings import LossSettings, check_settings
 from .task import Base, Data
 from .text import base as text
@@ -313,14 +313,3 @@ def evaluate(base: Base, items: Sequence[PreferenceItem], batch_size: int) -> di
     finally:
         base.kept.clear()
         base.kept.update(kept)
-
-
-def to_predict(config: RunSettings, processor: Any) -> list[Any]:
-    raise ConfigError(
-        "task: preference predicts nothing of its own: its result is a language model that answers\n"
-        "  use lorakit generate, chat or eval with the adapter"
-    )
-
-
-def predict(config: RunSettings, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
-    return to_predict(config, base.processor)

@@ -18,6 +18,7 @@ from lorakit.adapter.biased import Biased
 from lorakit.adapter.dense import Dense, with_halves_swapped
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.experts import ExpertFactors
+from lorakit.adapter.ia3 import Ia3
 from lorakit.adapter.loha import Loha
 from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
@@ -128,6 +129,14 @@ VALUES = {
         (8, 10),
         lambda u, W: u.b[:, None] * u.projection.B[:8].double() @ (u.d[:, None] * u.projection.A[:, :10].double()),
     ),
+    "ia3": Value(Ia3(randn(8), other=10), (8, 10), lambda u, W: (u.vector - 1)[:, None] * W),
+    "ia3 of the inputs": Value(Ia3(randn(10), True, other=8), (8, 10), lambda u, W: (u.vector - 1) * W),
+    "ia3 of a convolution": Value(
+        Ia3(randn(8), axes=4, other=4), (8, 4, 2, 3), lambda u, W: (u.vector - 1)[:, None] * W
+    ),
+    "ia3 of a convolution's inputs": Value(
+        Ia3(randn(4), True, axes=4, other=8), (8, 4, 2, 3), lambda u, W: (u.vector - 1).repeat_interleave(6) * W
+    ),
     "lora beside a bias": Value(Biased(LOW, randn(8)), (8, 10), lambda u, W: product(u.inner, W)),
     "experts": Value(
         ExpertFactors(randn(2, 3, 10), randn(2, 8, 3), 6.0), (2, 8, 10), lambda u, W: 2 * (u.B @ u.A).flatten(1)
@@ -145,6 +154,7 @@ VALUES = {
 LIVE = {
     "adalora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
+    "ia3": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "vera": {"linear", "Conv1D"},
@@ -156,7 +166,10 @@ DETACHED = {"dora": "norm"}
 # The kind that it is as a value, where that is another.
 VALUE_OF = {"adalora": "lora"}
 # What a kind's config needs besides the targets.
-NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}, "vera": {"alpha": 32.0}}  # VeRA has no scale: the default
+# VeRA has no scale, and (IA)³ no rank either: the defaults.
+NEEDS = {"ia3": {"rank": 16, "alpha": 32.0}, "tokens": {"trainable_tokens": [1, 5, 7]}, "vera": {"alpha": 32.0}}
+# Kinds without dropout.
+NO_DROPOUT = {"ia3", "tokens"}
 
 
 @pytest.fixture(params=VALUES)
@@ -249,7 +262,7 @@ def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
 @pytest.mark.parametrize("weight", [2.0, -0.5, 0.0])
 def test_a_multiple_of_it_is_of_its_kind(value, weight):
     if value.update.needs_base:
-        with pytest.raises(AdapterError, match=r"'m' (is a DoRA|has trained tokens)"):
+        with pytest.raises(AdapterError, match=r"'m' (is a DoRA|is an \(IA\)³|has trained tokens)"):
             value.update.times(weight, "m")
         return
     found = value.update.times(weight, "m")
@@ -285,8 +298,10 @@ def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
     assert value.update.sizes == (value.shape[:2] if matrices is None else matrices[0].sizes)
     outputs = value.update.output_tensors()
     if outputs is None:
-        # Trained tokens have rows of tokens, experts those of experts, and VeRA's rows of B are shared.
-        assert "t1" in value.update.tensors() or value.update.variant in ("tokens", "vera") or matrices is not None
+        # Trained tokens have rows of tokens, experts those of experts, VeRA's rows of B are shared, and (IA)³ of inputs
+        # has none.
+        others = ("tokens", "vera", "ia3")
+        assert "t1" in value.update.tensors() or value.update.variant in others or matrices is not None
         return
     assert all(len(t) * value.update.output_block >= value.shape[0] for t in outputs.values())
     assert outputs.keys() <= value.update.tensors().keys()
@@ -332,8 +347,8 @@ def on(layer: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tenso
 
 
 def config(variant: str, **settings) -> lk.LoraConfig:
-    needed = {"variant": variant, "rank": 2, "alpha": 3.0, "targets": ["0"]} | NEEDS.get(variant, {})
-    return lk.LoraConfig(**needed | settings)
+    needed = {"variant": variant, "rank": 2, "alpha": 3.0, "targets": ["0"]}
+    return lk.LoraConfig(**needed | settings | NEEDS.get(variant, {}))
 
 
 def child(model: nn.Module, name: str = "default") -> LiveUpdate:
@@ -399,7 +414,11 @@ def test_it_computes_what_the_changed_weight_does(variant, layer, weight):
     randomise(lk.attach(model, config(variant)))
     lk.activate(model, {"default": weight})
     with torch.no_grad():
-        changed[0].weight += weight * change_of(lk.capture(model).updates["0"], model[0])
+        value = lk.capture(model).updates["0"]
+        changed[0].weight += weight * change_of(value, model[0])
+        if (own := value.bias_update()) is not None:
+            bias = changed[0].bias
+            bias += weight * own.rows(tuple(bias.shape))(slice(0, len(bias)), bias[:, None])[:, 0]
     torch.testing.assert_close(model(x), changed(x), rtol=1e-10, atol=1e-10)
 
 
@@ -503,8 +522,8 @@ def test_its_state_dict_restores_it_and_detach_leaves_nothing_of_it(variant, lay
 
 @pytest.mark.parametrize("variant, layer", PAIRS)
 def test_dropout_is_drawn_in_training_alone(variant, layer):
-    if layer == "embedding" or variant == "tokens":
-        pytest.skip("an embedding's dropout is of the rank's dimension, and trained tokens have none")
+    if layer == "embedding" or variant in NO_DROPOUT:
+        pytest.skip("an embedding's dropout is of the rank's dimension, and these kinds have none")
     model, x = on(layer)
     randomise(lk.attach(model, config(variant, dropout=0.5)))
     assert torch.equal(model.eval()(x), model(x))
