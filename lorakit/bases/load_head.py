@@ -78,6 +78,7 @@ def load_with_head(
             dtype=dtype,
             output_loading_info=True,
             key_mapping=trunk_names(auto_class, config),
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced; see below for the rest
             **options,
         )
     finally:
@@ -88,6 +89,16 @@ def load_with_head(
         raise LorakitError(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
+        )
+    other = sorted(
+        f"{key} {list(there)}, expected {list(here)}"
+        for key, there, here in loaded["mismatched_keys"]
+        if not any(f".{module}." in f".{key}" for module in fresh)
+    )
+    if other:
+        raise LorakitError(
+            f"'{name}' has weights of other sizes than its {type(model).__name__} needs: {listing(other, 3)}\n"
+            "  its config.json is another model's"
         )
     return ready(model, device, "quantization_config" in options)
 
