@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import data_file, make_config, model_folder  # noqa: F401
 
 import lorakit as lk
 from lorakit.bases.load import load_model
