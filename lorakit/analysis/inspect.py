@@ -17,6 +17,7 @@ from ..bases.pipeline import component_of
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
 from .heatmap import Grid, grids
+from .kinds import KINDS
 from .tables import Table, mean, printable
 from .training_notes import training
 
@@ -38,8 +39,6 @@ __all__ = [
     "not_finite",
 ]
 
-# Kinds of update that are not LoRA, as one calls them.
-KINDS = {"loha": "LoHa", "lokr": "LoKr", "vera": "VeRA", "dense": "dense", "tokens": "tokens"}
 LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
@@ -55,7 +54,7 @@ class ModuleFacts:
     """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
     `dead`: changes nothing.
-    `kind`: linear, embedding or conv; loha, lokr or dense. `adapter.algebra.spectrum` defines
+    `kind`: linear, embedding or conv; loha, lokr, ia3, bottleneck, tokens or dense. `adapter.algebra.spectrum` defines
     the effective and the stable rank.
     """
 
@@ -261,9 +260,10 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
     tensors, own = update.tensors(), update.without_base()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    alone = update.needs_base and update.variant not in ("dora", "biased")  # those are built on another update
     return ModuleFacts(
         name,
-        update.variant if update.variant == "tokens" else getattr(own, "kind", own.variant),
+        update.variant if alone else getattr(own, "kind", own.variant),
         *found.sizes,
         update.rank,
         getattr(own, "alpha", float(update.rank)),
