@@ -90,3 +90,11 @@ def mentioned(prompts: list[str], completions: list[str], **_: Any) -> list[floa
         values = re.findall(r"\[(.*?)\]", prompt)
         found.append(sum(value.lower() in completion.lower() for value in values) / len(values))
     return found
+
+
+def report(trainer: Any, *names: str) -> None:
+    """Print what a trainer logged in the first and in the last tenth of its steps, on average."""
+    for name in names:
+        logged = [row[name] for row in trainer.state.log_history if name in row]
+        tenth = max(1, len(logged) // 10)
+        print(f"{name}: {sum(logged[:tenth]) / tenth:.3f} -> {sum(logged[-tenth:]) / tenth:.3f}")

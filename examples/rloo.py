@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> RLOOTrainer:
 
 if __name__ == "__main__":
     trained = main()
+    e2e.report(trained, "reward", "kl")
     tuned = trained.evaluate()["eval_reward"]
     lk.activate(trained.model, None)
     print(f"reward on prompts not trained on: base {trained.evaluate()['eval_reward']:.3f}, tuned {tuned:.3f}")

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..module_names import Patterns, ends_with
+from .bottleneck import BottleneckShape
 from .ia3 import Ia3Settings
 from .kinds import KindSettings
 from .placement import Placement
@@ -27,7 +28,7 @@ Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_g
 _OF_STARTS = ("eva_rho", "init_batches")
 _RANDOM = ("default", "gaussian")
 # Settings of kinds that are methods of their own, which a run by LoRA does not have.
-_OF_KINDS: dict[str, type[Strict]] = {"ia3": Ia3Settings}
+_OF_KINDS: dict[str, type[Strict]] = {"bottleneck": BottleneckShape, "ia3": Ia3Settings}
 
 
 class LowRank(Strict):
@@ -151,7 +152,7 @@ class LoraSettings(KindSettings, Placement, LowRank):
         return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
 
 
-class LoraConfig(LoraSettings, Ia3Settings):
+class LoraConfig(LoraSettings, BottleneckShape, Ia3Settings):
     """An adapter's settings: those of its updates, its task and its base."""
 
     task: str | None = Field(

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .work import Work
 
 TITLE = (
-    "Addresses on roads that were not in training: shares of answers that are JSON, with each field right, and right in "
-    "all; loss on E2E's held-out rows before training, with the adapter, and with the adapter off."
+    "Addresses on roads that were not in training: shares of answers that are JSON, with each field right, and right "
+    "in all; loss on E2E's held-out rows before training, with the adapter, and with the adapter off."
 )
 BUDGET = Budget(seeds=1, steps=200, rows=50)
 TRAIN, RATE = 1600, 8e-3

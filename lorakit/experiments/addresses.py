@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from ..errors import DataError
 
 FIELDS = ("city", "district", "road", "postal_code")
+Row = dict[str, str]
 TEST_SHARE = 0.2  # of the roads
 
 
@@ -76,13 +77,10 @@ def places(file: Path | None) -> list[Place]:
 def row(place: Place, number: int) -> dict[str, str]:
     """Return a row for a house number on this road."""
     answer = json.dumps(dict(zip(FIELDS, place, strict=True)), ensure_ascii=False)
-    return {
-        "prompt": f"{place.postal_code}{place.city}{place.district}{place.road}{number}號\n",
-        "completion": answer,
-    }
+    return {"prompt": f"{place.postal_code}{place.city}{place.district}{place.road}{number}號\n", "completion": answer}
 
 
-def rows(of: Sequence[Place], train: int, test: int, seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def rows(of: Sequence[Place], train: int, test: int, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Draw training and test rows, whose roads differ. Raises DataError if there are too few roads."""
     draw = random.Random(seed)
     roads = sorted({place.road for place in of})

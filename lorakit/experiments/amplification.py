@@ -74,11 +74,12 @@ def tables(result: Result) -> Sequence[Table]:
 
 
 def findings(result: Result) -> Sequence[Finding]:
+    # In the paper it is 16 times the random one at r 4. Less than twice shows no relation.
     small, large = ([_mean(result, kind, rank) for kind in KINDS] for rank in RANKS)
     return [
         Finding(
             "ΔW is related to W more than a random matrix is",
-            "agrees" if all(own["in_delta"] > own["in_random"] for own in (*small, *large)) else "disagrees",
+            "agrees" if all(own["in_delta"] > 2 * own["in_random"] for own in small) else "not shown",
             "; ".join(
                 f"{kind} r {RANKS[0]}: {own['in_delta']:.2f}, random {own['in_random']:.2f}"
                 for kind, own in zip(KINDS, small, strict=True)

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from ..train.sweep.noise import half_interval
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -34,6 +32,8 @@ class Difference:
 
 def difference(own: Sequence[float], other: Sequence[float]) -> Difference:
     """Compare two lists of figures, seed by seed. Raises ValueError if their lengths differ."""
+    from ..train.sweep.noise import half_interval
+
     apart = [a - b for a, b in zip(own, other, strict=True)]
     return Difference(fmean(apart), half_interval(apart))
 

@@ -51,6 +51,12 @@ class Budget:
         own = {name: value for name, value in given.items() if value is not None and getattr(self, name) is not None}
         return replace(self, **own)
 
+    @property
+    def half(self) -> int:
+        """Half of the steps, at least one: those of a run that tries a learning rate."""
+        assert self.steps is not None
+        return max(1, self.steps // 2)
+
     def flags(self) -> str:
         """Return the budget as flags of the command line."""
         return "".join(f" --{name} {value}" for name, value in asdict(self).items() if value is not None)

@@ -126,18 +126,6 @@ def given(value: Any) -> bool:
     return bool(value) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def enabled_parts(values: Mapping[str, Any], where: Path | str) -> tuple[bool, ...] | None:
-    """PEFT 0.2's `enable_lora`: which equal parts of each target are adapted; None if it is not set. AdapterError if it
-    is malformed.
-    """
-    parts = values.get("enable_lora")
-    if not given(parts):
-        return None
-    if not isinstance(parts, list) or not all(isinstance(p, bool) for p in parts) or not any(parts):
-        raise AdapterError(f"{where}: enable_lora is {parts!r}; expected a list of true and false, one true at least")
-    return tuple(parts)
-
-
 def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
     """The result of `make`, a config out of a file's values. AdapterError naming the file if they are wrong."""
     try:

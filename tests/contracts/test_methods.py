@@ -42,6 +42,7 @@ def adapter_on(base: str, result: Path) -> Any:
 # How each result is loaded again, apart from lorakit's training: (base, result) -> model.
 LOADED: dict[str, Callable[[str, Path], Any]] = {
     "bitfit": adapter_on,
+    "bottleneck": adapter_on,
     "ia3": adapter_on,
     "layernorm": adapter_on,
     "lora": adapter_on,

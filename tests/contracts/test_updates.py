@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -154,6 +155,7 @@ VALUES = {
 LIVE = {
     "adalora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
+    "bottleneck": {"linear", "Conv1D"},
     "ia3": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
@@ -161,13 +163,20 @@ LIVE = {
     "tokens": {"embedding", "linear"},
     "dora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
 }
+# The kinds whose effect no change of a weight has.
+UNMERGEABLE = {"bottleneck"}
 # The method whose result a kind's gradient takes as a constant, by definition.
 DETACHED = {"dora": "norm"}
 # The kind that it is as a value, where that is another.
 VALUE_OF = {"adalora": "lora"}
 # What a kind's config needs besides the targets.
-# VeRA has no scale, and (IA)³ no rank either: the defaults.
-NEEDS = {"ia3": {"rank": 16, "alpha": 32.0}, "tokens": {"trainable_tokens": [1, 5, 7]}, "vera": {"alpha": 32.0}}
+# VeRA and bottleneck adapters have no alpha, and (IA)³ no rank either: the defaults.
+NEEDS = {
+    "bottleneck": {"alpha": 32.0},
+    "ia3": {"rank": 16, "alpha": 32.0},
+    "tokens": {"trainable_tokens": [1, 5, 7]},
+    "vera": {"alpha": 32.0},
+}
 # Kinds without dropout.
 NO_DROPOUT = {"ia3", "tokens"}
 
@@ -371,6 +380,7 @@ def change_of(value: Update, layer: nn.Module) -> Tensor:
 
 
 PAIRS = [(variant, layer) for variant, layers in LIVE.items() for layer in sorted(layers)]
+MERGED = [(variant, layer) for variant, layer in PAIRS if variant not in UNMERGEABLE]
 
 
 def test_every_kind_that_can_be_trained_has_its_line_here():
@@ -384,9 +394,12 @@ def test_a_fresh_one_changes_nothing_and_learns(variant, layer):
     lk.attach(model, config(variant))
     assert torch.equal(model(x), before)
     value = child(model).value(model[0])
-    change = change_of(value, model[0])
-    # One that depends on the base holds norms of it, rounded to float32.
-    assert change.abs().max() <= (1e-7 * model[0].weight.abs().max() if value.needs_base else 0)
+    if variant in UNMERGEABLE:
+        assert value.is_zero()
+    else:
+        change = change_of(value, model[0])
+        # One that depends on the base holds norms of it, rounded to float32.
+        assert change.abs().max() <= (1e-7 * model[0].weight.abs().max() if value.needs_base else 0)
     model(x).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in child(model).parameters())
     assert not model[0].weight.requires_grad
@@ -407,7 +420,7 @@ def test_its_gradients_are_those_of_its_values(variant, layer, monkeypatch):
 
 
 @pytest.mark.parametrize("weight", [1.0, -0.5])
-@pytest.mark.parametrize("variant, layer", PAIRS)
+@pytest.mark.parametrize("variant, layer", MERGED)
 def test_it_computes_what_the_changed_weight_does(variant, layer, weight):
     model, x = on(layer, torch.float64)
     changed = copy.deepcopy(model)
@@ -439,7 +452,7 @@ def test_captured_and_attached_again_it_is_the_same_to_the_bit(variant, layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant, layer", PAIRS)
+@pytest.mark.parametrize("variant, layer", MERGED)
 def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(variant, layer, dtype):
     model, x = on(layer, dtype)
     before = model[0].weight.detach().clone()
@@ -455,7 +468,7 @@ def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(varian
     assert torch.equal(model(x), y)
 
 
-@pytest.mark.parametrize("variant, layer", PAIRS)
+@pytest.mark.parametrize("variant, layer", MERGED)
 def test_twenty_merges_leave_every_bit(variant, layer):
     model, _ = on(layer)
     before = model[0].weight.detach().clone()
@@ -464,6 +477,34 @@ def test_twenty_merges_leave_every_bit(variant, layer):
         lk.merge(model)
         lk.unmerge(model)
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("variant, layer", [pair for pair in PAIRS if pair not in MERGED])
+def test_one_that_no_weight_expresses_is_refused_where_a_weight_is_needed(variant, layer):
+    model, x = on(layer)
+    y = randomise(lk.attach(model, config(variant)))(x)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(lk.errors.StateError, match=r"'0' has a (.|\n)* keep the adapter beside its base"):
+        lk.merge(model)
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model(x), y)
+    value = lk.capture(model).updates["0"]
+    assert value.needs_base
+    assert value.low_rank() is None
+    assert not value.without_base().needs_base
+    calls = [
+        value.delta,
+        partial(value.times, 2.0, "0"),
+        partial(value.factor_shapes, "0"),
+        partial(value.rows, (8, 10)),
+    ]
+    for refused in calls:
+        with pytest.raises(AdapterError, match=r"keep the adapter beside|activate the adapter"):
+            refused()
+    for name in value.tensors():
+        nan = value.map(lambda n, t, name=name: t * float("nan") if n == name else t)
+        with pytest.raises(AdapterError, match=r"the\.module"):
+            nan.check("the.module")
 
 
 @pytest.mark.parametrize("grad", [False, True])
