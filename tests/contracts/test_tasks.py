@@ -27,12 +27,15 @@ import torch.nn.functional as F
 import yaml
 from diffusers import StableDiffusionPipeline
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTokenClassification,
 )
 
 from lorakit.bases.load import load_config
@@ -87,6 +90,32 @@ def label_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(torch.tensor([item.ids])).logits[0].log_softmax(0)[item.label]
 
 
+def number_loss(model: Any, item: Any) -> torch.Tensor:
+    return (model(torch.tensor([item.ids])).logits[0, 0] - item.label) ** 2
+
+
+def tags_loss(model: Any, item: Any) -> torch.Tensor:
+    logs = model(torch.tensor([item.ids])).logits[0].log_softmax(1)
+    return -sum(logs[place, label] for place, label in enumerate(item.labels) if label >= 0)
+
+
+def losses_without_chance(job: Any, items: Any) -> torch.Tensor:
+    """Of a task whose class in transformers has dropout before its head."""
+    with evaluating(job.model):
+        return job.task.losses(job.model, job.task.collate(items, job.base))
+
+
+def span_loss(model: Any, item: Any) -> torch.Tensor:
+    made = model(torch.tensor([item.ids]))
+    logs = (made.start_logits[0].log_softmax(0), made.end_logits[0].log_softmax(0))
+    return -(logs[0][item.span[0]] + logs[1][item.span[1]]) / 2
+
+
+def choice_loss(model: Any, item: Any) -> torch.Tensor:
+    scores = torch.stack([model(torch.tensor([ids])).logits[0, 0] for ids in item.rows])
+    return -scores.log_softmax(0)[item.label]
+
+
 def pair_loss(model: Any, pair: Any) -> torch.Tensor:
     """DPO's, with beta 0.1: −log σ(β (log π/π_ref of the chosen answer − that of the rejected one))."""
     own = [-causal_loss(model, answer) for answer in pair.answers]
@@ -118,6 +147,51 @@ def classifier(base: str, result: Path) -> Any:
     )
     model.config.pad_token_id = tiny_lm.PAD
     return in_peft(model, result)
+
+
+def headed_by(auto_class: Any, **changes: Any) -> Callable[[str, Path], Any]:
+    """A result on the base's class with a head of one output or with the result's own labels, as PEFT loads it."""
+
+    def tuned(base: str, result: Path) -> Any:
+        names = json.loads((result / "lorakit.json").read_text())["data"].get("labels")
+        own = changes | ({"num_labels": len(names), "id2label": dict(enumerate(names))} if names else {})
+        torch.manual_seed(99)
+        model = auto_class.from_pretrained(base, **own)
+        model.config.pad_token_id = tiny_lm.PAD
+        return in_peft(model, result)
+
+    return tuned
+
+
+def measured_rows() -> list[dict[str, Any]]:
+    return [
+        {"text": f"{name} sees {'very ' * (i % 3)}{what}", "label": 0.5 + i % 4}
+        for i, name in enumerate(tiny_lm.NAMES)
+        for what in ("little", "a winding road")
+    ]
+
+
+def tagged_rows() -> list[dict[str, Any]]:
+    kinds = {"sees": "O", "tea": "B-THING", "sand": "B-THING", "and": "O"}
+    texts = [[name, "sees", *(["tea", "and", "sand"][: 1 + 2 * (i % 2)])] for i, name in enumerate(tiny_lm.NAMES)]
+    return [{"tokens": words, "tags": [kinds.get(word, "B-NAME") for word in words]} for words in texts]
+
+
+def question_rows() -> list[dict[str, Any]]:
+    made = []
+    for i, name in enumerate(tiny_lm.NAMES):
+        context = f"{'So ' * (i % 3)}[{name}] sees tea."  # a decoder's state at "[" knows nothing of what follows
+        answers = {"text": [f"[{name}]"], "answer_start": [context.index("[")]}
+        made.append({"question": "Who?", "context": context, "answers": answers})
+    return made
+
+
+def choice_rows() -> list[dict[str, Any]]:
+    made = []
+    for i, name in enumerate(tiny_lm.NAMES):
+        choices = [f"{what}{end}" for what, end in zip(("tea", "a road", "sand", "it"), "!...", strict=True)]
+        made.append({"question": f"{name}?", "choices": choices[i % 4 :] + choices[: i % 4], "answer": "tea!"})
+    return made
 
 
 def picture_loss(model: Any, item: Any) -> torch.Tensor:
@@ -199,7 +273,18 @@ def both_sides(made: Any) -> tuple[int, float]:
     return source + target, target / (source + target)
 
 
+def cosine_loss(model: Any, item: Any) -> torch.Tensor:
+    first, second = (model(torch.tensor([text])).last_hidden_state[0].mean(0) for text in item.texts)
+    return (F.cosine_similarity(first, second, dim=0) - item.score) ** 2
+
+
 LABELLED = labelled_rows()
+SCORED = [
+    {"text": f"{name} sees {what}", "text_pair": f"{name} {verb} {what} now", "score": score}
+    for name in tiny_lm.NAMES
+    for verb, score in (("sees", 4.5), ("hates", 1.0))
+    for what in ("tea", "the winding road")
+]
 KINDS = {
     "causal_lm": Kind(
         rows_in(tiny_lm.rows()),
@@ -208,6 +293,13 @@ KINDS = {
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
     ),
     "classification": Kind(rows_in(LABELLED), len(LABELLED), label_loss, classifier),
+    "embeddings": Kind(
+        rows_in(SCORED),
+        len(SCORED),
+        cosine_loss,
+        lambda base, result: in_peft(AutoModel.from_pretrained(base), result),
+        planned=lambda made: (2 * made["input_ids"].shape[1], 1.0),
+    ),
     "image_classification": Kind(
         lambda folder: tiny_vision.write_folders(folder / "own", 24, ((24, 24), (16, 16))),
         24,
@@ -216,11 +308,23 @@ KINDS = {
         model="vision_folder",
         changes={"sample_tokens": 64, "labels": list(tiny_vision.COLOURS)},
     ),
+    "multiple_choice": Kind(
+        rows_in(choice_rows()), 12, choice_loss, headed_by(AutoModelForSequenceClassification, num_labels=1)
+    ),
     "preference": Kind(
         rows_in(pairs()),
         len(tiny_lm.rows()),
         pair_loss,
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
+    ),
+    "question_answering": Kind(
+        rows_in(question_rows()),
+        12,
+        span_loss,
+        headed_by(AutoModelForQuestionAnswering, key_mapping={r"^model\.": "transformer."}),
+    ),
+    "regression": Kind(
+        rows_in(measured_rows()), 24, number_loss, headed_by(AutoModelForSequenceClassification, num_labels=1)
     ),
     "seq2seq": Kind(
         rows_in(tiny_seq.pairs()),
@@ -252,6 +356,9 @@ KINDS = {
             "resolution": 24,
             "save_as": "diffusers",
         },  # the same name for any folder
+    ),
+    "token_classification": Kind(
+        rows_in(tagged_rows()), 12, tags_loss, headed_by(AutoModelForTokenClassification), losses=losses_without_chance
     ),
     "vision_language": Kind(
         lambda folder: tiny_visual.write_rows(folder / "own"),

@@ -79,7 +79,7 @@ def _losses(
     """
     # Without an attention mask the faster, plain causal kernel runs: no token attends to padding on its right. The last
     # position has no label, so it is not computed. Packed rows are told by their positions.
-    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "position_ids") if name in batch}
+    inputs = {name: tensor[:, :-1] for name, tensor in batch.items() if name in ("input_ids", "position_ids")}
     return position_losses(model, {**inputs, **besides}, selected, batch["labels"][:, 1:][selected])
 
 
