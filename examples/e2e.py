@@ -32,6 +32,8 @@ def flags(description: str, arguments: Sequence[str] | None, steps: int, rate: f
     parser.add_argument("--rows", type=int, default=4000, help="how many rows to train on at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/example", help="folder for checkpoints and the adapter")
+    parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; 0: none")
+    parser.add_argument("--resume", help="the checkpoint to resume from, such as runs/example/checkpoint-50")
     return parser.parse_args(arguments)
 
 
@@ -51,7 +53,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": options.learning_rate,
         "seed": options.seed,
         "logging_steps": max(1, options.steps // 20),
-        "save_strategy": "no",
+        "save_strategy": "steps" if options.save_every else "no",
+        "save_steps": options.save_every,
         "report_to": "none",
         "bf16": on_gpu,  # TRL's default is bf16 everywhere; many CPUs only emulate it
         "dataloader_pin_memory": on_gpu,
@@ -87,3 +90,11 @@ def mentioned(prompts: list[str], completions: list[str], **_: Any) -> list[floa
         values = re.findall(r"\[(.*?)\]", prompt)
         found.append(sum(value.lower() in completion.lower() for value in values) / len(values))
     return found
+
+
+def report(trainer: Any, *names: str) -> None:
+    """Print what a trainer logged in the first and in the last tenth of its steps, on average."""
+    for name in names:
+        logged = [row[name] for row in trainer.state.log_history if name in row]
+        tenth = max(1, len(logged) // 10)
+        print(f"{name}: {sum(logged[:tenth]) / tenth:.3f} -> {sum(logged[-tenth:]) / tenth:.3f}")

@@ -38,13 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> GRPOTrainer:
     add_fused_lm_head(base, temperature=trainer.temperature)
     trainer.ref_model = trainer.accelerator.prepare_model(base, evaluation_mode=True)
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     return trainer
 
 
 if __name__ == "__main__":
     trained = main()
+    e2e.report(trained, "reward", "kl")
     tuned = trained.evaluate()["eval_reward"]
     lk.activate(trained.model, None)
     print(f"reward on prompts not trained on: base {trained.evaluate()['eval_reward']:.3f}, tuned {tuned:.3f}")

@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> ORPOTrainer:
         processing_class=tokenizer,
     )
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     return trainer
 
 
 if __name__ == "__main__":
-    main()
+    e2e.report(main(), "loss", "rewards/margins")

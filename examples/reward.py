@@ -30,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> RewardTrainer:
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     return trainer
 
 
 if __name__ == "__main__":
-    print(f"pairs not trained on: chosen preferred in {main().evaluate()['eval_accuracy']:.0%}")
+    trained = main()
+    e2e.report(trained, "loss", "accuracy")
+    print(f"pairs not trained on: chosen preferred in {trained.evaluate()['eval_accuracy']:.0%}")

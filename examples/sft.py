@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
         processing_class=tokenizer,
     )
     lk.integrations.adapter_trainer(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()  # the adapter, in PEFT's format
     return trainer
 
 
 if __name__ == "__main__":
-    main()
+    e2e.report(main(), "loss", "mean_token_accuracy")

@@ -105,7 +105,8 @@ class _View:
         self._put_saved(module, copy)
         if isinstance(copy, LoraLayer):
             held = ((child, w) for child, w in self.children.items() if child in module._modules)
-            copy.lora_active = tuple((child, weight_at(w, name)) for child, w in held)
+            own = copy.lora_name or name
+            copy.lora_active = tuple((child, weight_at(w, own)) for child, w in held)
             copy.__dict__[COUNT] = len(copy.lora_active)
         copy.__dict__["_modules"] = {
             last: child if child is None else self._copy(child, self._name(name, last, child))

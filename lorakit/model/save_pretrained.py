@@ -11,6 +11,7 @@ its adapters attached, as `Trainer` resumes, restores both. A merged model is sa
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import warnings
 import weakref
@@ -90,6 +91,14 @@ class SavePretrained:
         )
         for path, adapter in adapters.items():
             adapter.save(path)
+        if folder in adapters and importlib.util.find_spec("peft") is None:
+            warnings.warn(
+                f"from_pretrained({folder}) applies the adapter only where peft is installed; here it is "
+                "not, and the base alone would be loaded\n"
+                "  pip install peft; or attach it: lorakit.attach(model, lorakit.Adapter.load(...))",
+                LorakitWarning,
+                stacklevel=2,
+            )
 
 
 def _adapters(model: Any, state: State, folder: Path) -> dict[Path, Adapter]:

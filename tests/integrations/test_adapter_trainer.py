@@ -76,9 +76,13 @@ def same(a: lk.Adapter, b: lk.Adapter) -> bool:
         "pissa": (lk.LoraConfig(rank=2, init="pissa"), tiny.llama),
         "dora": (lk.LoraConfig(rank=2, variant="dora"), tiny.llama),
         "vera": (lk.LoraConfig(rank=4, variant="vera"), tiny.llama),
+        "prefix": (lk.LoraConfig(variant="prefix", virtual_tokens=3, prompt_encoder="mlp"), tiny.llama),
+        "lora with a prompt": (lk.LoraConfig(rank=2, prompt="prompt", virtual_tokens=3), tiny.llama),
         "biases, classifier": (lk.LoraConfig(targets="none", bias="all", task="SEQ_CLS"), tiny.bert),
     }.values(),
-    ids=lambda v: None if callable(v) else f"{v.variant}-{v.init}-{v.bias}-{v.save_modules}-{v.trainable_tokens}",
+    ids=lambda v: (
+        None if callable(v) else f"{v.variant}-{v.init}-{v.bias}-{v.save_modules}-{v.trainable_tokens}-{v.prompt}"
+    ),
 )
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(config, make, tmp_path):
     data = rows(label=config.task is not None)

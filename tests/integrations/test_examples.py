@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from example_runs import FOLDER, OTHERS, WITH_REFERENCE, run
 from transformers import AutoModelForSequenceClassification
 
 import lorakit as lk
 from lorakit.bases.load import embedded_folder
-
-FOLDER = Path(__file__).parents[2] / "examples"
-WITH_REFERENCE = ("dpo", "kto", "grpo", "rloo")
-OTHERS = ("orpo", "reward", "gkd")
 
 
 @pytest.fixture(scope="module")
@@ -24,22 +19,10 @@ def base():
     return lk.load_base("embedded")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
 @pytest.fixture(scope="module")
-def taught(importable, tmp_path_factory):
+def taught(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     return run("sft", folder), folder
-
-
-def run(name: str, folder: Path, *more: str):
-    flags = ["--steps", "2", "--rows", "24", "--batch-size", "4" if name not in ("grpo", "rloo") else "8"]
-    return importlib.import_module(name).main([*flags, "--learning-rate", "1e-2", "--out", str(folder), *more])
 
 
 def check(trainer, folder: Path, plain) -> None:

@@ -33,6 +33,8 @@ CASES = {
     "lokr": (tiny.llama, lk.LoraConfig(rank=2, variant="lokr")),
     "vera": (tiny.llama, lk.LoraConfig(rank=2, variant="vera")),
     "pissa": (tiny.llama, lk.LoraConfig(rank=2, init="pissa")),
+    "prefix": (tiny.llama, lk.LoraConfig(variant="prefix", virtual_tokens=3)),
+    "lora with a prompt": (tiny.llama, lk.LoraConfig(rank=2, prompt="prompt", virtual_tokens=3)),
     "biases alone": (tiny.bert, lk.LoraConfig(targets="none", bias="all")),
     "classifier": (tiny.bert, lk.LoraConfig(rank=2, targets=["query"], bias="lora_only", task="SEQ_CLS")),
     "gpt2, packed": (tiny.gpt2, lk.LoraConfig(rank=2, targets=["c_attn"], packed={"c_attn": [True, False, True]})),
@@ -202,6 +204,14 @@ def test_hooks_of_accelerate_run_with_the_bases_forward(tiny_llama, tmp_path):
     assert torch.equal(tiny.logits(reference(offloaded)), expected)
     assert torch.equal(tiny.logits(offloaded), trained)
     lk.detach(offloaded)
+
+
+def test_it_generates_as_the_base_does(tiny_llama):
+    ids = tiny.example(tiny_llama)["input_ids"]
+    expected = tiny_llama.generate(ids, max_new_tokens=5, do_sample=False)
+    tiny.randomise_factors(lk.attach(tiny_llama, lk.LoraConfig(rank=2)))
+    assert torch.equal(reference(tiny_llama).generate(ids, max_new_tokens=5, do_sample=False), expected)
+    assert not torch.equal(tiny_llama.generate(ids, max_new_tokens=5, do_sample=False), expected)
 
 
 def test_a_copy_and_a_move_of_the_reference_leave_the_model_alone(tiny_llama):

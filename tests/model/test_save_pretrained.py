@@ -180,6 +180,13 @@ def test_a_folder_with_an_adapter_is_not_given_a_model_that_has_it_merged(tiny_l
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_where_peft_is_missing_a_warning_says_that_the_adapter_would_not_be_loaded(tiny_llama, tmp_path, monkeypatch):
+    trained(tiny_llama, lk.LoraConfig(rank=2, targets=["q_proj"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"only where peft is installed.*\n.*pip install peft"):
+        tiny_llama.save_pretrained(tmp_path)
+
+
 def test_copies_save_themselves_and_detach_leaves_nothing(tiny_llama, tmp_path):
     plain = set(tiny_llama.__dict__)
     trained(tiny_llama, lk.LoraConfig(rank=2, targets=["q_proj"]))
