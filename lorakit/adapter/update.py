@@ -5,6 +5,7 @@
     LoHa    ΔW = s · (W1a W1b) ∘ (W2a W2b)                  loha.py
     LoKr    ΔW = s · W1 ⊗ W2                                lokr.py
     VeRA    ΔW = diag(b) B diag(d) A                        vera.py; A and B are random and shared
+    (IA)³   ΔW = (l - 1) ∘ W, by rows or by columns         ia3.py; by rows it scales the bias too
     dense   ΔW itself                                       dense.py
     experts ΔW[e] = s · B[e] A[e] of each expert            experts.py
 
@@ -97,6 +98,17 @@ class Update(ABC):
     def changes_bias(self) -> bool:
         """Whether it changes the module's bias too, by `tensors()["bias"]` [out]."""
         return False
+
+    def bias_update(self) -> Update | None:
+        """Return the update of the module's bias, as of a weight [out]; None if it does not change it."""
+        from .dense import Dense
+
+        return Dense(self.tensors()["bias"]) if self.changes_bias else None
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether the module must have a bias, if this changes it."""
+        return True
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.algebra.product import norm
 from ..adapter.algebra.spectrum import spectrum
+from ..adapter.virtual_tokens import BODY, VirtualTokens
 from ..bases.load import EMBEDDED, load_config
 from ..bases.pipeline import component_of
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
 from .heatmap import Grid, grids
+from .kinds import KINDS
 from .tables import Table, mean, printable
 from .training_notes import training
 
@@ -37,8 +39,6 @@ __all__ = [
     "not_finite",
 ]
 
-# Kinds of update that are not LoRA, as one calls them.
-KINDS = {"loha": "LoHa", "lokr": "LoKr", "vera": "VeRA", "dense": "dense", "tokens": "tokens"}
 LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
@@ -54,7 +54,7 @@ class ModuleFacts:
     """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
     `dead`: changes nothing.
-    `kind`: linear, embedding or conv; loha, lokr or dense. `adapter.algebra.spectrum` defines
+    `kind`: linear, embedding or conv; loha, lokr, ia3, bottleneck, tokens or dense. `adapter.algebra.spectrum` defines
     the effective and the stable rank.
     """
 
@@ -98,6 +98,7 @@ class AdapterFacts:
     unlike_base: list[str] = field(default_factory=list)  # how the given base differs from the one it was trained on
     embeddings: dict[str, list[int]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    virtual: str | None = None  # its virtual tokens, which change no module
 
     @property
     def dead(self) -> list[str]:
@@ -131,6 +132,8 @@ class AdapterFacts:
             )
         if self.packed:
             say(f"{self.packed} packed projections: the zeros between their blocks are not counted as parameters")
+        if self.virtual:
+            say(self.virtual)
         if self.modules:
             console.print(self._table(every_module))
         if self.dead:
@@ -215,6 +218,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
     source: the path it was read from. base: a checkpoint folder, for norms relative to its weights. form: the format it
         was read from.
     """
+    changed = {name: update for name, update in adapter.updates.items() if name != BODY}
     relative: Mapping[str, float] = {}
     differences: list[str] = []
     if base is not None:
@@ -222,9 +226,10 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
         from ..checkpoint.weights import open_weights
         from .amplification import relative_norms
 
-        relative = relative_norms(adapter, open_weights(base, adapter.updates))
+        relative = relative_norms(replace(adapter, updates=changed), open_weights(base, changed))
         differences = compare_with_base(base, adapter)
-    modules = [_module(name, update, relative.get(name)) for name, update in adapter.updates.items()]
+    modules = [_module(name, update, relative.get(name)) for name, update in changed.items()]
+    virtual = adapter.updates.get(BODY)
     tensors = [t for update in adapter.updates.values() for t in update.tensors().values()]
     tensors += [*adapter.saved.values(), *adapter.embeddings.values()]
     return AdapterFacts(
@@ -247,6 +252,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
         unlike_base=differences,
         embeddings={token: list(t.shape) for token, t in adapter.embeddings.items()},
         training=training(adapter.metadata.get("header")),
+        virtual=virtual.described() if isinstance(virtual, VirtualTokens) else None,
     )
 
 
@@ -254,9 +260,10 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
     tensors, own = update.tensors(), update.without_base()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    alone = update.needs_base and update.variant not in ("dora", "biased")  # those are built on another update
     return ModuleFacts(
         name,
-        update.variant if update.variant == "tokens" else getattr(own, "kind", own.variant),
+        update.variant if alone else getattr(own, "kind", own.variant),
         *found.sizes,
         update.rank,
         getattr(own, "alpha", float(update.rank)),

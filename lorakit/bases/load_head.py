@@ -77,6 +77,8 @@ def load_with_head(
             trust_remote_code=trust_remote_code,
             dtype=dtype,
             output_loading_info=True,
+            key_mapping=_trunk_names(auto_class, config),
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced; see below for the rest
             **options,
         )
     finally:
@@ -88,4 +90,35 @@ def load_with_head(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
         )
+    other = sorted(
+        f"{key} {list(there)}, expected {list(here)}"
+        for key, there, here in loaded["mismatched_keys"]
+        if not any(f".{module}." in f".{key}" for module in fresh)
+    )
+    if other:
+        raise LorakitError(
+            f"'{name}' has weights of other sizes than its {type(model).__name__} needs: {listing(other, 3)}\n"
+            "  its config.json is another model's"
+        )
     return ready(model, device, "quantization_config" in options)
+
+
+def _trunk_names(auto_class: Any, config: Any) -> dict[str, str] | None:
+    """Return how a checkpoint's names of the trunk are spelled in the class with the head, for `from_pretrained`.
+
+    LlamaForQuestionAnswering calls `transformer` what checkpoints of Llama call `model`, and would start with a trunk
+    at random (transformers 5.24). None where both have one name.
+    """
+    from transformers import PreTrainedModel
+
+    mapping = getattr(auto_class, "_model_mapping", {})
+    own = mapping[type(config)] if type(config) in mapping else None
+    own = own[0] if isinstance(own, tuple) else own
+    if own is None:
+        return None
+    prefixes = [
+        cls.__dict__["base_model_prefix"]
+        for cls in own.__mro__
+        if issubclass(cls, PreTrainedModel) and cls is not PreTrainedModel and "base_model_prefix" in cls.__dict__
+    ]
+    return {rf"^{prefixes[-1]}\.": f"{prefixes[0]}."} if len(set(prefixes)) > 1 else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..adapter.dense import Dense, with_halves_swapped
+from ..adapter.dense import with_halves_swapped
 from ..adapter.update import Rows, Update
 from ..errors import AdapterError, LorakitError
 from ..io.stream import MERGEABLE, Slot
@@ -71,12 +71,13 @@ def bias_for(module: str, update: Update, slot: Slot, weight: float = 1.0, swapp
     quantized.
     """
     _check_stored(f"{module}.bias", slot)
-    bias = update.tensors()["bias"]
-    if bias.numel() != slot.shape[0] or len(slot.shape) != 1:
+    own = update.bias_update()
+    assert own is not None
+    if len(slot.shape) != 1 or own.sizes[0] != slot.shape[0]:
         raise AdapterError(
-            f"'{module}' has a bias of {list(slot.shape)} in the base; the adapter changes one of {list(bias.shape)}"
+            f"'{module}' has a bias of {list(slot.shape)} in the base; the adapter changes one of [{own.sizes[0]}]"
         )
-    return Change(f"{module}.bias", Dense(bias), weight, swapped=swapped)
+    return Change(f"{module}.bias", own, weight, swapped=swapped)
 
 
 def _check_stored(module: str, slot: Slot) -> None:

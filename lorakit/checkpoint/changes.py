@@ -15,7 +15,7 @@ from ..adapter.update import Update
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .change import Change, bias_for, update_for
-from .locate import Locations, WeightRows, locate_bias, slot_at
+from .locate import Locations, WeightRows, has_bias, locate_bias, slot_at
 from .renaming import Renaming
 from .vocabulary import check_heads, grown
 
@@ -59,7 +59,7 @@ class Changes:
                         self._replace(at.tensor, f"{module}.weight", weight_grown)
                     else:
                         self._put(at, update_for(module, update, slot, self.base.model_type, weight, rows))
-            if update.changes_bias:
+            if update.bias_update() is not None and (update.needs_bias or has_bias(self.base, module, locations)):
                 at = locate_bias(self.base, module, locations)
                 only_once(at, f"{module}.bias")
                 self._put(at, bias_for(module, update, slot_at(self.base, at, locations.ties), weight, at.swapped))

@@ -75,19 +75,26 @@ def locate(base: Base, modules: Mapping[str, Update | None], saved: Collection[s
 
 def locate_bias(base: Base, module: str, locations: Locations) -> WeightRows:
     """Return the rows of a module's bias. Raises TargetError if it has none."""
-    here = locations.modules[module]
+    found = _bias(base, module, locations)
+    if found is None:
+        raise TargetError(
+            f"the adapter changes the bias of '{module}', which has none in {base.folder}\n"
+            "  is it an adapter for another model?"
+        )
+    return found
+
+
+def has_bias(base: Base, module: str, locations: Locations) -> bool:
+    """Whether a module has a bias."""
+    return _bias(base, module, locations) is not None
+
+
+def _bias(base: Base, module: str, locations: Locations) -> WeightRows | None:
     if base.single_file:
-        found = bias_rows(base.single_file, module, base.shapes)
-        if found is not None:
-            return found
-    else:
-        at = here.tensor.removesuffix("weight") + "bias"
-        if at in base.tensors:
-            return WeightRows(at, 0, base.tensors[at].shape[0])
-    raise TargetError(
-        f"the adapter changes the bias of '{module}', which has none in {base.folder}\n"
-        "  is it an adapter for another model?"
-    )
+        return bias_rows(base.single_file, module, base.shapes)
+    here = locations.modules[module]
+    at = here.tensor.removesuffix("weight") + "bias"
+    return WeightRows(at, 0, base.tensors[at].shape[0]) if at in base.tensors else None
 
 
 def slot_at(base: Base, rows: WeightRows, ties: Mapping[str, str]) -> Slot:

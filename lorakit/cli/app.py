@@ -48,6 +48,7 @@ COMMANDS = {
     "push": Command("push", "push", "upload an adapter to the Hugging Face hub"),
     **{f"image {verb}": Command(f"image.{verb}", verb, text) for verb, text in image.VERBS.items()},
     "bench": Command("bench", "bench", "benchmark lorakit and its peers on your machine"),
+    "reproduce": Command("reproduce", "reproduce", "repeat the paper's experiments on the embedded model"),
 }
 # The first word of commands of two.
 GROUPS = {"data": "show data as the model sees it", "image": "train on pictures, and draw them"}

@@ -16,6 +16,7 @@ from .shared.loading import attached, read
 from .shared.names import check_names
 from .shared.next import command
 from .shared.options import (
+    AnswerAfter,
     ChatTemplate,
     ChatTemplateKwargs,
     Columns,
@@ -52,6 +53,7 @@ def evaluate(
     columns: Columns = None,
     template: DataTemplate = "auto",
     turns: Turns = "all",
+    answer_after: AnswerAfter = None,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     date: Date = None,
@@ -89,6 +91,7 @@ def evaluate(
         from ..bases.load import end_tokens
         from ..data.dataset import build
         from ..data.read import read_rows
+        from ..data.split_text import answered, without_text
         from ..evaluate.evaluate import evaluate as evaluate_items
         from ..generate.generate import positions_of
 
@@ -99,9 +102,9 @@ def evaluate(
             base, tokenizer = loaded.model, loaded.tokenizer
             longest = positions_of(base) or NO_LIMIT
             dataset = build(
-                read_rows(data, split, limit, renamed),
+                [*answered(read_rows(data, split, limit, renamed), answer_after, renamed)],
                 tokenizer,
-                columns=renamed,
+                columns=without_text(renamed) if answer_after else renamed,
                 template=template,
                 max_length=longest,
                 turns=turns,
@@ -124,8 +127,9 @@ def evaluate(
                 precision=precision,
                 quantization=quantization,
             )
-            own, items = _of_task(config, values, limit)
-            base, tokenizer, dropped, has_prompts = own.model, own.processor, 0, own_task.writes
+            own, rows_of_task = _of_task(config, values, limit)
+            items, dropped, has_prompts = [*rows_of_task], 0, own_task.writes
+            base, tokenizer = own.model, own.processor
     if own_task is not None and not own_task.writes:
         _task_metrics(config, own, items, [*values], batch_size, json_output)
         return
@@ -166,6 +170,7 @@ def evaluate(
             "columns": columns,
             "template": None if template == "auto" else template,
             "turns": None if turns == "all" else turns,
+            "answer_after": answer_after,
         }
         print(f"next: {command('train', data='YOUR.jsonl', model=model, **rows, **given, date=date)}")
 
@@ -192,5 +197,5 @@ def _task_metrics(
         print(json.dumps({"task": config.task, "results": results}, ensure_ascii=False))
         return
     output().print(table(results, f"{len(items):,} rows"))
-    columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items()) or None
+    columns = ",".join(f"{ours}={theirs}" for ours, theirs in getattr(config, "columns", {}).items()) or None
     print(f"next: {command('train', task=config.task, data='YOUR.jsonl', model=config.model, columns=columns)}")

@@ -262,7 +262,7 @@ def _own(planners: Mapping[str, Planner], settings: TrainConfig) -> Planner:
 
 
 def _show_static(settings: TrainConfig, device: Any, limit: Any, json_output: bool) -> None:
-    """Print what a run on pictures holds throughout; its activations are not estimated."""
+    """Print what a run on pictures or sound holds throughout; its activations are not estimated."""
     from rich.console import Console
 
     from ..analysis.tables import Table
@@ -285,13 +285,13 @@ def _show_static(settings: TrainConfig, device: Any, limit: Any, json_output: bo
         f"{estimate.trained:,} trained"
     )
     say(
-        "activations are not estimated for pictures: they grow with resolution and micro_batch, and "
+        "activations are not estimated for pictures: they grow with their size and micro_batch, and "
         "gradient_checkpointing needs less of them"
     )
     if memory is not None and estimate.total > memory:
         print(f"next: the run does not fit into {show_bytes(memory)}; try a lower --precision or a smaller base")
     else:
-        print(f"next: lorakit image train FOLDER --model {quote(settings.model)}")
+        print(f"next: lorakit train --task {settings.task} --model {quote(settings.model)} --data FOLDER")
 
 
 def _next(

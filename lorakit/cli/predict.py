@@ -14,7 +14,7 @@ from ..errors import ConfigError, DataError
 from ..tasks import task_names, task_of
 from .shared.loading import read
 from .shared.names import check_names
-from .shared.options import Columns, Force, Model, Precision, Split, pairs
+from .shared.options import AnswerAfter, Columns, Force, Model, Precision, Split, pairs
 from .shared.quantizing import ComputeDtype, Double, Quantize
 from .shared.starting import notice, starting
 from .shared.task_base import about_of, base_for, config_for, processor_for, task_named
@@ -37,6 +37,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="a .jsonl file to write; default: standard output")] = None,
     split: Split = None,
     columns: Columns = None,
+    answer_after: AnswerAfter = None,
     template: Annotated[
         Literal["auto", "chat", "plain"] | None,
         typer.Option(help="how prompts become conversations, for language models; default: as in training"),
@@ -73,7 +74,7 @@ def predict(
     with starting(f"loading {model} and the rows"):
         values = read(model, [f"adapter={adapter}"] if adapter else [])
         name = task_named(task, values)
-        given = _settings(name, template, max_new_tokens, temperature, top_p, beams)
+        given = _settings(name, answer_after, template, max_new_tokens, temperature, top_p, beams)
         config = config_for(
             name,
             values,
@@ -109,6 +110,7 @@ def predict(
 
 def _settings(
     task: str,
+    answer_after: str | None,
     template: str | None,
     max_new_tokens: int | None,
     temperature: float | None,
@@ -117,6 +119,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Return the task's settings for these flags. Raises ConfigError for a flag that the task has no use for."""
     given = {
+        "--answer-after": ("answer_after", answer_after),
         "--template": ("template", template),
         "--max-new-tokens": ("sample_tokens", max_new_tokens),
         "--temperature": ("sample_temperature", temperature),

@@ -6,7 +6,7 @@ config, flat in YAML, joins `RunSettings` with the settings of all methods and t
 
 from .lora import EXPERTS, MAX_RANK, LoraConfig, LoraSettings, Tokens, live_kinds, scale_of, variants
 from .peft_names import PEFT_NAMES
-from .placement import ALL_LINEAR, NONE, PRESETS, Placement, Saved
+from .placement import ALL_LINEAR, NONE, PRESETS, Narrowed, Placement, Saved
 from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
@@ -25,6 +25,7 @@ __all__ = [
     "Choice",
     "LoraConfig",
     "LoraSettings",
+    "Narrowed",
     "Placement",
     "Quantization",
     "RunSettings",

@@ -13,6 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..module_names import Patterns, ends_with
+from .bottleneck import BottleneckShape
+from .ia3 import Ia3Settings
 from .kinds import KindSettings
 from .placement import Placement
 from .short_names import SHORT_NAMES, spelled_out
@@ -25,6 +27,8 @@ Tokens = list[int | str]  # token ids, or the tokens themselves where there is a
 Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "loftq"]
 _OF_STARTS = ("eva_rho", "init_batches")
 _RANDOM = ("default", "gaussian")
+# Settings of kinds that are methods of their own, which a run by LoRA does not have.
+_OF_KINDS: dict[str, type[Strict]] = {"bottleneck": BottleneckShape, "ia3": Ia3Settings}
 
 
 class LowRank(Strict):
@@ -148,12 +152,22 @@ class LoraSettings(KindSettings, Placement, LowRank):
         return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
 
 
-class LoraConfig(LoraSettings):
+class LoraConfig(LoraSettings, BottleneckShape, Ia3Settings):
     """An adapter's settings: those of its updates, its task and its base."""
 
-    task: str | None = Field(None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    task: str | None = Field(
+        None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ..., or IMAGE_CLASSIFICATION"
+    )
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
+
+    @model_validator(mode="after")
+    def _of_kinds(self) -> LoraConfig:
+        for variant, settings in _OF_KINDS.items():
+            for name, field in settings.model_fields.items():
+                if self.variant != variant and getattr(self, name) != field.default:
+                    raise ValueError(f"{name} has an effect with variant='{variant}' only; remove it, or give that")
+        return self
 
     def without_virtual_tokens(self) -> LoraConfig:
         """Return the settings of the adapter without its virtual tokens."""

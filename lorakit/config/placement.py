@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, field_validator, model_validator
 
 from .strict import Strict, check_pattern
 
 ALL_LINEAR = "all-linear"
 NONE = "none"  # adapts nothing: only biases, `save_modules` or `trainable_tokens` are trained
-PRESETS = (ALL_LINEAR, NONE, "attention", "kohya", "locon")  # sets of targets by name, others in layers/presets.py
+PRESETS = (
+    ALL_LINEAR,
+    NONE,
+    "attention",
+    "houlsby",
+    "ia3",
+    "kohya",
+    "locon",
+    "pfeiffer",
+)  # sets of targets by name, others in layers/presets.py
 
 
 class Saved(Strict):
@@ -19,17 +30,9 @@ class Saved(Strict):
     )
 
 
-class Placement(Saved):
-    """Which modules a method adapts."""
+class Narrowed(Saved):
+    """Which of the modules that a method would adapt it leaves out."""
 
-    targets: str | list[str] = Field(
-        ALL_LINEAR,
-        description="modules to adapt: all-linear, none, attention, kohya, locon, name endings, or one regular "
-        "expression for full names",
-    )
-    components: list[str] | None = Field(
-        None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"
-    )
     exclude: str | list[str] | None = Field(
         None, description="modules to skip: name endings, or one regular expression"
     )
@@ -40,18 +43,11 @@ class Placement(Saved):
         default_factory=list,
         description="with layers: the names before the layer's number, such as h or blocks (default: any)",
     )
-    strict_targets: bool = Field(True, description="a target that no module matches is an error; false: list it")
 
-    @field_validator("targets", "exclude")
+    @field_validator("exclude")
     @classmethod
-    def _names_or_regex(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list):
-            if not value or not all(value):
-                raise ValueError("expected at least one name ending, and none of them empty")
-            return sorted(dict.fromkeys(value))
-        if isinstance(value, str) and value not in PRESETS:
-            check_pattern(value)
-        return value
+    def _exclude(cls, value: str | list[str] | None) -> str | list[str] | None:
+        return _names_or_regex(value)
 
     @model_validator(mode="after")
     def _pattern_needs_layers(self):
@@ -60,3 +56,33 @@ class Placement(Saved):
         if self.layers_pattern and self.layers is None:
             raise ValueError("layers_pattern says where the numbers of layers are; give layers too")
         return self
+
+
+class Placement(Narrowed):
+    """Which modules a method adapts."""
+
+    targets: str | list[str] = Field(
+        ALL_LINEAR,
+        description="modules to adapt: all-linear, none, attention, houlsby, ia3, kohya, locon, pfeiffer, name "
+        "endings, or one regular expression for full names",
+    )
+    components: list[str] | None = Field(
+        None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"
+    )
+    strict_targets: bool = Field(True, description="a target that no module matches is an error; false: list it")
+
+    @field_validator("targets")
+    @classmethod
+    def _targets(cls, value: str | list[str]) -> str | list[str]:
+        return _names_or_regex(value)
+
+
+def _names_or_regex(value: Any) -> Any:
+    """Validate name endings, a preset or a regular expression. Raises ValueError otherwise."""
+    if isinstance(value, list):
+        if not value or not all(value):
+            raise ValueError("expected at least one name ending, and none of them empty")
+        return sorted(dict.fromkeys(value))
+    if isinstance(value, str) and value not in PRESETS:
+        check_pattern(value)
+    return value

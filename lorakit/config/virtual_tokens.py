@@ -33,10 +33,10 @@ class VirtualTokenSettings(Strict):
         0.0, ge=0, lt=1, description="virtual tokens: dropout between the layers of an lstm encoder, in training"
     )
     prompt_start: Literal["vocabulary", "random"] = Field(
-        "vocabulary", description="prompt tuning: start from random tokens of the vocabulary, or normal noise"
+        "vocabulary", description="virtual tokens: start from random tokens of the vocabulary, or normal noise"
     )
     prompt_text: str | list[int] | None = Field(
-        None, description="prompt tuning: start from the tokens of this text, repeated or cut to virtual_tokens"
+        None, description="virtual tokens: start from the tokens of this text, repeated or cut to virtual_tokens"
     )
 
     @model_validator(mode="after")
@@ -53,16 +53,16 @@ class VirtualTokenSettings(Strict):
             default = type(self).model_fields[name].default
             if kind is not None and encoder != "lstm" and getattr(self, name) != default:
                 raise ValueError(f"{name} has an effect with prompt_encoder='lstm' only; remove it, or give that")
-        if kind is not None and self.prompt_text is not None:
-            if kind != "prompt":
-                raise ValueError(f"prompt_text is a start of prompt tuning, and {kind} has none; remove it")
-            if len(self.prompt_text) == 0:
-                raise ValueError("prompt_text is empty; expected at least one token")
-            if self.prompt_start != type(self).model_fields["prompt_start"].default:
-                raise ValueError("prompt_text and prompt_start are both a start; give one of them")
-        default = type(self).model_fields["prompt_start"].default
-        if kind not in (None, "prompt") and self.prompt_start != default:
-            raise ValueError(f"prompt_start is a start of prompt tuning, and {kind} has none; remove it")
+        starts = [name for name in ("prompt_text", "prompt_start") if getattr(self, name) not in (None, "vocabulary")]
+        if kind is not None and encoder != "none" and starts:
+            raise ValueError(
+                f"{starts[0]} is the start of virtual tokens without an encoder, and prompt_encoder is {encoder}; "
+                "remove it"
+            )
+        if len(starts) > 1:
+            raise ValueError("prompt_text and prompt_start are both a start; give one of them")
+        if self.prompt_text is not None and len(self.prompt_text) == 0:
+            raise ValueError("prompt_text is empty; expected at least one token")
         return self
 
 

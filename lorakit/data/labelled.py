@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, did_you_mean, listing
+from ..errors import ConfigError, DataError, listing
 from ..ops import IGNORE_INDEX
 from .dataset import length_limit
 from .fields import RowSet, check_longest, fields_of, weighed
+from .label_names import number_of, ordered
 from .parse import Row
 from .tables import is_numbered
 
@@ -88,12 +89,12 @@ def read_labelled(
     found = [_label(row, each["label"]) for row, each in zip(rows, values, strict=True)]
     if not names:
         _check_no_header(rows, found, columns)
-    names = list(names) or _ordered(found)
+    names = list(names) or ordered(found)
     if len(names) < 2:
         raise DataError(
             f"{rows[0].file}: every row has the label '{names[0]}'; classification needs two labels at least"
         )
-    labels = [_number(row, label, names) for row, label in zip(rows, found, strict=True)]
+    labels = [number_of(label, names, row.where) for row, label in zip(rows, found, strict=True)]
     return _encoded(rows, values, labels, tokenizer, max_length, on_long, {"labels": names}, notes)
 
 
@@ -227,22 +228,6 @@ def _check_no_header(rows: Sequence[Row], found: Sequence[str], columns: Mapping
             "for files without a header\n"
             f"  if this line is a header, name the columns as it does: {cells}"
         )
-
-
-def _ordered(found: Sequence[str]) -> list[str]:
-    names = set(found)
-    return sorted(names, key=int) if all(name.lstrip("-").isdigit() for name in names) else sorted(names)
-
-
-def _number(row: Row, label: str, names: Sequence[str]) -> int:
-    if label in names:
-        return names.index(label)
-    if label.isdigit() and int(label) < len(names):  # the data has numbers, the settings their names
-        return int(label)
-    raise DataError(
-        f"{row.where}: the label '{label}' is none of {len(names)}{did_you_mean(label, names)}\n"
-        f"  labels: {listing(names, 20)}"
-    )
 
 
 def encode(

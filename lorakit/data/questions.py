@@ -10,7 +10,7 @@ An answer that a row has is not read: it stands in the output beside the predict
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,17 +52,17 @@ class Question:
 
 
 def read_questions(
-    rows: Sequence[Row], columns: Mapping[str, str] | None = None, as_turns: bool = False
+    rows: Sequence[Row], columns: Mapping[str, str] | None = None, as_turns: bool = False, media: Collection[str] = ()
 ) -> list[Example]:
     """Return an example for each row, in their order, with a stand-in for the answer.
 
     columns: our column name -> the file's; those of answers may be missing in the file. as_turns: prompts are a user's
-    turn of a conversation. Raises DataError, naming the row, for one that asks nothing.
+    turn of a conversation. media: as for `read_examples`. Raises DataError, naming the row, for one that asks nothing.
     """
     columns = {ours: theirs for ours, theirs in (columns or {}).items() if not _is_missing_answer(ours, theirs, rows)}
     check_columns(columns, rows[0])
     asked = [replace(row, values=_asked(row, columns, as_turns)) for row in rows]
-    _, examples = read_examples(asked)
+    _, examples = read_examples(asked, media=media)
     return [replace(example, row=row) for example, row in zip(examples, rows, strict=True)]
 
 

@@ -10,7 +10,7 @@
 Packed projections and shared grouped convolutions are written as plain factors of a larger rank (exactly: alpha grows
 with it), and read back in their compact shapes. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n
 parts, r, 1], as in loralib) is read as a packed projection. Kinds of adapter with keys of their
-own (LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
+own ((IA)³, LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
-from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
+from ..ops.packed import compact_packed, group_blocks
 from . import (
     peft_adalora,
     peft_attention,
+    peft_bottleneck,
+    peft_ia3,
     peft_ln_tuning,
     peft_loha,
     peft_lokr,
@@ -50,16 +52,25 @@ from . import (
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
-from .peft_config import changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, to_peft
+from .peft_config import TASK, changed_base, checked, dumps, from_peft, loftq_base, own_task, to_peft
+from .peft_enable_lora import enabled_parts, merged_linear
 from .peft_experts import misread, note
 from .peft_keys import CONFIG, PREFIX, sort
 from .peft_kind import PeftKind
+from .peft_plain import growth, plain_pair
 from .peft_shards import PICKLE, WEIGHTS, read_weights
 from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
 
-KINDS: tuple[PeftKind, ...] = (peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND, *peft_prompts.KINDS)
+KINDS: tuple[PeftKind, ...] = (
+    peft_bottleneck.KIND,
+    peft_ia3.KIND,
+    peft_loha.KIND,
+    peft_lokr.KIND,
+    peft_vera.KIND,
+    *peft_prompts.KINDS,
+)
 
 
 def is_peft(path: Path) -> bool:
@@ -107,7 +118,10 @@ def _read(path: Path, started: bool = False) -> Adapter:
     )
     if (quantization := loftq_base(values)) is not None:
         ours.setdefault(ONLY_ON, quantization)
-    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
+    task = ours.pop(TASK, None)
+    config = checked(
+        folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}, task=config.task or task)
+    )
     if kind is not None:
         plain = {key.removeprefix(kind.prefix): tensor for key, tensor in tensors.items()}
         updates, saved = kind.updates(values, plain, config, weights, ours)
@@ -129,7 +143,7 @@ def _read(path: Path, started: bool = False) -> Adapter:
     halves = peft_attention.renamed(halves, weights)
     if enabled is not None:
         factors = {
-            module: _merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()
+            module: merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()
         }
         endings = {module.rsplit(".", 1)[-1] for module in factors}
         return Adapter(
@@ -210,6 +224,7 @@ def write(adapter: Adapter, path: Path) -> Path:
     packed = {m: list(f.parts) for m, f in adapter.factors.items() if f.parts and f.A.shape == written[m].A.shape}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
     ours |= {} if kind is None else kind.ours(adapter)
+    ours |= own_task(adapter.config)
     for file, held in ({} if kind is None else kind.beside(adapter)).items():
         write_tensors(path / file, held, {"format": "pt"})
     own_config = adapter.config.replace(save_modules=_save_modules(adapter))
@@ -261,7 +276,7 @@ def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], di
     alphas: dict[str, float] = {}
     factors = peft_attention.as_written(adapter.factors)
     for module, f in factors.items():
-        A, B, alpha = _plain_pair(f)
+        A, B, alpha = plain_pair(f)
         if f.rslora != adapter.config.rslora:  # PEFT's config has one rule for all modules
             alpha = f.scale * (math.sqrt(A.shape[0]) if adapter.config.rslora else A.shape[0])
         if peft_attention.attention_of(module, factors) is None:
@@ -319,13 +334,13 @@ def _factors(
                 raise AdapterError(
                     f"{where}: '{module}' is packed as {list(parts)} according to its metadata, but its B is not"
                 )
-            alpha /= _growth(sum(parts), config.rslora)
+            alpha /= growth(sum(parts), config.rslora)
         across = transposed and kind == "linear"
         return Factors(A, B, alpha, kind, config.rslora, across, parts=parts)
     groups = A.shape[0] // B.shape[1] if B.shape[1] and A.shape[0] % B.shape[1] == 0 else 1
     compact = group_blocks(A, B, groups) if groups > 1 and A.shape[1] % groups == 0 else None
     if compact is not None:
-        A, alpha = compact[0], alpha / _growth(groups, config.rslora)
+        A, alpha = compact[0], alpha / growth(groups, config.rslora)
     return Factors(A, B, alpha, "conv", config.rslora, groups=groups)
 
 
@@ -339,45 +354,6 @@ def _magnitude(module: str, pair: dict[str, Tensor], where: Path) -> Tensor:
             "outputs"
         )
     return magnitude.reshape(-1, 1)
-
-
-def _merged_linear(
-    module: str, pair: dict[str, Tensor], config: LoraConfig, parts: tuple[bool, ...], where: Path
-) -> Factors:
-    """PEFT 0.2's MergedLinear: rank and alpha are those of one part, B has the adapted parts below each other.
-
-    `fan_in_fan_out` is not used: that version left it true for linears of both layouts.
-    """
-    A, B = pair["A"], pair["B"]
-    n, rank = sum(parts), config.rank_of(module)
-    if (
-        A.dim() != 2
-        or B.dim() not in (2, 3)
-        or B.shape[2:].numel() != 1
-        or A.shape[0] != n * rank
-        or B.shape[1] != rank
-        or B.shape[0] % n
-    ):
-        raise AdapterError(
-            f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}; with enable_lora {list(parts)} and r "
-            f"{rank},"
-            f" A [{n * rank}, in] and B [a multiple of {n}, {rank}, 1] were expected"
-        )
-    return Factors(A, expand_packed(B.reshape(n, -1, rank), parts), config.alpha_of(module), parts=parts)
-
-
-def _plain_pair(f: Factors) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) with the same ΔW as plain factors, without packed parts or shared groups."""
-    if f.parts:
-        return f.A, f.B, f.alpha * _growth(sum(f.parts), f.rslora)
-    if f.groups > 1 and f.A.shape[0] == f.B.shape[1]:
-        return ungroup(f.A, f.groups), f.B, f.alpha * _growth(f.groups, f.rslora)
-    return f.A, f.B, f.alpha
-
-
-def _growth(blocks: int, rslora: bool) -> float:
-    """The factor for alpha that keeps the scale when the rank grows `blocks` times."""
-    return math.sqrt(blocks) if rslora else blocks
 
 
 class Peft(Format):
@@ -405,8 +381,11 @@ class Peft(Format):
         return write(adapter, path)
 
     def note(self, adapter: Adapter) -> str | None:
-        notes = (note(misread(adapter), len(adapter.updates)), peft_attention.note(adapter.factors))
-        notes = (*notes, peft_prompts.note(adapter))
+        notes = (
+            note(misread(adapter), len(adapter.updates)),
+            peft_attention.note(adapter.factors),
+            peft_prompts.note(adapter),
+        )
         return "\n".join(said for said in notes if said is not None) or None
 
     def stale(self, path: Path) -> list[str]:

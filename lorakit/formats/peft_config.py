@@ -14,6 +14,10 @@ from ..module_names import ends_with, matches
 from ..ops.quantized import blockwise, int8
 from . import peft_parameters
 
+# PEFT's task_types; it refuses a config with another one. Those that lorakit has besides are in lorakit.json.
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK = "task"
+
 # Settings that change what the adapter computes and that lorakit does not have: refused unless false or empty.
 _UNSUPPORTED = {
     "use_qalora": "QA-LoRA",
@@ -37,7 +41,6 @@ _NO_TARGETS = "dummy-target-modules"
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
 _PROMPT = "it adds inputs and changes no weight, so no LoRA has the same effect: use it with PEFT"
 _OTHERS = {
-    "IA3": ("IA3 rescales activations", _MERGE),
     "OFT": ("OFT rotates weights", _MERGE),
     "BOFT": ("BOFT rotates weights", _MERGE),
     "HRA": ("HRA reflects weights", _MERGE),
@@ -57,6 +60,11 @@ def changed_base(values: Mapping[str, Any]) -> str | None:
     start = start.lower() if isinstance(start, str) else ""
     changed = start.startswith(_SUBTRACTED) or (start == "loftq" and loftq_base(values) is None)
     return start if changed else None
+
+
+def own_task(config: LoraConfig) -> dict[str, str]:
+    """Return what lorakit.json holds of the task: PEFT reads no other task_type than its own."""
+    return {TASK: config.task} if config.task is not None and config.task not in TASK_TYPES else {}
 
 
 def loftq_base(values: Mapping[str, Any]) -> str | None:
@@ -79,7 +87,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LN_TUNING, LOHA, LOKR, VERA, "
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, IA3, LN_TUNING, LOHA, LOKR, VERA, "
             "TRAINABLE_TOKENS, PREFIX_TUNING, PROMPT_TUNING and P_TUNING" + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():
@@ -116,18 +124,6 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
 def given(value: Any) -> bool:
     """Whether a field says anything. None, false, "", [] and {} mean "not given", as in PEFT; 0 is a number."""
     return bool(value) or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def enabled_parts(values: Mapping[str, Any], where: Path | str) -> tuple[bool, ...] | None:
-    """PEFT 0.2's `enable_lora`: which equal parts of each target are adapted; None if it is not set. AdapterError if it
-    is malformed.
-    """
-    parts = values.get("enable_lora")
-    if not given(parts):
-        return None
-    if not isinstance(parts, list) or not all(isinstance(p, bool) for p in parts) or not any(parts):
-        raise AdapterError(f"{where}: enable_lora is {parts!r}; expected a list of true and false, one true at least")
-    return tuple(parts)
 
 
 def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
@@ -184,7 +180,7 @@ def to_peft(
         "revision": config.revision,
         "target_modules": targets,
         **({"target_parameters": peft_parameters.entries(config, parameters)} if parameters else {}),
-        "task_type": config.task,
+        "task_type": config.task if config.task in TASK_TYPES else None,
         "use_dora": dora,
         "use_rslora": config.rslora,
     }

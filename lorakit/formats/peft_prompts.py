@@ -85,7 +85,7 @@ class _Virtual(PeftKind):
         strange = [key for key in saved if ".lora_" in key or key.startswith("prompt_encoder.")]
         if strange:
             raise AdapterError(f"{where}: key '{strange[0]}' does not belong: peft_type is '{self.peft_type}'")
-        sizes = [values.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
+        sizes: list[Any] = [values.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
         known = all(type(size) is int and size > 0 for size in sizes)
         layers, heads, dim = sizes if known else (0, 0, 0)
         if self.kind == "prefix" and (not known or shape[1] != 2 * layers * dim or dim % heads):
@@ -122,7 +122,7 @@ class _Virtual(PeftKind):
         lstm = "lstm_head.weight_ih_l0" in own.encoder
         first = own.encoder.get("transform.0.weight", own.encoder.get("mlp_head.0.weight"))
         hidden = None if first is None else first.shape[0] // (2 if lstm else 1)
-        found["encoder_hidden_size"] = config.encoder_size if hidden is None else hidden
+        found["encoder_hidden_size"] = hidden or config.encoder_size or found["token_dim"]
         if self.kind == "prefix":
             return found | {"prefix_projection": bool(own.encoder)}
         return found | {

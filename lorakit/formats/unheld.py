@@ -17,10 +17,17 @@ def other_kinds(adapter: Adapter, *held: str) -> list[str]:
     """
     updates = {m: u for m, u in adapter.updates.items() if not {u.variant, u.without_base().variant} <= {*held}}
     tokens = [m for m, u in updates.items() if u.variant == "tokens"]
-    with_base = [m for m, u in updates.items() if u.needs_base and m not in tokens]
+    with_base = [m for m, u in updates.items() if u.variant == "dora"]
     experts = [m for m, u in updates.items() if u.variant == EXPERTS]
-    others = [m for m in updates if m not in with_base and m not in tokens and m not in experts and m != BODY]
+    apart = {*tokens, *with_base, *experts, BODY}
+    multiplied = [m for m, u in updates.items() if u.needs_base and m not in apart]
+    others = [m for m in updates if m not in apart and m not in multiplied]
     lines = []
+    for kind in dict.fromkeys(updates[m].variant for m in multiplied):
+        own = [m for m in multiplied if updates[m].variant == kind]
+        alone = updates[own[0]].unmergeable() is not None
+        fix = "only lorakit's own folder (peft) holds them" if alone else "merge the adapter into its base instead"
+        lines.append(f"{len(own)} updates of kind {kind} ({listing(own, 2)}): {fix}")
     if BODY in updates:
         lines.append(f"virtual tokens, which only PEFT's files hold: adapter.prune(['{BODY}']) is the rest alone")
     if others:

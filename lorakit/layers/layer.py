@@ -70,6 +70,7 @@ _RESERVED = frozenset(
         "embedding",
         "decodes",
         "window",
+        "own_input",
     }
 )
 
@@ -179,17 +180,26 @@ class LoraLayer(Swapped):
     lora_name: ClassVar[str | None] = None  # the name that adapters have for it, if it is not the model's own
     lora_active: tuple[tuple[str, float], ...]
     lora_merged: Any
-    lora_route = None  # set on the instance while inside `lorakit.route`, see `batched.routes`
     if TYPE_CHECKING:  # transformers evaluates the annotations of its models' subclasses, and these names are not here
         lora_kind: Kind  # how A and B relate to the weight
-        lora_route: Routing | None = None
+        lora_route: Routing | None  # set on the instance while inside `lorakit.route`, see `batched.routes`
+    else:
+        lora_route = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = super().forward(x, *args, **kwargs)
         if self.lora_route is not None:
-            return self.lora_route.add_updates(self, y, x)
+            return self.lora_route.add_updates(self, super().forward(x, *args, **kwargs), x)
         active = self.lora_in_use()
+        if (own := self.lora_own_input(x, active)) is not None:
+            return super().forward(own, *args, **kwargs)
+        y = super().forward(x, *args, **kwargs)
         return self.lora_updated(y, x, active) if active else y
+
+    def lora_own_input(self, x: Tensor, active: list[tuple[LiveUpdate, float]]) -> Tensor | None:
+        """Return the input with which the base alone computes the updates too, if there is one."""
+        if len(active) != 1 or active[0][0].width:
+            return None
+        return active[0][0].of_input(self, x, active[0][1])
 
     def lora_in_use(self) -> list[tuple[LiveUpdate, float]]:
         """Return the updates that the forward must add, each with its weight."""

@@ -63,6 +63,8 @@ class LinearLayer(LoraLayer):
             return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
             return linears.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)
+        if (own := self.lora_own_input(x, active)) is not None:
+            return super(LoraLayer, self).forward(own, *args, **kwargs)
         return self.lora_updated(super(LoraLayer, self).forward(x, *args, **kwargs), x, active)
 
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:

@@ -2,6 +2,8 @@
 
     W' = (1 + Σ weight · (g - 1)) ∘ W + Σ weight · g ∘ D        g: a DoRA's gain, 1 for kinds that only add
 
+    b' = (1 + Σ weight · (h - 1)) ∘ b                         h: the factors of the bias, for kinds that scale it
+
 So a weight scales the change that the adapter alone would make, as it does in the forward.
 """
 
@@ -16,18 +18,21 @@ from ..errors import StateError
 from ..ops.exact import Added, Change, Scaled, Undo, add_, subtract_
 from .bases import base_of
 from .layer import LoraLayer
+from .saved import saved_of
 
 
 class Merge(NamedTuple):
     """What undoes a merge. `gains`: of each update in use (`LiveUpdate.weight_gain`), which the merged weight no longer
-    shows.
+    shows; `bias`: what undoes that of the bias, and its factors [out, 1]; None if it stays.
     """
 
     undo: Undo
     gains: list[Tensor | None]
+    bias: tuple[Undo, Tensor] | None = None
 
     def nbytes(self) -> int:
-        return self.undo.nbytes() + sum(gain.nbytes for gain in self.gains if gain is not None)
+        bias = 0 if self.bias is None else self.bias[0].nbytes() + self.bias[1].nbytes
+        return self.undo.nbytes() + sum(gain.nbytes for gain in self.gains if gain is not None) + bias
 
 
 TIED = Merge(Undo(0), [])  # of a module whose weight another one has merged for it
@@ -49,7 +54,37 @@ def merge_module(layer: LoraLayer, name: str) -> None:
     weight = base_of(layer).writable(layer, name)
     with torch.no_grad():
         gains = [update.weight_gain(layer) for update, _ in layer.lora_in_use()]
-        layer.lora_merged = Merge(add_(weight, _change(layer, weight, gains), f"'{name}'"), gains)
+        factors = _bias_factors(layer, name)
+        undo = add_(weight, _change(layer, weight, gains), f"'{name}'")
+        bias = None if factors is None else (add_(_bias(layer), _scaling(factors), f"the bias of '{name}'"), factors)
+        layer.lora_merged = Merge(undo, gains, bias)
+
+
+def _bias_factors(layer: LoraLayer, name: str) -> Tensor | None:
+    """Return the factors of the module's bias, [out, 1] in float64; None if it stays. Raises StateError for a bias that
+    an adapter has a copy of, which would keep them.
+    """
+    bias = getattr(layer, "bias", None)
+    own = [(gain, share) for u, share in layer.lora_in_use() if (gain := u.bias_gain(layer)) is not None]
+    if bias is None or not own:
+        return None
+    child = saved_of(layer)
+    if child is not None and any("bias" in child.get(adapter) for adapter in child.adapters()):
+        raise StateError(
+            f"'{name}' has a bias that an adapter trained, and factors of another kind that scale it, so it cannot be "
+            "merged\n  keep the adapter unmerged"
+        )
+    return 1 + sum((gain - 1) * share for gain, share in own)[:, None]
+
+
+def _bias(layer: LoraLayer) -> Tensor:
+    """Return the module's bias as one column, in the same memory."""
+    assert layer.bias is not None
+    return layer.bias.detach()[:, None]
+
+
+def _scaling(factors: Tensor) -> Change:
+    return lambda rows: Scaled(factors[rows], torch.zeros_like(factors[rows]))
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
@@ -71,6 +106,9 @@ def unmerge_module(layer: LoraLayer, name: str) -> None:
             weight = base_of(layer).writable(layer, name)
             if merge.undo.blocks:
                 subtract_(weight, _change(layer, weight, merge.gains), merge.undo, f"'{name}'")
+            if merge.bias is not None:
+                undo, factors = merge.bias
+                subtract_(_bias(layer), _scaling(factors), undo, f"the bias of '{name}'")
     except StateError:
         layer.lora_merged = merge
         raise

@@ -6,6 +6,8 @@ encoder.
                 A1111's files call a LoRA (of SD1's UNet 192 modules, of SDXL's 722)
     locon       also convolutions, of residual blocks and of the changes of resolution, and the projections beside them:
                 kohya's "conv" (of SD1's UNet 278 modules, of SDXL's 788)
+    ia3         keys, values and the feed-forwards' output projections, in `transformer_parts`
+    houlsby     the output projections of attention and feed-forward; pfeiffer: of the feed-forward alone
 
 An attention has diffusers' `set_processor`, or query, key and value among its children. A feed-forward is a module
 beside an attention with two linears or more, and no norm: the linears of adaptive norms are not among the targets.
@@ -20,16 +22,22 @@ from torch import nn
 
 from .conv import ConvLayer
 from .swap import is_linear, mixin_for
+from .transformer_parts import feedforward_outputs, houlsby_targets, ia3_targets
 
 _QKV = ({"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"q", "k", "v"}, {"to_q", "to_k", "to_v"})
+
+
+_OF_PARTS = {"ia3": ia3_targets, "houlsby": houlsby_targets, "pfeiffer": feedforward_outputs}
 
 
 def preset(name: str, names: Mapping[str, nn.Module], roots: Collection[str]) -> list[str]:
     """Return the modules of a preset, in the model's order; empty if the model has no attention.
 
-    `name`: "attention", "kohya" or "locon"; `names`: the model's modules by full name; `roots`: names of whole models
+    `name`: one of the above; `names`: the model's modules by full name; `roots`: names of whole models
     among them, such as "unet", or "" for the model itself.
     """
+    if name in _OF_PARTS:
+        return _OF_PARTS[name](names)
     attention = [n for n, module in names.items() if _is_attention(module) and n not in roots]
     # What lies in a processor, such as IP-Adapter's projections, is another adapter's.
     inside = {n for a in attention for n in _below(a, names) if not n.startswith(f"{a}.processor.")}

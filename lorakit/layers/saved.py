@@ -9,10 +9,11 @@ a checkpoint of the base loads into the base, and transformers, which refuses sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .layer import PREFIX, Own
 from .walk import base_modules
@@ -74,6 +75,24 @@ def keep(adapter: str, module: nn.Module, name: str, value: nn.Parameter, tied: 
     assert original is not None
     for version, parameter in ((BASE, original), (adapter, value)):
         child.put(version, child.get(version) | {name: parameter})
+
+
+def add_copies(model: nn.Module, name: str, values: Mapping[str, Tensor], trainable: bool) -> None:
+    """Register an adapter's copies of saved parameters (PEFT's modules_to_save). The base's own must be in use."""
+    copies: list[tuple[Tensor, Tensor, nn.Parameter]] = []
+    for full, value in values.items():
+        module_name, _, last = full.rpartition(".")
+        module = model.get_submodule(module_name)
+        own = module._parameters[last]
+        assert own is not None
+        # Tied weights stay tied: names that share the base's weight and the value share the copy.
+        kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
+        tied = kept is not None
+        if kept is None:
+            # In the base's precision, since the module's own forward gets activations of that precision.
+            kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
+            copies.append((own, value, kept))
+        keep(name, module, last, kept, tied)
 
 
 def use(model: nn.Module, adapters: Iterable[str]) -> None:

@@ -193,7 +193,12 @@ def _by_preset(
 
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Return the config with the head in `save_modules` for classification and question answering, as in PEFT."""
-    heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+    heads = {
+        "IMAGE_CLASSIFICATION": ("classifier",),  # lorakit's: PEFT has no task_type for it, and names the head by hand
+        "QUESTION_ANS": ("qa_outputs",),
+        "SEQ_CLS": ("classifier", "score"),
+        "TOKEN_CLS": ("classifier", "score"),
+    }
     if config.task not in heads:
         return config
     names = module_names(model)

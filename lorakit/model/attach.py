@@ -227,6 +227,7 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     if config.variant in VIRTUAL:
         _check_no_targets(config)
     targets = Targets({}) if config.variant in VIRTUAL else find_targets(model, config)
+    config = live(config.variant).settled(config, names, targets.modules)
     own = targets.modules if config.variant != "tokens" else {}
     both = [m for m in tokens if m in own or any(f".{s}." in f".{m}." for s in config.save_modules)]
     if both:
@@ -358,7 +359,7 @@ def _register(
         module = layer_at(model, m)
         add_update(module, child, update.train(module.training))
     use_saved(model, state, ())
-    _add_saved(model, name, plan.saved, trainable)
+    saved.add_copies(model, name, plan.saved, trainable)
     fastpath.close(model)
     fused_qkv.watch(model)
     fused.adopt(model)
@@ -389,21 +390,3 @@ def _register(
     put_in_place(model, state)
     mark_in_use(model, state)
     model.__dict__[STATE] = state
-
-
-def _add_saved(model: nn.Module, name: str, values: Mapping[str, Tensor], trainable: bool) -> None:
-    """Register an adapter's copies of saved parameters (PEFT's modules_to_save). The base's own must be in use."""
-    copies: list[tuple[Tensor, Tensor, nn.Parameter]] = []
-    for full, value in values.items():
-        module_name, _, last = full.rpartition(".")
-        module = model.get_submodule(module_name)
-        own = module._parameters[last]
-        assert own is not None
-        # Tied weights stay tied: names that share the base's weight and the value share the copy.
-        kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
-        tied = kept is not None
-        if kept is None:
-            # In the base's precision, since the module's own forward gets activations of that precision.
-            kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
-            copies.append((own, value, kept))
-        saved.keep(name, module, last, kept, tied)

@@ -2,8 +2,8 @@
 
     weights · autoencoder · adapter · gradients · optimizer
 
-For bases whose step cannot run on shapes alone (pipelines of diffusers): the activations, which grow with the picture
-and the batch, are not among these.
+For bases whose step is not run on shapes alone (pipelines of diffusers, vision models): the activations are not among
+these; they grow with the picture and the batch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def static_estimate(config: RunSettings, dtype: torch.dtype, name: str, overhead
         model = task.skeleton(config, base, dtype)
         own = sum(p.numel() for p in model.parameters())
         parts = {child: _bytes(module) for child, module in model.named_children()}
-        vae = model.pipe.components.get("vae")
+        pipe = getattr(model, "pipe", None)
+        vae = pipe.components.get("vae") if pipe is not None else None
         if isinstance(vae, nn.Module):
             parts["vae"] = _bytes(vae)
         method.attach(model, config, name, task.peft_type)

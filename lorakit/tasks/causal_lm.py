@@ -54,18 +54,26 @@ if TYPE_CHECKING:
 DEFAULT_PROMPTS = 2
 
 
-class Writing(Strict):
-    rows: ClassVar = {"template", "train_on", "turns", "chat_template", "chat_template_kwargs", "date"}
-    free: ClassVar = {"chat_template", "date"}  # a resumed run compares the resulting rows by hash
+class Answers(Strict):
+    rows: ClassVar = {"train_on", "turns"}
 
-    template: Literal["auto", "chat", "plain"] = Field(
-        "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
-    )
     train_on: Literal["completion", "all"] = Field(
         "completion", description="train on the answers only, or on all tokens"
     )
     turns: Literal["all", "last"] = Field(
         "all", description="train every answer of a conversation, or only the last one"
+    )
+
+
+class Writing(Answers):
+    rows: ClassVar = {"answer_after", "template", "chat_template", "chat_template_kwargs", "date"}
+    free: ClassVar = {"chat_template", "date"}  # a resumed run compares the resulting rows by hash
+
+    answer_after: str | None = Field(
+        None, description="for rows of one text: what stands before the answer in each, such as 'A:'"
+    )
+    template: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
     )
     chat_template: str | None = Field(
         None, description="a file with the chat template (Jinja) to use instead of the model's; saved with the adapter"
@@ -155,7 +163,7 @@ def data(config: RunSettings, processor: Any) -> Data:
         "options": options,
         "ends": end_tokens(config.model, config.revision, config.trust_remote_code),
     }
-    data, dataset = read_data(config, own, own.max_length, how, tokenizer)
+    data, dataset = read_data(config, own, own.max_length, how, tokenizer, own.answer_after)
     check_vocabulary(config, processor, chain(data.train, data.held_out))
     about = record(dataset, tokenizer, options, own.chat_template is not None)
     files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
@@ -315,12 +323,16 @@ def to_predict(config: RunSettings, processor: Any) -> list[Question]:
     from ..data.questions import Question, read_questions
     from ..data.read import read_rows
     from ..data.render import Renderer
+    from ..data.split_text import answered, without_text
 
     own = part(config, CausalSettings)
-    examples = read_questions(read_rows(config.data, config.split), own.columns, as_turns=own.template != "auto")
+    rows = read_rows(config.data, config.split, columns=own.columns)
+    asked = [*answered(rows, own.answer_after, own.columns)]
+    columns = without_text(own.columns) if own.answer_after else own.columns
+    examples = read_questions(asked, columns, as_turns=own.template != "auto")
     ends = end_tokens(config.model, config.revision, config.trust_remote_code)
     renderer = Renderer(chat_tokenizer(own, processor), own.template, options=chat_options(own), ends=ends)
-    return [Question(renderer.prompt(example), example.row) for example in examples]
+    return [Question(renderer.prompt(example), row) for example, row in zip(examples, rows, strict=True)]
 
 
 def predict(config: RunSettings, base: Base, items: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ answers of a pair share a forward pass; the reference is computed before the fir
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -52,16 +53,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.preference_items import PreferenceItem, Preferences
+    from ..data.questions import Question
 
 
 class PreferenceSettings(LossSettings, Lengths, LongContext, Packing, Writing, Columns, Prompts, Sampling):
-    """Those of causal_lm that have no meaning here are errors (`_NOT_HERE`)."""
+    """Those that have no meaning here are errors (`_NOT_HERE`)."""
 
 
-# Settings of causal_lm that this task does not have -> what to do instead.
+# Settings of `Writing` that this task does not have -> why.
 _NOT_HERE = {
-    "mix": "one data set; join the files first",
-    "streaming": "the rows are kept in memory, with their reference",
     "train_on": "the loss is of the answers",
     "turns": "the loss is of the answers; turns of the prompt are context",
 }
@@ -315,12 +315,31 @@ def evaluate(base: Base, items: Sequence[PreferenceItem], batch_size: int) -> di
         base.kept.update(kept)
 
 
-def to_predict(config: RunSettings, processor: Any) -> list[Any]:
-    raise ConfigError(
-        "task: preference predicts nothing of its own: its result is a language model that answers\n"
-        "  use lorakit generate, chat or eval with the adapter"
-    )
+def to_predict(config: RunSettings, processor: Any) -> list[Question]:
+    """Read the prompts of preferences, or rows of prompts alone as causal_lm does."""
+    from ..bases.load import end_tokens
+    from ..data.preferences import is_preference, read_preferences
+    from ..data.questions import Question
+    from ..data.read import read_rows
+    from ..data.render import Renderer
+    from ..data.shapes import WEIGHT
+    from . import causal_lm
+
+    own = part(config, PreferenceSettings)
+    rows = read_rows(config.data, config.split)
+    names = {theirs: ours for ours, theirs in own.columns.items()}
+    if not rows or not is_preference({names.get(name, name): value for name, value in rows[0].values.items()}):
+        return causal_lm.to_predict(config, processor)
+    every = [replace(row, values={k: v for k, v in row.values.items() if k != WEIGHT}) for row in rows]
+    _, preferences = read_preferences(every, own.columns)
+    tokenizer, options = causal_lm.chat_tokenizer(own, processor), causal_lm.chat_options(own)
+    ends = end_tokens(config.model, config.revision, config.trust_remote_code)
+    renderer = Renderer(tokenizer, own.template, options=options, ends=ends)
+    return [Question(renderer.prompt(each.answers[0]), each.row) for each in preferences]
 
 
-def predict(config: RunSettings, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
-    return to_predict(config, base.processor)
+def predict(config: RunSettings, base: Base, items: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
+    """Answer, as causal_lm does."""
+    from . import causal_lm
+
+    return causal_lm.predict(config, base, items, batch_size)

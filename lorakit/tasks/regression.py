@@ -92,7 +92,8 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, RegressionSettings)
 
-    def read(rows: Any, max_length: Any, first: Any) -> Any:
+    def read(rows: Any, first: Any) -> Any:
+        max_length = own.max_length if first is None else first.max_length
         return read_measured(rows, processor, columns=own.columns, max_length=max_length, on_long=own.on_long)
 
     made, first = headed.read_parts(config, processor, read)

@@ -113,7 +113,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     check_limit(config)
     how: dict[str, Any] = {"columns": own.columns, "prefix": own.source_prefix, "on_long": own.on_long}
     pairs = read_pairs(
-        read_rows(config.data, config.split),
+        read_rows(config.data, config.split, columns=own.columns),
         processor,
         max_length=own.max_length,
         max_target_length=own.max_target_length,
@@ -121,8 +121,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     )
     notes = dict(pairs.notes)
     if isinstance(config.validation, str):
-        limits = {"max_length": pairs.source.limit, "max_target_length": pairs.target.limit}
-        other = read_pairs(read_rows(config.validation), processor, **limits, **how)
+        limits: dict[str, Any] = {"max_length": pairs.source.limit, "max_target_length": pairs.target.limit}
+        other = read_pairs(read_rows(config.validation, columns=own.columns), processor, **limits, **how)
         train, held_out = pairs.items, other.items
         if other.dropped:
             notes[f"of {config.validation} are longer than the limits and are not evaluated"] = other.dropped
@@ -292,7 +292,8 @@ def to_predict(config: RunSettings, processor: Any) -> list[Question]:
     from ..data.questions import Question
     from ..data.read import read_rows
 
-    own, rows = part(config, Seq2SeqSettings), read_rows(config.data, config.split)
+    own = part(config, Seq2SeqSettings)
+    rows = read_rows(config.data, config.split, columns=own.columns)
     ids = read_sources(rows, processor, own.columns, own.source_prefix)
     return [Question(each, row) for each, row in zip(ids, rows, strict=True)]
 

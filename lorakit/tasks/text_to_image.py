@@ -303,6 +303,17 @@ def evaluate(base: Base, items: Sequence[Any], batch_size: int) -> dict[str, flo
     return validate(base, items, batch_size)
 
 
+def to_predict(config: RunSettings, processor: Pictures) -> list[Any]:
+    raise ConfigError(
+        "predict: task text_to_image draws pictures, and says nothing of rows\n"
+        f"  lorakit image generate 'a prompt' --model {config.model} --adapter ADAPTER"
+    )
+
+
+def predict(config: RunSettings, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
+    raise ConfigError("predict: task text_to_image draws pictures\n  use lorakit image generate 'a prompt'")
+
+
 # ------------------------------------------------------------------------------------- samples
 
 

@@ -90,7 +90,8 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, TokenClassificationSettings)
 
-    def read(rows: Any, max_length: Any, first: Any) -> Any:
+    def read(rows: Any, first: Any) -> Any:
+        max_length = own.max_length if first is None else first.max_length
         names = own.labels if first is None else first.names
         return read_tagged(
             rows, processor, columns=own.columns, names=names, max_length=max_length, on_long=own.on_long

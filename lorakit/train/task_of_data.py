@@ -10,6 +10,7 @@ run that is resumed, or of the adapter that is started from.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, listing
@@ -32,8 +33,15 @@ def with_task(config: TrainConfig) -> TrainConfig:
         return config.replace(task=earlier.get("task", DEFAULT))
     if method_of(config.method).start(config) is not None or any(getattr(config, name) for name in _OTHER_DATA):
         return config
+    from ..data.pictures.find import is_pictures
     from ..data.read import stream_rows
 
+    if Path(config.data).expanduser().is_dir() and is_pictures(config.data, config.split):
+        raise ConfigError(
+            f"{config.data} is a folder of pictures; say what is to be learnt from it\n"
+            "  --task image_classification: the folders' names are the labels\n"
+            "  lorakit image train FOLDER: to draw such pictures for their captions"
+        )
     columns = getattr(config, "columns", {})
     row = next(stream_rows(config.data, config.split, columns))
     found = recognizing(renamed(row.values, columns))

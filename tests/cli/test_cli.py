@@ -36,6 +36,7 @@ VERBS = [
     "inspect",
     "merge",
     "bench",
+    "reproduce",
 ]
 CPU = torch.device("cpu")
 

@@ -36,6 +36,7 @@ VERBS = {
     "card": ["card", "a"],
     "push": ["push", "a", "me/mine"],
     "bench": ["bench", "latency"],
+    "reproduce": ["reproduce", "ranks"],
     "data show": ["data", "show", "rows.jsonl"],
 }
 
@@ -80,6 +81,7 @@ def test_quiet_prints_nothing(without_torch, verb):
     [
         (["train"], "no training data"),
         (["bench", "latencies"], "did you mean 'latency'"),
+        (["reproduce", "rank"], "did you mean 'ranks'"),
         (["edit", "a", "b"], "edit has nothing to change"),
         (["merge", "base", "out"], "merge expects BASE"),
         (["eval", "rows.jsonl", "--columns", "x"], "expected NAME=VALUE"),

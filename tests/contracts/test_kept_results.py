@@ -23,7 +23,12 @@ from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
 
 # What a kind's config needs, as in test_updates.
-NEEDS: dict[str, dict[str, Any]] = {"tokens": {"trainable_tokens": [1, 5]}, "vera": {"alpha": 32.0}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "bottleneck": {"alpha": 32.0},
+    "ia3": {"rank": 16, "alpha": 32.0},
+    "tokens": {"trainable_tokens": [1, 5]},
+    "vera": {"alpha": 32.0},
+}
 BESIDE: dict[str, dict[str, Any]] = {
     "alone": {},
     "trained tokens": {"trainable_tokens": [1, 5]},
@@ -34,8 +39,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 # What PEFT's folder has no place for. This base's linears have biases in the attention.
 REFUSED = {
-    *((kind, "trained tokens") for kind in ("loha", "lokr", "vera")),
-    *((kind, beside) for kind in ("loha", "lokr") for beside in ("all biases", "its own biases")),
+    *((kind, "trained tokens") for kind in ("bottleneck", "ia3", "loha", "lokr", "vera")),
+    *((kind, beside) for kind in ("ia3", "loha", "lokr") for beside in ("all biases", "its own biases")),
     *(("tokens", beside) for beside in ("all biases", "its own biases", "a saved module", "a norm")),
 }
 

@@ -42,6 +42,8 @@ def adapter_on(base: str, result: Path) -> Any:
 # How each result is loaded again, apart from lorakit's training: (base, result) -> model.
 LOADED: dict[str, Callable[[str, Path], Any]] = {
     "bitfit": adapter_on,
+    "bottleneck": adapter_on,
+    "ia3": adapter_on,
     "layernorm": adapter_on,
     "lora": adapter_on,
     "p_tuning": adapter_on,
@@ -196,7 +198,7 @@ def test_a_setting_that_two_parts_define_is_refused():
     class Checked(Strict):
         _ranks = field_validator("*")(lambda value: value)
 
-    with pytest.raises(TypeError, match="'rank' is a setting of LoraSettings and of Mine"):
+    with pytest.raises(TypeError, match="'rank' is a setting of LowRank and of Mine"):
         joined("Both", [LoraSettings, Mine])
-    with pytest.raises(TypeError, match="'_ranks' is a setting of LoraSettings and of Checked"):
+    with pytest.raises(TypeError, match="'_ranks' is a setting of LowRank and of Checked"):
         joined("Both", [LoraSettings, Checked])

@@ -4,23 +4,39 @@ loads in PEFT, or in diffusers.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import wave
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import tiny_lm
 import tiny_pictures
 import tiny_seq
+import tiny_speech
+import tiny_vision
+import tiny_visual
 import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import StableDiffusionPipeline
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTokenClassification,
+)
 
 from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
@@ -74,6 +90,32 @@ def label_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(torch.tensor([item.ids])).logits[0].log_softmax(0)[item.label]
 
 
+def number_loss(model: Any, item: Any) -> torch.Tensor:
+    return (model(torch.tensor([item.ids])).logits[0, 0] - item.label) ** 2
+
+
+def tags_loss(model: Any, item: Any) -> torch.Tensor:
+    logs = model(torch.tensor([item.ids])).logits[0].log_softmax(1)
+    return -sum(logs[place, label] for place, label in enumerate(item.labels) if label >= 0)
+
+
+def losses_without_chance(job: Any, items: Any) -> torch.Tensor:
+    """Of a task whose class in transformers has dropout before its head."""
+    with evaluating(job.model):
+        return job.task.losses(job.model, job.task.collate(items, job.base))
+
+
+def span_loss(model: Any, item: Any) -> torch.Tensor:
+    made = model(torch.tensor([item.ids]))
+    logs = (made.start_logits[0].log_softmax(0), made.end_logits[0].log_softmax(0))
+    return -(logs[0][item.span[0]] + logs[1][item.span[1]]) / 2
+
+
+def choice_loss(model: Any, item: Any) -> torch.Tensor:
+    scores = torch.stack([model(torch.tensor([ids])).logits[0, 0] for ids in item.rows])
+    return -scores.log_softmax(0)[item.label]
+
+
 def pair_loss(model: Any, pair: Any) -> torch.Tensor:
     """DPO's, with beta 0.1: −log σ(β (log π/π_ref of the chosen answer − that of the rejected one))."""
     own = [-causal_loss(model, answer) for answer in pair.answers]
@@ -105,6 +147,80 @@ def classifier(base: str, result: Path) -> Any:
     )
     model.config.pad_token_id = tiny_lm.PAD
     return in_peft(model, result)
+
+
+def headed_by(auto_class: Any, **changes: Any) -> Callable[[str, Path], Any]:
+    """A result on the base's class with a head of one output or with the result's own labels, as PEFT loads it."""
+
+    def tuned(base: str, result: Path) -> Any:
+        names = json.loads((result / "lorakit.json").read_text())["data"].get("labels")
+        own = changes | ({"num_labels": len(names), "id2label": dict(enumerate(names))} if names else {})
+        torch.manual_seed(99)
+        model = auto_class.from_pretrained(base, **own)
+        model.config.pad_token_id = tiny_lm.PAD
+        return in_peft(model, result)
+
+    return tuned
+
+
+def measured_rows() -> list[dict[str, Any]]:
+    return [
+        {"text": f"{name} sees {'very ' * (i % 3)}{what}", "label": 0.5 + i % 4}
+        for i, name in enumerate(tiny_lm.NAMES)
+        for what in ("little", "a winding road")
+    ]
+
+
+def tagged_rows() -> list[dict[str, Any]]:
+    kinds = {"sees": "O", "tea": "B-THING", "sand": "B-THING", "and": "O"}
+    texts = [[name, "sees", *(["tea", "and", "sand"][: 1 + 2 * (i % 2)])] for i, name in enumerate(tiny_lm.NAMES)]
+    return [{"tokens": words, "tags": [kinds.get(word, "B-NAME") for word in words]} for words in texts]
+
+
+def question_rows() -> list[dict[str, Any]]:
+    made = []
+    for i, name in enumerate(tiny_lm.NAMES):
+        context = f"{'So ' * (i % 3)}[{name}] sees tea."  # a decoder's state at "[" knows nothing of what follows
+        answers = {"text": [f"[{name}]"], "answer_start": [context.index("[")]}
+        made.append({"question": "Who?", "context": context, "answers": answers})
+    return made
+
+
+def choice_rows() -> list[dict[str, Any]]:
+    made = []
+    for i, name in enumerate(tiny_lm.NAMES):
+        choices = [f"{what}{end}" for what, end in zip(("tea", "a road", "sand", "it"), "!...", strict=True)]
+        made.append({"question": f"{name}?", "choices": choices[i % 4 :] + choices[: i % 4], "answer": "tea!"})
+    return made
+
+
+def picture_loss(model: Any, item: Any) -> torch.Tensor:
+    return -model(tiny_vision.pixels_of(item.image())).logits[0].log_softmax(0)[item.label]
+
+
+def speech_loss(model: Any, item: Any) -> torch.Tensor:
+    """By transformers' own shift of labels, with the tokens before the text left out of the sum."""
+    processor = tiny_speech.processor()
+    with wave.open(io.BytesIO(item.sound.read())) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 2**15
+    features = processor.feature_extractor(samples, sampling_rate=16000, return_tensors="pt").input_features
+    processor.tokenizer.set_prefix_tokens(language="en", task="transcribe", predict_timestamps=False)
+    labels = torch.tensor([processor.tokenizer(item.text).input_ids[1:]])  # without the start of the transcript
+    logits = model(input_features=features, labels=labels).logits[0]
+    return F.cross_entropy(logits[3:], labels[0, 3:], reduction="sum")
+
+
+def visual_loss(model: Any, item: Any) -> torch.Tensor:
+    pixels = torch.cat([tiny_vision.pixels_of(image) for image in item.images()])
+    logits = model(input_ids=torch.tensor([item.ids]), pixel_values=pixels).logits[0, :-1]
+    losses = F.cross_entropy(logits, torch.tensor(item.ids[1:]), reduction="none")
+    return losses[torch.tensor(item.trained[1:])].sum()
+
+
+def vision_classifier(base: str, result: Path) -> Any:
+    names = json.loads((result / "lorakit.json").read_text())["data"]["labels"]
+    torch.manual_seed(99)
+    return in_peft(AutoModelForImageClassification.from_pretrained(base, num_labels=len(names), **AS_SAVED), result)
 
 
 def labelled_rows() -> list[dict[str, Any]]:
@@ -145,6 +261,9 @@ def in_diffusers(base: str, result: Path) -> Any:
     return pipe
 
 
+AS_SAVED = {"ignore_mismatched_sizes": True}  # the base's own head is for other labels
+
+
 def target_loss(model: Any, item: Any) -> torch.Tensor:
     return model(input_ids=torch.tensor([item.ids]), labels=torch.tensor([item.target])).loss * len(item.target)
 
@@ -154,7 +273,18 @@ def both_sides(made: Any) -> tuple[int, float]:
     return source + target, target / (source + target)
 
 
+def cosine_loss(model: Any, item: Any) -> torch.Tensor:
+    first, second = (model(torch.tensor([text])).last_hidden_state[0].mean(0) for text in item.texts)
+    return (F.cosine_similarity(first, second, dim=0) - item.score) ** 2
+
+
 LABELLED = labelled_rows()
+SCORED = [
+    {"text": f"{name} sees {what}", "text_pair": f"{name} {verb} {what} now", "score": score}
+    for name in tiny_lm.NAMES
+    for verb, score in (("sees", 4.5), ("hates", 1.0))
+    for what in ("tea", "the winding road")
+]
 KINDS = {
     "causal_lm": Kind(
         rows_in(tiny_lm.rows()),
@@ -163,11 +293,38 @@ KINDS = {
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
     ),
     "classification": Kind(rows_in(LABELLED), len(LABELLED), label_loss, classifier),
+    "embeddings": Kind(
+        rows_in(SCORED),
+        len(SCORED),
+        cosine_loss,
+        lambda base, result: in_peft(AutoModel.from_pretrained(base), result),
+        planned=lambda made: (2 * made["input_ids"].shape[1], 1.0),
+    ),
+    "image_classification": Kind(
+        lambda folder: tiny_vision.write_folders(folder / "own", 24, ((24, 24), (16, 16))),
+        24,
+        picture_loss,
+        vision_classifier,
+        model="vision_folder",
+        changes={"sample_tokens": 64, "labels": list(tiny_vision.COLOURS)},
+    ),
+    "multiple_choice": Kind(
+        rows_in(choice_rows()), 12, choice_loss, headed_by(AutoModelForSequenceClassification, num_labels=1)
+    ),
     "preference": Kind(
         rows_in(pairs()),
         len(tiny_lm.rows()),
         pair_loss,
         lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
+    ),
+    "question_answering": Kind(
+        rows_in(question_rows()),
+        12,
+        span_loss,
+        headed_by(AutoModelForQuestionAnswering, key_mapping={r"^model\.": "transformer."}),
+    ),
+    "regression": Kind(
+        rows_in(measured_rows()), 24, number_loss, headed_by(AutoModelForSequenceClassification, num_labels=1)
     ),
     "seq2seq": Kind(
         rows_in(tiny_seq.pairs()),
@@ -176,6 +333,14 @@ KINDS = {
         lambda base, result: in_peft(AutoModelForSeq2SeqLM.from_pretrained(base), result),
         model="t5_folder",
         planned=both_sides,
+    ),
+    "speech": Kind(
+        lambda folder: tiny_speech.write_rows(folder / "own"),
+        24,
+        speech_loss,
+        lambda base, result: in_peft(AutoModelForSpeechSeq2Seq.from_pretrained(base), result),
+        model="speech_folder",
+        changes={"language": "en"},
     ),
     "text_to_image": Kind(
         lambda folder: tiny_pictures.write_pictures(folder / "own", 12, ((24, 24), (16, 16))),
@@ -192,6 +357,16 @@ KINDS = {
             "save_as": "diffusers",
         },  # the same name for any folder
     ),
+    "token_classification": Kind(
+        rows_in(tagged_rows()), 12, tags_loss, headed_by(AutoModelForTokenClassification), losses=losses_without_chance
+    ),
+    "vision_language": Kind(
+        lambda folder: tiny_visual.write_rows(folder / "own"),
+        24,
+        visual_loss,
+        lambda base, result: in_peft(AutoModelForImageTextToText.from_pretrained(base), result),
+        model="visual_folder",
+    ),
 }
 
 
@@ -203,6 +378,22 @@ def name(request):
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory):
     return tiny_pictures.save_pipeline(tmp_path_factory.mktemp("tiny-pipeline") / "sd1")
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory):
+    """A base that takes pictures of any size."""
+    return tiny_vision.save(tmp_path_factory.mktemp("tiny-vision") / "convnext", tiny_vision.convnext(), resize=False)
+
+
+@pytest.fixture(scope="module")
+def speech_folder(tmp_path_factory):
+    return tiny_speech.save(tmp_path_factory.mktemp("tiny-speech") / "whisper")
+
+
+@pytest.fixture(scope="module")
+def visual_folder(tmp_path_factory):
+    return tiny_visual.save(tmp_path_factory.mktemp("tiny-visual") / "llava")
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +538,8 @@ def test_its_adapter_computes_the_same_in_other_programs(make, name):
     torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-4)
     if (result.adapter / "adapter_config.json").exists():
         written = json.loads((result.adapter / "adapter_config.json").read_text())
-        assert written["task_type"] == task_of(name).peft_type
+        known = task_of(name).peft_type in list(peft.TaskType)  # it refuses others
+        assert written["task_type"] == (task_of(name).peft_type if known else None)
 
 
 def test_samples_one_for_each_prompt_are_written_and_read(make, name, tmp_path):

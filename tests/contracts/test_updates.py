@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lorakit.adapter.biased import Biased
 from lorakit.adapter.dense import Dense, with_halves_swapped
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.experts import ExpertFactors
+from lorakit.adapter.ia3 import Ia3
 from lorakit.adapter.loha import Loha
 from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
@@ -128,6 +130,14 @@ VALUES = {
         (8, 10),
         lambda u, W: u.b[:, None] * u.projection.B[:8].double() @ (u.d[:, None] * u.projection.A[:, :10].double()),
     ),
+    "ia3": Value(Ia3(randn(8), other=10), (8, 10), lambda u, W: (u.vector - 1)[:, None] * W),
+    "ia3 of the inputs": Value(Ia3(randn(10), True, other=8), (8, 10), lambda u, W: (u.vector - 1) * W),
+    "ia3 of a convolution": Value(
+        Ia3(randn(8), axes=4, other=4), (8, 4, 2, 3), lambda u, W: (u.vector - 1)[:, None] * W
+    ),
+    "ia3 of a convolution's inputs": Value(
+        Ia3(randn(4), True, axes=4, other=8), (8, 4, 2, 3), lambda u, W: (u.vector - 1).repeat_interleave(6) * W
+    ),
     "lora beside a bias": Value(Biased(LOW, randn(8)), (8, 10), lambda u, W: product(u.inner, W)),
     "experts": Value(
         ExpertFactors(randn(2, 3, 10), randn(2, 8, 3), 6.0), (2, 8, 10), lambda u, W: 2 * (u.B @ u.A).flatten(1)
@@ -145,18 +155,30 @@ VALUES = {
 LIVE = {
     "adalora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
+    "bottleneck": {"linear", "Conv1D"},
+    "ia3": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "vera": {"linear", "Conv1D"},
     "tokens": {"embedding", "linear"},
     "dora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
 }
+# The kinds whose effect no change of a weight has.
+UNMERGEABLE = {"bottleneck"}
 # The method whose result a kind's gradient takes as a constant, by definition.
 DETACHED = {"dora": "norm"}
 # The kind that it is as a value, where that is another.
 VALUE_OF = {"adalora": "lora"}
 # What a kind's config needs besides the targets.
-NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}, "vera": {"alpha": 32.0}}  # VeRA has no scale: the default
+# VeRA and bottleneck adapters have no alpha, and (IA)³ no rank either: the defaults.
+NEEDS = {
+    "bottleneck": {"alpha": 32.0},
+    "ia3": {"rank": 16, "alpha": 32.0},
+    "tokens": {"trainable_tokens": [1, 5, 7]},
+    "vera": {"alpha": 32.0},
+}
+# Kinds without dropout.
+NO_DROPOUT = {"ia3", "tokens"}
 
 
 @pytest.fixture(params=VALUES)
@@ -249,7 +271,7 @@ def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
 @pytest.mark.parametrize("weight", [2.0, -0.5, 0.0])
 def test_a_multiple_of_it_is_of_its_kind(value, weight):
     if value.update.needs_base:
-        with pytest.raises(AdapterError, match=r"'m' (is a DoRA|has trained tokens)"):
+        with pytest.raises(AdapterError, match=r"'m' (is a DoRA|is an \(IA\)³|has trained tokens)"):
             value.update.times(weight, "m")
         return
     found = value.update.times(weight, "m")
@@ -285,8 +307,10 @@ def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
     assert value.update.sizes == (value.shape[:2] if matrices is None else matrices[0].sizes)
     outputs = value.update.output_tensors()
     if outputs is None:
-        # Trained tokens have rows of tokens, experts those of experts, and VeRA's rows of B are shared.
-        assert "t1" in value.update.tensors() or value.update.variant in ("tokens", "vera") or matrices is not None
+        # Trained tokens have rows of tokens, experts those of experts, VeRA's rows of B are shared, and (IA)³ of inputs
+        # has none.
+        others = ("tokens", "vera", "ia3")
+        assert "t1" in value.update.tensors() or value.update.variant in others or matrices is not None
         return
     assert all(len(t) * value.update.output_block >= value.shape[0] for t in outputs.values())
     assert outputs.keys() <= value.update.tensors().keys()
@@ -332,8 +356,8 @@ def on(layer: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tenso
 
 
 def config(variant: str, **settings) -> lk.LoraConfig:
-    needed = {"variant": variant, "rank": 2, "alpha": 3.0, "targets": ["0"]} | NEEDS.get(variant, {})
-    return lk.LoraConfig(**needed | settings)
+    needed = {"variant": variant, "rank": 2, "alpha": 3.0, "targets": ["0"]}
+    return lk.LoraConfig(**needed | settings | NEEDS.get(variant, {}))
 
 
 def child(model: nn.Module, name: str = "default") -> LiveUpdate:
@@ -356,6 +380,7 @@ def change_of(value: Update, layer: nn.Module) -> Tensor:
 
 
 PAIRS = [(variant, layer) for variant, layers in LIVE.items() for layer in sorted(layers)]
+MERGED = [(variant, layer) for variant, layer in PAIRS if variant not in UNMERGEABLE]
 
 
 def test_every_kind_that_can_be_trained_has_its_line_here():
@@ -369,9 +394,12 @@ def test_a_fresh_one_changes_nothing_and_learns(variant, layer):
     lk.attach(model, config(variant))
     assert torch.equal(model(x), before)
     value = child(model).value(model[0])
-    change = change_of(value, model[0])
-    # One that depends on the base holds norms of it, rounded to float32.
-    assert change.abs().max() <= (1e-7 * model[0].weight.abs().max() if value.needs_base else 0)
+    if variant in UNMERGEABLE:
+        assert value.is_zero()
+    else:
+        change = change_of(value, model[0])
+        # One that depends on the base holds norms of it, rounded to float32.
+        assert change.abs().max() <= (1e-7 * model[0].weight.abs().max() if value.needs_base else 0)
     model(x).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in child(model).parameters())
     assert not model[0].weight.requires_grad
@@ -392,14 +420,18 @@ def test_its_gradients_are_those_of_its_values(variant, layer, monkeypatch):
 
 
 @pytest.mark.parametrize("weight", [1.0, -0.5])
-@pytest.mark.parametrize("variant, layer", PAIRS)
+@pytest.mark.parametrize("variant, layer", MERGED)
 def test_it_computes_what_the_changed_weight_does(variant, layer, weight):
     model, x = on(layer, torch.float64)
     changed = copy.deepcopy(model)
     randomise(lk.attach(model, config(variant)))
     lk.activate(model, {"default": weight})
     with torch.no_grad():
-        changed[0].weight += weight * change_of(lk.capture(model).updates["0"], model[0])
+        value = lk.capture(model).updates["0"]
+        changed[0].weight += weight * change_of(value, model[0])
+        if (own := value.bias_update()) is not None:
+            bias = changed[0].bias
+            bias += weight * own.rows(tuple(bias.shape))(slice(0, len(bias)), bias[:, None])[:, 0]
     torch.testing.assert_close(model(x), changed(x), rtol=1e-10, atol=1e-10)
 
 
@@ -420,7 +452,7 @@ def test_captured_and_attached_again_it_is_the_same_to_the_bit(variant, layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant, layer", PAIRS)
+@pytest.mark.parametrize("variant, layer", MERGED)
 def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(variant, layer, dtype):
     model, x = on(layer, dtype)
     before = model[0].weight.detach().clone()
@@ -436,7 +468,7 @@ def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(varian
     assert torch.equal(model(x), y)
 
 
-@pytest.mark.parametrize("variant, layer", PAIRS)
+@pytest.mark.parametrize("variant, layer", MERGED)
 def test_twenty_merges_leave_every_bit(variant, layer):
     model, _ = on(layer)
     before = model[0].weight.detach().clone()
@@ -445,6 +477,34 @@ def test_twenty_merges_leave_every_bit(variant, layer):
         lk.merge(model)
         lk.unmerge(model)
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("variant, layer", [pair for pair in PAIRS if pair not in MERGED])
+def test_one_that_no_weight_expresses_is_refused_where_a_weight_is_needed(variant, layer):
+    model, x = on(layer)
+    y = randomise(lk.attach(model, config(variant)))(x)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(lk.errors.StateError, match=r"'0' has a (.|\n)* keep the adapter beside its base"):
+        lk.merge(model)
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model(x), y)
+    value = lk.capture(model).updates["0"]
+    assert value.needs_base
+    assert value.low_rank() is None
+    assert not value.without_base().needs_base
+    calls = [
+        value.delta,
+        partial(value.times, 2.0, "0"),
+        partial(value.factor_shapes, "0"),
+        partial(value.rows, (8, 10)),
+    ]
+    for refused in calls:
+        with pytest.raises(AdapterError, match=r"keep the adapter beside|activate the adapter"):
+            refused()
+    for name in value.tensors():
+        nan = value.map(lambda n, t, name=name: t * float("nan") if n == name else t)
+        with pytest.raises(AdapterError, match=r"the\.module"):
+            nan.check("the.module")
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -503,8 +563,8 @@ def test_its_state_dict_restores_it_and_detach_leaves_nothing_of_it(variant, lay
 
 @pytest.mark.parametrize("variant, layer", PAIRS)
 def test_dropout_is_drawn_in_training_alone(variant, layer):
-    if layer == "embedding" or variant == "tokens":
-        pytest.skip("an embedding's dropout is of the rank's dimension, and trained tokens have none")
+    if layer == "embedding" or variant in NO_DROPOUT:
+        pytest.skip("an embedding's dropout is of the rank's dimension, and these kinds have none")
     model, x = on(layer)
     randomise(lk.attach(model, config(variant, dropout=0.5)))
     assert torch.equal(model.eval()(x), model(x))

@@ -48,6 +48,7 @@ def after_training(config: TrainConfig, result: Path) -> str:
         rows,
         **loading,
         columns=getattr(config, "columns", None),
+        answer_after=getattr(config, "answer_after", None) if config.task == DEFAULT else None,
         template=None if template == "auto" else template,
         task=None if config.task == DEFAULT else config.task,
     ).replace(f"lorakit eval {quote(rows)}", f"lorakit eval {quote(rows)} {where}", 1)

@@ -15,6 +15,9 @@ TopP = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="the data's split, if it has several")]
 Columns = Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")]
+AnswerAfter = Annotated[
+    str | None, typer.Option(help="for rows of one text: what stands before the answer in each, such as 'A:'")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
 ModelType = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from ...errors import DataError, listing, not_the_file
 from .buckets import Size
 from .decode import decode
 from .found import Found, Source
-from .settings import PictureSettings
+from .settings import Decoding
 
 # Decoding releases Python's lock. More threads than this would only hold more decoded pictures in memory.
 THREADS = 4
@@ -37,7 +37,7 @@ class Checked:
 
 def check_pictures(
     source: Source,
-    settings: PictureSettings,
+    settings: Decoding,
     background: tuple[int, int, int],
     on_picture: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Checked], dict[str, int]]:
@@ -71,7 +71,7 @@ def check_pictures(
     return good, notes
 
 
-def _check(found: Found, settings: PictureSettings, background: tuple[int, int, int]) -> Checked | str:
+def _check(found: Found, settings: Decoding, background: tuple[int, int, int]) -> Checked | str:
     """Decode one picture; return what is wrong with it if that fails."""
     try:
         data = found.read()

@@ -31,7 +31,7 @@ def find(
     """
     path = Path(source).expanduser()
     if path.is_dir() and not is_arrow(path):
-        folder = _split_folder(path, split, leave_out)
+        folder = split_folder(path, split, leave_out)
         if pictures_below(folder, leave_out) or not any(path.rglob("*.parquet")):
             return read_folder(folder, columns, leave_out)
     elif path.is_file() and path.suffix.lower() in (*SUFFIXES, *UNREADABLE):
@@ -63,8 +63,8 @@ def is_pictures(source: str | Path, split: str | None = None) -> bool:
     return has_image_column(str(source), split)
 
 
-def _split_folder(folder: Path, split: str | None, leave_out: Collection[Path]) -> Path:
-    """The folder of a split: train, test, ... as `datasets` reads a folder of pictures."""
+def split_folder(folder: Path, split: str | None, leave_out: Collection[Path] = ()) -> Path:
+    """Return the folder of a split: train, test, ... as `datasets` reads a folder of pictures. Raises DataError."""
     away = {path.resolve() for path in leave_out}
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.resolve() not in away)
     others = [name for name in names if name.lower() in (*OTHER_NAMES, "validation")]

@@ -6,6 +6,7 @@ The pictures stay where they are (a memory-mapped file) until they are trained o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,25 +29,34 @@ def read_dataset(source: str, split: str | None = None, columns: Mapping[str, st
     """Return the rows of a data set as pictures. Raises DataError if it has no column of pictures."""
     columns = columns or {}
     check_columns(columns)
-    data = _loaded(source, split or "train", split is not None)
-    image = _image_column(data, columns, source)
-    column = caption_column(data.column_names, columns, source)
-    import datasets
-
-    stored = data.cast_column(image, datasets.Image(decode=False))
-    rest = stored.remove_columns([image])
-    found = []
-    for number, values in enumerate(rest, start=1):
-        row = Row(dict(values), source, number)
-        caption = caption_of(row, column)
-        found.append(
-            Found(row.where, "", f"row {number}", partial(_bytes, stored, image, number - 1, row.where), caption)
-        )
-    if not found:
-        raise DataError(f"{source}: no rows")
+    rest, pictures = picture_rows(source, split, columns)
+    column = caption_column(rest.column_names, columns, source)
+    found = [
+        replace(picture, caption=caption_of(Row(dict(values), source, number), column))
+        for number, (picture, values) in enumerate(zip(pictures, rest, strict=True), start=1)
+    ]
     notes = unused_columns([[name for name in rest.column_names if name != column]] * len(found))
     expected = f"text in the column {column}" if column else "a column text or caption (--columns caption=NAME)"
     return Source(source, found, notes, expected)
+
+
+def picture_rows(source: str, split: str | None, columns: Mapping[str, str]) -> tuple[Dataset, list[Found]]:
+    """Return a data set's columns besides the pictures, and its pictures in the same order, without captions.
+
+    Raises DataError if it has no column of pictures, or no rows.
+    """
+    data = _loaded(source, split or "train", split is not None)
+    image = _image_column(data, columns, source)
+    import datasets
+
+    stored = data.cast_column(image, datasets.Image(decode=False))
+    if not len(stored):
+        raise DataError(f"{source}: no rows")
+    found = []
+    for number in range(1, len(stored) + 1):
+        where = Row({}, source, number).where
+        found.append(Found(where, "", f"row {number}", partial(_bytes, stored, image, number - 1, where), None))
+    return stored.remove_columns([image]), found
 
 
 def has_image_column(source: str, split: str | None = None) -> bool:

@@ -10,7 +10,27 @@ from ...config import Auto, Strict, at_least_one
 from ...nondefault import nondefault
 
 
-class PictureSettings(Strict):
+class Decoding(Strict):
+    """How picture files become RGB."""
+
+    rows: ClassVar = {"background", "animated", "broken"}
+
+    background: str = Field("white", description="colour behind transparent parts: a name or #rrggbb")
+    animated: Literal["refuse", "first"] = Field(
+        "refuse", description="animations and files of several pages: an error, or use the first frame"
+    )
+    broken: Literal["refuse", "skip"] = Field(
+        "refuse", description="pictures that cannot be read: an error that names them, or leave them out with a note"
+    )
+
+
+class Mirroring(Strict):
+    rows: ClassVar = {"flip"}
+
+    flip: bool = Field(False, description="mirror pictures left to right, each with probability 1/2 in each epoch")
+
+
+class PictureSettings(Decoding, Mirroring):
     """How pictures are found, captioned, cropped and resized. Crops, flips and captions are drawn anew each epoch."""
 
     rows: ClassVar = {
@@ -21,7 +41,6 @@ class PictureSettings(Strict):
         "bucket_max",
         "crop",
         "upscale",
-        "flip",
         "caption",
         "trigger",
         "caption_dropout",
@@ -29,9 +48,6 @@ class PictureSettings(Strict):
         "keep_tags",
         "repeats",
         "mask",
-        "background",
-        "animated",
-        "broken",
         "prior_data",
         "prior_caption",
     }
@@ -57,7 +73,6 @@ class PictureSettings(Strict):
     upscale: bool = Field(
         False, description="enlarge pictures with fewer pixels than the resolution; false: train them at their own size"
     )
-    flip: bool = Field(False, description="mirror pictures left to right, each with probability 1/2 in each epoch")
     caption: str | None = Field(None, description="caption of pictures that have none")
     trigger: str | None = Field(
         None, description="trigger word: put before captions without it, and where they say [trigger]"
@@ -78,13 +93,6 @@ class PictureSettings(Strict):
         None,
         description="where the loss counts: 'alpha' (opaque parts of the pictures), or a folder of masks with the "
         "pictures' names (white counts, black does not)",
-    )
-    background: str = Field("white", description="colour behind transparent parts: a name or #rrggbb")
-    animated: Literal["refuse", "first"] = Field(
-        "refuse", description="animations and files of several pages: an error, or use the first frame"
-    )
-    broken: Literal["refuse", "skip"] = Field(
-        "refuse", description="pictures that cannot be read: an error that names them, or leave them out with a note"
     )
     prior_data: str | None = Field(
         None, description="pictures of the class, for prior preservation (DreamBooth): a folder or any other data"

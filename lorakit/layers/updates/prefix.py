@@ -3,7 +3,8 @@
     K' = [P_k; K]   V' = [P_v; V]        P_k, P_v: [heads, n, size] for each layer
 
 They are put into the key-value cache before the first token, as PEFT does, so a model needs one, in training too. The
-keys are those that attention multiplies with queries, after any rotation by position.
+keys are those that attention multiplies with queries, after any rotation by position. Without an encoder they start as
+those of tokens (`virtual.start`), computed by the model, so that it starts as with these tokens in front.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from ...config import LoraConfig
 from ...errors import StateError, TargetError
 from ...ops.autocast import is_casting
 from ..bases import base_of
-from ..virtual.body import CACHES, BodyLayer, Call, is_decoder
+from ..init.batches import undisturbed
+from ..virtual.body import CACHES, BodyLayer, Call, is_decoder, names_of
+from ..virtual.start import start_ids
 from ..virtual.tokens import VirtualUpdate
 
 
@@ -29,8 +32,6 @@ class PrefixTokens(VirtualUpdate):
     @classmethod
     def check_body(cls, layer: BodyLayer) -> None:
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-        from ..virtual.body import names_of
 
         name, fix = type(layer).__name__.removeprefix("Lora"), "  use variant='prompt' or 'lora'"
         if not (is_decoder(layer.config) and set(CACHES) & {*names_of(type(layer).lora_probed)}):
@@ -59,7 +60,22 @@ class PrefixTokens(VirtualUpdate):
 
     @classmethod
     def start(cls, layer: BodyLayer, config: LoraConfig, options: Mapping[str, Any]) -> Tensor:
-        return torch.randn(config.virtual_tokens, cls.sizes(layer)[1], **options)
+        n, (_, width, layers, _) = config.virtual_tokens, cls.sizes(layer)
+        ids = start_ids(layer, config)
+        if options["device"].type == "meta":
+            return torch.empty(n, width, **options)
+        if ids is None:
+            return torch.randn(n, width, **options)
+        from transformers.cache_utils import DynamicCache
+
+        cache = DynamicCache()  # not by the config, whose sliding windows would drop the first tokens
+        name = next(name for name in CACHES if name in names_of(type(layer).lora_probed))
+        given = {"input_ids": ids[None].to(options["device"]), "use_cache": True, name: cache}
+        with undisturbed(layer), torch.no_grad():
+            layer(**given)
+        kept: list[Any] = cache.layers[:layers]
+        states = [t for each in kept for t in (each.keys, each.values)]  # each [1, heads, n, size]
+        return torch.cat([t[0].transpose(0, 1).flatten(1) for t in states], 1).to(**options, copy=True)  # [n, width]
 
     def put_in(self, layer: BodyLayer, call: Call) -> bool:
         checkpointed = layer.training and torch.is_grad_enabled()

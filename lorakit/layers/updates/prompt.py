@@ -2,34 +2,32 @@
 
     x' = [P; E(tokens)]        P: [n, dim]
 
-The outputs of the n positions are dropped. They start as the embeddings of tokens: random ones of the vocabulary, which
-the paper found better than noise, or those of a text, repeated or cut to n (as PEFT's TEXT does).
+The outputs of the n positions are dropped. They start as the embeddings of tokens (`virtual.start`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...config import LoraConfig
-from ...errors import ConfigError, TargetError
+from ...config.virtual_tokens import VirtualKind
+from ...errors import TargetError
 from ..bases import base_of
-from ..virtual.body import BodyLayer, Call
+from ..virtual.body import BodyLayer, Call, names_of
+from ..virtual.start import start_ids
 from ..virtual.tokens import VirtualUpdate
 
 
 class PromptTokens(VirtualUpdate):
-    kind = "prompt"
+    kind: ClassVar[VirtualKind] = "prompt"
     in_front = True
 
     @classmethod
     def check_body(cls, layer: BodyLayer) -> None:
-        from ..virtual.body import names_of
-
         if "inputs_embeds" not in names_of(type(layer).lora_probed):
             raise TargetError(
                 f"{type(layer).__name__.removeprefix('Lora')} takes no inputs_embeds, in front of which virtual tokens "
@@ -46,23 +44,11 @@ class PromptTokens(VirtualUpdate):
     def start(cls, layer: BodyLayer, config: LoraConfig, options: Mapping[str, Any]) -> Tensor:
         n, (_, dim, _, _) = config.virtual_tokens, cls.sizes(layer)
         weight = base_of(layer.lora_embedding()).dense(layer.lora_embedding())
-        vocabulary, text = weight.shape[0], config.prompt_text
-        if isinstance(text, str):
-            raise ConfigError(
-                f"prompt_text: {text!r} is no list of token ids, and there is no tokenizer here to make one\n"
-                "  give ids: tokenizer(text)['input_ids']"
-            )
-        if config.prompt_start == "random" and text is None:
-            return torch.randn(n, dim, **options)
-        if text is None:
-            ids = torch.randint(vocabulary, (n,))
-        else:
-            beyond = [token for token in text if not 0 <= token < vocabulary]
-            if beyond:
-                raise ConfigError(f"prompt_text: the token id {beyond[0]} is not one of the base's {vocabulary:,}")
-            ids = torch.tensor((list(text) * math.ceil(n / len(text)))[:n])
+        ids = start_ids(layer, config)
         if weight.is_meta:
             return torch.empty(n, dim, **options)
+        if ids is None:
+            return torch.randn(n, dim, **options)
         return weight[ids.to(weight.device)].to(**options, copy=True)
 
     def put_in(self, layer: BodyLayer, call: Call) -> bool:
@@ -80,7 +66,7 @@ class PromptTokens(VirtualUpdate):
         def own(t: Tensor) -> Tensor:
             return t[:, n:] if t.dim() == 3 and t.shape[1] == length else t
 
-        changed = {"last_hidden_state": own(output.last_hidden_state)}
+        changed: dict[str, Any] = {"last_hidden_state": own(output.last_hidden_state)}
         if output.get("hidden_states") is not None:
             changed["hidden_states"] = tuple(own(t) for t in output.hidden_states)
         if output.get("attentions") is not None:

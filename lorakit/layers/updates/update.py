@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...adapter.update import Rows, Update
 from ...config import LoraConfig
@@ -70,6 +70,16 @@ class LiveUpdate(Own):
     starts = False  # whether it can start from given factors A and B (`begin`)
 
     @classmethod
+    def settled(
+        cls, config: LoraConfig, names: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
+    ) -> LoraConfig:
+        """Return a new adapter's config with what follows from the model. Raises TargetError for what does not fit it.
+
+        `names`: all of the model's modules; `modules`: those that the config adapts.
+        """
+        return config
+
+    @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
         """Create an update with ΔW = 0 for the layer `name`. Raises TargetError or StateError if it cannot have one."""
         raise NotImplementedError
@@ -108,6 +118,13 @@ class LiveUpdate(Own):
         """Return what to add to the base's output y0, in y0's dtype. Called only if there is no pair."""
         raise NotImplementedError
 
+    def of_input(self, layer: LoraLayer, x: Tensor, weight: float) -> Tensor | None:
+        """Return the input x' with which the base alone computes what it does with this update; None if there is none.
+
+        Called only if the update is the only one in use, and there is no pair.
+        """
+        return None
+
     def twin(self) -> LiveUpdate:
         """Return the same update for another module that shares the weight (tied embeddings)."""
         raise NotImplementedError
@@ -136,7 +153,7 @@ class LiveUpdate(Own):
     def after_step(cls, updates: Sequence[Self], step: int, steps: int) -> None:
         """Adjust the updates after optimizer step `step` (from 1) of `steps`; the gradients are still there."""
 
-    def shape(self, layer: LoraLayer) -> tuple[int, ...]:
+    def shape_on(self, layer: LoraLayer) -> tuple[int, ...]:
         """Return the shape of what it changes: the layer's dense weight."""
         return base_of(layer).shape(layer)
 
@@ -153,6 +170,10 @@ class LiveUpdate(Own):
         """Return g for merging, in float64: a column for the rows of the layer's weight, or a row for its columns (both
         with the other axes flattened); None if the update only adds. The weight must be unmerged.
         """
+        return None
+
+    def bias_gain(self, layer: LoraLayer) -> Tensor | None:
+        """Return the factors of the module's bias for merging, [out] in float64; None if it keeps its bias."""
         return None
 
 

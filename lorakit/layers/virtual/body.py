@@ -168,9 +168,16 @@ def _is_packed(positions: Tensor) -> bool:
 class BodyLayer(LoraLayer):
     """The mixin in front of the body's class."""
 
+    if TYPE_CHECKING:
+        config: Any
     lora_name = BODY
     lora_decodes: bool  # whether a token attends to those before it alone
     lora_window: int  # how far back its layers see, 0 if not limited
+
+    @classmethod
+    def lora_class_attributes(cls, base: type[nn.Module]) -> dict[str, object]:
+        # transformers keeps what a model can record (hidden states, attentions) by its class's qualified name.
+        return {"__qualname__": base.__qualname__}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own_forward = super(LoraLayer, self).forward
@@ -186,7 +193,7 @@ class BodyLayer(LoraLayer):
         tuples = call.inputs.pop("return_dict", getattr(self.config, "return_dict", True)) is False
         fills = update.put_in(self, call)
         output = update.taken_out(own_forward(**call.inputs, return_dict=True), call)
-        holds = next((output[name] for name in CACHES if output.get(name) is not None), None)
+        holds = next((value for name, value in output.items() if name in CACHES), None)
         if fills or call.uses_cache:
             call.mark(holds, child, update.rank)
         return output.to_tuple() if tuples else output

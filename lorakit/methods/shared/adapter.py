@@ -17,18 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ...config import (
-    NONE,
-    VIRTUAL,
-    Choice,
-    LoraConfig,
-    LoraSettings,
-    RunSettings,
-    Strict,
-    VirtualTokenSettings,
-    part,
-    variants,
-)
+from ...config import NONE, VIRTUAL, Choice, LoraConfig, RunSettings, Strict, VirtualTokenSettings, part, variants
 from ...errors import AdapterError, ConfigError, listing
 from ..method import Start, StartData
 
@@ -63,6 +52,7 @@ _RESOLVED = {
     "init_batches",
     "trainable_tokens",
     *(name for name in VirtualTokenSettings.model_fields if name != "virtual_tokens"),
+    "feedforward",
 }
 
 result = "adapter"
@@ -95,7 +85,7 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
     if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
         # A start that was subtracted has twice the run's rank and alpha.
         for name in (_RESOLVED | ({"rank", "alpha"} if "init" in recipe else set())) & fixed.keys():
-            default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
+            default = LoraConfig.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])

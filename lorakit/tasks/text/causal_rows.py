@@ -39,17 +39,24 @@ class Sources(Strict):
 
 
 def read_data(
-    config: RunSettings, sources: Sources, max_length: int | Literal["auto"], how: Mapping[str, Any], tokenizer: Any
+    config: RunSettings,
+    sources: Sources,
+    max_length: int | Literal["auto"],
+    how: Mapping[str, Any],
+    tokenizer: Any,
+    answer_after: str | None = None,
 ) -> tuple[Data, Any]:
     """Return the items of all data sets, training and held out, and the first one's `Dataset`.
 
-    `how`: the arguments of `data.dataset.build` that all data sets share. The length limit `auto` is that of the first.
+    `how`: the arguments of `data.dataset.build` that all data sets share; `answer_after`: see `data.split_text`. The
+    length limit `auto` is that of the first.
     Rows with one prompt are held out together, whichever data set they are in.
     """
     from ...data.dataset import held_out_of
     from ...data.mixing import Joined, mixture
 
-    read = partial(_read, how=how, tokenizer=tokenizer, folder=_folder(config.out) if sources.streaming else None)
+    folder = _folder(config.out) if sources.streaming else None
+    read = partial(_read, how=how, tokenizer=tokenizer, folder=folder, answer_after=answer_after)
     first = read(config.data, config.split, max_length)
     others = {source: read(source, None, first.max_length) for source in sources.mix}
     notes = dict(first.notes)
@@ -89,15 +96,20 @@ def _read(
     how: Mapping[str, Any],
     tokenizer: Any,
     folder: Path | None,
+    answer_after: str | None,
 ) -> Any:
     from ...data.dataset import build
     from ...data.read import read_rows, stream_rows
+    from ...data.split_text import answered, without_text
     from ...data.stored import build_stored
 
-    columns = how.get("columns")
+    columns = how.get("columns") or {}
+    how = {**how, "columns": without_text(columns) if answer_after else columns}
     if folder is None:
-        return build(read_rows(source, split, columns=columns), tokenizer, max_length=max_length, **how)
-    return build_stored(stream_rows(source, split, columns), tokenizer, folder, max_length=max_length, **how)
+        rows = answered(read_rows(source, split, columns=columns), answer_after, columns)
+        return build([*rows], tokenizer, max_length=max_length, **how)
+    rows = answered(stream_rows(source, split, columns), answer_after, columns)
+    return build_stored(rows, tokenizer, folder, max_length=max_length, **how)
 
 
 def _folder(out: str) -> Path:

@@ -73,7 +73,7 @@ def rows_of(config: RunSettings, source: str, split: str | None = None) -> list[
 def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet]) -> tuple[Data, RowSet]:
     """Read the training and the held-out rows. Returns them with the training rows' set.
 
-    read(rows, max_length, first): makes a set of rows; `first`: that of the training rows, None for itself.
+    read(rows, first): makes a set of rows; `first`: that of the training rows, None for itself.
     """
     from ...data.dataset import held_out_of
     from .lengths import check_limit, described
@@ -83,11 +83,11 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
         if getattr(config, name, None):
             raise ConfigError(f"{name}: {config.task} does not have it\n  remove {name}; one data set, in memory")
     check_limit(config)
-    first = read(rows_of(config, config.data, config.split), part(config, Lengths).max_length, None)
+    first = read(rows_of(config, config.data, config.split), None)
     counts = {"dropped": first.dropped, "cut": first.cut, "split": first.split}
     length = described(first.lengths, first.max_length, first.max_length_reason, counts, config)
     if isinstance(config.validation, str):
-        train, held_out = first.items, read(rows_of(config, config.validation), first.max_length, first).items
+        train, held_out = first.items, read(rows_of(config, config.validation), first).items
     else:
         train, held_out = held_out_of(first.items, config.validation)
     check_vocabulary(config, processor, [*train, *held_out])
@@ -97,13 +97,19 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
 
 def longest_input(config: RunSettings) -> int | None:
     """Return the most tokens of a row to predict: `max_length`, or else the model's positions; None: no limit."""
-    from ...bases.load import load_config
-
     limit = part(config, Lengths).max_length
-    if limit != "auto":
-        return int(limit)
-    base = load_config(config.model, config.revision, config.trust_remote_code).get_text_config()
-    return getattr(base, "max_position_embeddings", None)
+    return positions(config) if limit == "auto" else int(limit)
+
+
+def positions(config: RunSettings) -> int | None:
+    """Return how many positions the base has, by its config alone; None if it does not say."""
+    base = blueprint(config).get_text_config()
+    found = getattr(base, "max_position_embeddings", None)
+    # RoBERTa's positions begin after the padding token's id.
+    return found - base.pad_token_id - 1 if found is not None and base.model_type in _AFTER_PADDING else found
+
+
+_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
 
 
 def names_of(about: Mapping[str, Any], base: Any) -> list[str]:
@@ -211,17 +217,21 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 def batches(
     base: Base, items: Sequence[Any], batch_size: int, collate: Callable[..., dict[str, Tensor]]
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield batches of similar length on the model's device, with their items' indices, in eval mode."""
+    """Yield batches of similar length and of one group on the model's device, with their items' indices, in eval
+    mode.
+    """
     import torch
 
     from ...generate.eval_mode import evaluating
 
     order = sorted(range(len(items)), key=lambda i: -items[i].size)  # similar lengths together need little padding
+    groups = [[i for i in order if items[i].group == group] for group in dict.fromkeys(item.group for item in items)]
     with evaluating(base.model), torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            made = collate([items[i] for i in chosen], base)
-            yield chosen, {name: tensor.to(base.model.device) for name, tensor in made.items()}
+        for group in groups:
+            for start in range(0, len(group), batch_size):
+                chosen = group[start : start + batch_size]
+                made = collate([items[i] for i in chosen], base)
+                yield chosen, {name: tensor.to(base.model.device) for name, tensor in made.items()}
 
 
 def check_finite(item: Item, loss: float) -> float:

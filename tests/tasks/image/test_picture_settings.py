@@ -54,6 +54,7 @@ OF_TEXT = {
     "mix": {"a.jsonl": 0.5},
     "on_long": "cut",
     "packing": True,
+    "random_crop": 0.5,
     "sample_tokens": 3,
     "streaming": True,
     "template": "plain",

@@ -1,0 +1,217 @@
+"""Train runs of a table on the embedded model: one set of settings with several seeds, or several learning rates.
+
+Adapters of one base are trained together (`train/sweep`); methods that change the base are trained one by one. Every
+run of a table with the same seed has the same rows in the same order, and all are evaluated on the same held-out rows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoppedError, TrainError
+from ..io.atomic import write_text
+from ..methods import method_of
+from ..reproduce.demo import ASSETS, ROWS_FILE, judge, write_rows
+from .nist import nist
+from .work import Work
+
+# Steps of 4 rows, because at this size the number of updates matters more than their noise, and a run has to end within
+# seconds. A run that diverges goes on: that a setting does so is a result.
+COMMON: dict[str, Any] = {
+    "batch_size": 4,
+    "patience": 0,
+    "sample_tokens": 0,
+    "precision": "fp32",
+    "threads": 1,
+    "memory": "unchecked",
+    "keep_best": False,
+    "diverged": "continue",
+}
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # around the best for LoRA on q and v after 60 steps of 4 rows
+TRAIN, HELD_OUT = 1000, 72  # rows, spread over the demo's: enough for 250 steps; an evaluation takes about a second
+TUNING_SEED = 7  # not among the seeds that are compared
+
+Settings = Mapping[str, Any]
+Run = dict[str, Any]  # seed, loss (held out), trainable, folder (of the result)
+
+
+def train_seeds(work: Work, name: str, settings: Settings, seeds: int | None = None) -> list[Run]:
+    """Train once per seed, from 0, and return the runs. `name`: of the part; unique in the table."""
+    count = work.budget.seeds if seeds is None else seeds
+    assert count is not None
+    return work.cell(name, lambda: _all_ended(name, _train(work, name, settings, "seed", list(range(count)))))
+
+
+def tune_rate(
+    work: Work, name: str, settings: Settings, rates: Sequence[float] = RATES, steps: int | None = None
+) -> dict[str, Any]:
+    """Train one run per learning rate and return the best one, whether it is at the edge, and all losses.
+
+    `steps`: of a run; the budget's by default. The runs have a seed that is not compared, and the same held-out rows.
+    """
+
+    def compute() -> dict[str, Any]:
+        own = {**settings, "steps": steps or work.budget.steps, "seed": TUNING_SEED}
+        tried = [(run["learning_rate"], run["loss"]) for run in _train(work, name, own, "learning_rate", list(rates))]
+        losses = {rate: loss for rate, loss in tried if loss is not None}
+        if not losses:
+            raise TrainError(f"{name}: training failed with each of the learning rates {list(rates)}")
+        best = min(losses, key=lambda rate: losses[rate])
+        return {"rate": best, "edge": best in (min(rates), max(rates)), "tried": tried}
+
+    return work.cell(name, compute)
+
+
+def _all_ended(name: str, runs: list[Run]) -> list[Run]:
+    """Return the runs. Raises TrainError if the loss of one became NaN or infinite."""
+    failed = [run["seed"] for run in runs if run["loss"] is None]
+    if failed:
+        raise TrainError(f"{name}: the loss of seed {failed[0]} is not finite\n  lower its learning rate")
+    return runs
+
+
+def show_rate(tuned: Mapping[str, Any]) -> str:
+    """Format a tuned learning rate, and say so if it is at the edge of those tried."""
+    return f"{tuned['rate']:g}" + " (at the edge of those tried)" * tuned["edge"]
+
+
+def _train(work: Work, name: str, settings: Settings, axis: str, values: list[Any]) -> list[Run]:
+    """Train one run per value of the setting `axis`. Raises StoppedError if a signal stops it."""
+    from ..train.config import TrainConfig
+
+    steps = settings.get("steps", work.budget.steps)
+    folder = work.runs / _folder_name(name)
+    own = COMMON | {"steps": steps, "eval_every": steps, "save_every": steps} | e2e_files(work.folder) | dict(settings)
+    probe = TrainConfig(**own | {axis: values[0]})
+    runs = (
+        _one_by_one(own, axis, values, folder)
+        if method_of(probe.method).alone(probe) or len(values) == 1
+        else _together(own, axis, values, folder)
+    )
+    for checkpoints in folder.rglob("checkpoints"):
+        shutil.rmtree(checkpoints)  # the results are kept
+    return runs
+
+
+def _together(own: Settings, axis: str, values: list[Any], folder: Path) -> list[Run]:
+    from ..train.sweep.sweep import sweep
+    from ..train.sweep.sweep_config import expand
+    from ..train.sweep.sweep_progress import SweepProgress
+
+    outcome = sweep(expand({**own, axis: values, "out": str(folder)}), SweepProgress(quiet=True))
+    if outcome.stopped:
+        raise StoppedError(_stopped(outcome.stopped), outcome.stopped)
+    by_value = {entry.settings[axis]: entry for entry in outcome.entries}
+    return [
+        {
+            axis: value,
+            "loss": _loss(by_value[value].held_out_loss),
+            "trainable": by_value[value].trainable,
+            "folder": by_value[value].adapter,
+        }
+        for value in values
+    ]
+
+
+def _one_by_one(own: Settings, axis: str, values: list[Any], folder: Path) -> list[Run]:
+    from ..train.config import TrainConfig
+    from ..train.progress import Progress
+    from ..train.train import train
+
+    runs = []
+    for value in values:
+        config = TrainConfig(**{**own, axis: value, "out": str(folder / f"{axis}={value}")})
+        result = train(config, Progress(quiet=True))
+        if result.adapter is None:
+            raise StoppedError(_stopped(result.stopped or ""), result.stopped or "")
+        run = {axis: value, "loss": _loss(result.best_loss), "folder": str(result.adapter)}
+        runs.append(run | {"trainable": trainable(config)})
+    return runs
+
+
+def trainable(config: Any) -> int:
+    """Count the trained parameters of a run on shapes, without training it."""
+    import torch
+
+    from ..train.memory import planner_for
+
+    return planner_for(config, torch.float32, torch.device("cpu")).shell.trained_parameters
+
+
+def e2e_files(folder: Path, train: int = TRAIN) -> dict[str, str]:
+    """Write `train` rows of E2E and the held-out rows as files, and return them as a run's settings.
+
+    The held-out rows do not depend on `train`, and fewer training rows are the first ones of more.
+    """
+    rows = (folder / ROWS_FILE).read_text(encoding="utf8") if (folder / ROWS_FILE).exists() else None
+    lines = (rows or write_rows(folder).read_text(encoding="utf8")).splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    paths = {"validation": folder / "held-out.jsonl", "data": folder / f"train-{train}.jsonl"}
+    for path, own in zip(paths.values(), (lines[:HELD_OUT], lines[HELD_OUT:][:train]), strict=True):
+        if not path.exists():
+            write_text(path, "".join(own))
+    return {name: str(path) for name, path in paths.items()}
+
+
+def scored(
+    work: Work, name: str, runs: Sequence[Run], settings: Settings, tests: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Generate texts for the test rows with each run's result, and score them. `name`: the part that trained them."""
+
+    def scores(run: Run) -> dict[str, Any]:
+        model = load_result(run, settings)
+        found = scores_of(model, tests)
+        if method_of(settings.get("method", "lora")).result == "model":
+            shutil.rmtree(run["folder"])  # 24 MB each
+        return found
+
+    return [work.cell(f"{name}, texts of seed {run['seed']}", partial(scores, run)) for run in runs]
+
+
+def load_result(run: Run, settings: Settings) -> Any:
+    """Load the model that a run trained: the base with the adapter attached, or a model of its own."""
+    import torch
+
+    from ..adapter.adapter import Adapter
+    from ..bases.load import EMBEDDED, load_model
+    from ..model.attach import attach
+
+    if method_of(settings.get("method", "lora")).result == "model":
+        return load_model(run["folder"], torch.float32, torch.device("cpu"))
+    model = load_model(EMBEDDED, torch.float32, torch.device("cpu"))
+    attach(model, Adapter.load(run["folder"]))
+    return model
+
+
+def scores_of(model: Any, tests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Generate texts for the test rows, and score them against all references."""
+    from ..bases.load import EMBEDDED, load_tokenizer
+
+    texts, score = judge(model, load_tokenizer(EMBEDDED), list(tests), "", 0.0)
+    own = nist(texts, [test["references"] for test in tests])
+    return {"bleu": score.bleu, "rouge_l": score.rouge_l, "nist": own}
+
+
+def test_rows(count: int) -> list[dict[str, Any]]:
+    """Return `count` rows of E2E's test set, spread evenly over it: its rows are ordered by their properties."""
+    rows = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()]
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _folder_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+
+
+def _loss(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
+
+
+def _stopped(signal: str) -> str:
+    return f"stopped by {signal}; the same command goes on where it stopped"
