@@ -36,6 +36,14 @@ def store(
     return content
 
 
+def measured(out: Path) -> list[str]:
+    """List the tables that are stored. Raises ConfigError if there are none."""
+    names = [name for name in NAMES if (out / f"{name}.json").exists()]
+    if not names:
+        raise ConfigError(f"{out} has no tables\n  measure some first: lorakit reproduce --out {out}")
+    return names
+
+
 def stored(out: Path, name: str) -> dict[str, Any]:
     """Read what was measured. Raises ConfigError if it is not there or damaged."""
     path = out / f"{name}.json"

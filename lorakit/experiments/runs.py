@@ -38,7 +38,7 @@ TRAIN, HELD_OUT = 1000, 72  # rows, spread over the demo's: enough for 250 steps
 TUNING_SEED = 7  # not among the seeds that are compared
 
 Settings = Mapping[str, Any]
-Run = dict[str, Any]  # seed, loss (held out), trainable, folder (of the result)
+Run = dict[str, Any]  # seed, loss (held out), trainable, folder (of the result), failed (why, or None)
 
 
 def train_seeds(work: Work, name: str, settings: Settings, seeds: int | None = None) -> list[Run]:
@@ -58,10 +58,11 @@ def tune_rate(
 
     def compute() -> dict[str, Any]:
         own = {**settings, "steps": steps or work.budget.steps, "seed": TUNING_SEED}
-        tried = [(run["learning_rate"], run["loss"]) for run in _train(work, name, own, "learning_rate", list(rates))]
+        runs = _train(work, name, own, "learning_rate", list(rates))
+        tried = [(run["learning_rate"], run["loss"]) for run in runs]
         losses = {rate: loss for rate, loss in tried if loss is not None}
         if not losses:
-            raise TrainError(f"{name}: training failed with each of the learning rates {list(rates)}")
+            raise TrainError(f"{name}: training failed with each of {list(rates)}: {runs[0]['failed']}")
         best = min(losses, key=lambda rate: losses[rate])
         return {"rate": best, "edge": best in (min(rates), max(rates)), "tried": tried}
 
@@ -69,10 +70,10 @@ def tune_rate(
 
 
 def _all_ended(name: str, runs: list[Run]) -> list[Run]:
-    """Return the runs. Raises TrainError if the loss of one became NaN or infinite."""
-    failed = [run["seed"] for run in runs if run["loss"] is None]
-    if failed:
-        raise TrainError(f"{name}: the loss of seed {failed[0]} is not finite\n  lower its learning rate")
+    """Return the runs. Raises TrainError if one of them failed."""
+    for run in runs:
+        if run["loss"] is None:
+            raise TrainError(f"{name}, seed {run['seed']}: {run['failed'] or 'the held-out loss is not finite'}")
     return runs
 
 
@@ -114,6 +115,7 @@ def _together(own: Settings, axis: str, values: list[Any], folder: Path) -> list
             "loss": _loss(by_value[value].held_out_loss),
             "trainable": by_value[value].trainable,
             "folder": by_value[value].adapter,
+            "failed": by_value[value].failed,
         }
         for value in values
     ]
@@ -127,10 +129,14 @@ def _one_by_one(own: Settings, axis: str, values: list[Any], folder: Path) -> li
     runs = []
     for value in values:
         config = TrainConfig(**{**own, axis: value, "out": str(folder / f"{axis}={value}")})
-        result = train(config, Progress(quiet=True))
+        try:
+            result = train(config, Progress(quiet=True))
+        except TrainError as error:  # the loss became NaN, as a rate that is too high may have it
+            runs.append({axis: value, "loss": None, "trainable": None, "folder": None, "failed": str(error)})
+            continue
         if result.adapter is None:
             raise StoppedError(_stopped(result.stopped or ""), result.stopped or "")
-        run = {axis: value, "loss": _loss(result.best_loss), "folder": str(result.adapter)}
+        run = {axis: value, "loss": _loss(result.best_loss), "folder": str(result.adapter), "failed": None}
         runs.append(run | {"trainable": trainable(config)})
     return runs
 
