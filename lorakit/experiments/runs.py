@@ -48,6 +48,34 @@ def train_seeds(work: Work, name: str, settings: Settings, seeds: int | None = N
     return work.cell(name, lambda: _all_ended(name, _train(work, name, settings, "seed", list(range(count)))))
 
 
+def train_stable(work: Work, name: str, settings: Settings) -> tuple[list[Run], float]:
+    """Train once per seed; if a seed ends with a larger loss than the base's, all of them again at half the rate.
+
+    Several settings share a learning rate in a table, which may be too high for one of them: a rank of 1 with alpha 32
+    has the scale of 32. Returns the runs and their rate.
+    """
+    rate = float(settings["learning_rate"])
+    runs = train_seeds(work, name, settings)
+    while max(run["loss"] for run in runs) > work.cell("loss of the base", partial(base_loss, work.folder)):
+        rate /= 2
+        runs = train_seeds(work, f"{name}, learning rate {rate:g}", {**settings, "learning_rate": rate})
+    return runs, rate
+
+
+def base_loss(folder: Path) -> float:
+    """Return the loss of the base on the held-out rows."""
+    import torch
+
+    from ..bases.load import EMBEDDED, load_model, load_tokenizer
+    from ..data.dataset import build
+    from ..data.read import read_rows
+    from ..tasks.text.perplexity import perplexity
+
+    tokenizer = load_tokenizer(EMBEDDED)
+    items = build(read_rows(e2e_files(folder)["validation"]), tokenizer).items
+    return perplexity(load_model(EMBEDDED, torch.float32, torch.device("cpu")), items, tokenizer.pad_token_id).loss
+
+
 def tune_rate(
     work: Work, name: str, settings: Settings, rates: Sequence[float] = RATES, steps: int | None = None
 ) -> dict[str, Any]:
