@@ -15,7 +15,7 @@ import torch
 import lorakit as lk
 from lorakit.config.virtual_tokens import VIRTUAL
 from lorakit.errors import AdapterError, ConfigError, LorakitError, LorakitWarning, StateError, TargetError
-from lorakit.generate.generate import generate
+from lorakit.generate.generate import generate, stream
 from lorakit.model.detach import detach
 
 N, VOCAB = 5, tiny.VOCAB
@@ -151,6 +151,7 @@ def test_our_own_decoding_gives_the_tokens_of_each_row_alone(kind, encoder):
     with torch.no_grad():
         alone = [greedy(model, torch.tensor([row]), 6)[0, len(row) :].tolist() for row in rows]
     assert texts == [Letters().decode(ids) for ids in alone]
+    assert "".join(stream(model, Letters(), rows[0], max_new_tokens=6)) == texts[0]
 
 
 @pytest.mark.parametrize("kind, encoder", PAIRS)
