@@ -96,7 +96,7 @@ def evaluate(
         from ..generate.generate import positions_of
 
         values = read(model, adapter or [])
-        name = task_named(task, values)
+        name = task_named(task, values, model)
         if name == DEFAULT:
             loaded = attached(model, values, precision, chat_template, kwargs, date, quantization)
             base, tokenizer = loaded.model, loaded.tokenizer

@@ -4,6 +4,7 @@
     alpaca              instruction, input, history, system    answered after them
     messages            messages, conversations                the last turn is answered (again, if it is an answer)
     text                text                                   continued
+    preferences         prompt, or the turns of chosen         answered as the chosen one is
 
 An answer that a row has is not read: it stands in the output beside the prediction.
 """
@@ -32,6 +33,7 @@ from lorakit.errors import DataError, did_you_mean, listing
 
 # The answer's place in a row. Only what stands before the answer is rendered (`render.Renderer.prompt`).
 _STAND_IN = "."
+_ANSWERS = (*COMPLETIONS, "references", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def read_questions(
 
 
 def _is_missing_answer(ours: str, theirs: str, rows: Sequence[Row]) -> bool:
-    return ours in (*COMPLETIONS, "references") and not any(theirs in row.values for row in rows)
+    return ours in _ANSWERS and not any(theirs in row.values for row in rows)
 
 
 def _asked(row: Row, columns: Mapping[str, str], as_turns: bool) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def _asked(row: Row, columns: Mapping[str, str], as_turns: bool) -> dict[str, An
             return values | {shape: _awaiting(values[shape], shape, row)}
     if "instruction" in values:
         return values | {"output": _STAND_IN}
-    kept = {name: value for name, value in values.items() if name not in (*COMPLETIONS, "references")}
+    if isinstance(values.get("chosen"), list) and not values.keys() & {*PROMPTS}:  # a preference with its prompt
+        return {"messages": _awaiting(values["chosen"], "chosen", row)}
+    kept = {name: value for name, value in values.items() if name not in _ANSWERS}
     if not kept.keys() & {*PROMPTS, "text"}:
         found = listing(row.values, 20) or "none"
         hint = next(filter(None, (did_you_mean(name, (*PROMPTS, "text", "messages")) for name in row.values)), "")

@@ -132,8 +132,10 @@ writes = True
 
 
 def processor(config: RunSettings) -> Any:
+    from .text.kind import check_decoder_only
     from .text.vocabulary import load_extended_tokenizer
 
+    check_decoder_only(config.model, blueprint(config))
     return load_extended_tokenizer(config)
 
 
