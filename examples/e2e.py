@@ -22,12 +22,14 @@ from lorakit.bases.load import model_path
 END = "<|endoftext|>"
 
 
-def flags(description: str, arguments: Sequence[str] | None, steps: int, rate: float) -> argparse.Namespace:
-    """Parse the command line; None: that of the process."""
+def flags(
+    description: str, arguments: Sequence[str] | None, steps: int, rate: float, batch: int = 8
+) -> argparse.Namespace:
+    """Parse the command line (`arguments` None: that of the process), with a script's own defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="embedded", help="a model folder, a hub id, or embedded")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=batch)
     parser.add_argument("--learning-rate", type=float, default=rate)
     parser.add_argument("--rows", type=int, default=4000, help="how many rows to train on at most")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from ..config import LoraConfig
 from ..errors import LorakitError, listing
 from .heatmap import Grid, grids
 from .kinds import KINDS
-from .tables import Table, mean, printable
+from .tables import Table, brief, mean, printable
 from .training_notes import training
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ __all__ = [
     "not_finite",
 ]
 
-LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -145,7 +143,7 @@ class AdapterFacts:
             say(f"textual-inversion embedding: {printable(token)} {shape}")
         for section in ("recipe", "data", "metrics"):
             if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
-                facts = (f"{k} {_brief(v)}" for k, v in self.metadata[section].items() if v is not None)
+                facts = (f"{k} {brief(v)}" for k, v in self.metadata[section].items() if v is not None)
                 say(printable(f"{section}: {', '.join(facts)}"))
         start = self.metadata.get("started_from")
         if isinstance(start, Mapping):
@@ -193,17 +191,6 @@ class AdapterFacts:
             name = m.name if every_module else ending(m.name)
             groups.setdefault((name, m.size_in, m.size_out, m.rank, m.alpha, m.kind, m.dora), []).append(m)
         return groups
-
-
-def _brief(value: Any) -> str:
-    """Format a value for reading; `--json` has all of it."""
-    if isinstance(value, Mapping) and len(value) > 8:
-        return f"({len(value):,} entries)"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, str) and len(value) > LONGEST:
-        return f"{value[:40]}… ({len(value):,} characters)"
-    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
 def ending(module: str) -> str:

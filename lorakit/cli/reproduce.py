@@ -62,8 +62,9 @@ def reproduce(
     from ..experiments import report
 
     if table_only:
-        for name in selected:
-            _show(name, report.stored(out, name), report.draw(out, name, report.stored(out, name)))
+        for name in selected if names else report.measured(out):
+            content = report.stored(out, name)
+            _show(name, content, report.draw(out, name, content))
         return
     with starting("loading torch and transformers"):
         from ..bench.suite import machine

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def run(work: Work) -> Result:
     data = _write(work.folder / "train.jsonl", train)
     settings = {"data": str(data), "validation": str(_write(work.folder / "test.jsonl", test)), "learning_rate": RATE}
     runs = train_seeds(work, "addresses", settings)
-    rows = [work.cell(f"seed {run['seed']}", lambda run=run: _judged(work, run, settings, test)) for run in runs]
+    rows = [work.cell(f"seed {run['seed']}", partial(_judged, work, run, settings, test)) for run in runs]
     return {"rows": rows, "source": "the user's list" if work.file else "places written in lorakit"}
 
 

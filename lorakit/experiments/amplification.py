@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def run(work: Work) -> Result:
     for rank in RANKS:
         own = {"targets": list(KINDS), "learning_rate": RATE, "rank": rank}
         (trained,) = train_seeds(work, f"rank {rank}", own, seeds=1)
-        rows += work.cell(f"rank {rank}, norms", lambda trained=trained, rank=rank: norms(trained["folder"], rank))
+        rows += work.cell(f"rank {rank}, norms", partial(norms, trained["folder"], rank))
     return {"rows": rows}
 
 

@@ -9,11 +9,12 @@ the test set is used for the figures alone. A method that cannot train this base
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .seeds import difference, show
-from .suite import Budget, Finding, Result
+from .suite import Budget, Finding, Result, verdict
 
 if TYPE_CHECKING:
     from ..analysis.tables import Table
@@ -55,7 +56,7 @@ def run(work: Work) -> Result:
     tests, rows = test_rows(work.budget.rows), []
     base = work.cell("the base alone", lambda: scores_of_base(tests))
     for name, settings in METHODS.items():
-        fit = work.cell(f"{name}, fit", lambda settings=settings: fitting(settings))
+        fit = work.cell(f"{name}, fit", partial(fitting, settings))
         if fit["reason"]:
             rows.append({"name": name, "reason": fit["reason"]})
             continue
@@ -150,15 +151,13 @@ def findings(result: Result) -> Sequence[Finding]:
     for name in ("adapter H", "adapter L", "prefix", "prompt"):
         if name in losses:
             apart = difference(losses[best], losses[name])
-            better = "within noise" if not apart.above_noise else "agrees" if apart.mean < 0 else "disagrees"
-            found.append(Finding(f"LoRA is better than {name}", better, f"{best} against {name}: {apart.show()}"))
+            judged = verdict(apart.mean < 0, apart)
+            found.append(Finding(f"LoRA is better than {name}", judged, f"{best} against {name}: {apart.show()}"))
     both = f"{REFERENCE} + prefix"
     if both in losses:
         apart = difference(losses[both], losses[REFERENCE])
-        better = "within noise" if not apart.above_noise else "agrees" if apart.mean < 0 else "disagrees"
-        found.append(
-            Finding("LoRA and a prefix together are better than LoRA (appendix E)", better, f"{both}: {apart.show()}")
-        )
+        claim = "LoRA and a prefix together are better than LoRA (appendix E)"
+        found.append(Finding(claim, verdict(apart.mean < 0, apart), f"{both}: {apart.show()}"))
     return found
 
 

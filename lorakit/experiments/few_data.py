@@ -8,6 +8,7 @@ first rows of the larger ones. The learning rate of each method is the best of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def run(work: Work) -> Result:
     rows = []
     for name in COMPARED:
         settings = METHODS[name]
-        fit = work.cell(f"{name}, fit", lambda settings=settings: fitting(settings))
+        fit = work.cell(f"{name}, fit", partial(fitting, settings))
         if fit["reason"]:
             continue
         tuned = tune_rate(
@@ -62,8 +63,8 @@ def findings(result: Result) -> Sequence[Finding]:
     for size in (SIZES[0], SIZES[-1]):
         apart = difference(_losses(result, REFERENCE)[size], _losses(result, FULL)[size])
         claim = f"with {size:,} rows LoRA is as good as full fine-tuning or better"
-        judged = "agrees" if apart.mean < 0 or not apart.above_noise else "disagrees"
-        found.append(Finding(claim, judged, f"{REFERENCE} against full: {apart.show()}"))
+        holds = apart.mean < 0 or not apart.above_noise
+        found.append(Finding(claim, "agrees" if holds else "disagrees", f"{REFERENCE} against full: {apart.show()}"))
     if prefix := _losses(result, "prefix"):
         apart = difference(prefix[SIZES[0]], _losses(result, REFERENCE)[SIZES[0]])
         found.append(

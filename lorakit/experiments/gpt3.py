@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .suite import Budget, Finding, Result
@@ -99,13 +100,13 @@ PAPER_FULL_MEMORY, PAPER_LORA_MEMORY, PAPER_CHECKPOINT = 1.2e12, 350e9, 35e6
 
 
 def run(work: Work) -> Result:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model": case.model,
             "name": case.name,
             "where": case.where,
             "paper": case.paper,
-            "counted": work.cell(f"{case.model}, {case.name}", lambda case=case: count(case)),
+            "counted": work.cell(f"{case.model}, {case.name}", partial(count, case)),
         }
         for case in CASES
     ]

@@ -12,6 +12,7 @@ model; the bytes of tensors that are there, each storage once. The peak of an en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .suite import Budget, Finding, Result
@@ -44,8 +45,8 @@ def run(work: Work) -> Result:
         rows.append(
             {
                 "name": name,
-                "predicted": work.cell(f"{name}, predicted", lambda settings=settings: predicted(settings)),
-                "measured": work.cell(f"{name}, measured", lambda settings=settings: measured(settings)),
+                "predicted": work.cell(f"{name}, predicted", partial(predicted, settings)),
+                "measured": work.cell(f"{name}, measured", partial(measured, settings)),
             }
         )
     return {"rows": rows}

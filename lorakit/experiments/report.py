@@ -15,7 +15,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..io.atomic import replacing, write_text
-from ..share.markdown import plain, table
 from .suite import NAMES, PAPER, Budget, Experiment, Result, load
 
 PAGE = "experiments.md"
@@ -34,6 +33,14 @@ def store(
     content["result"] = result
     write_text(out / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return content
+
+
+def measured(out: Path) -> list[str]:
+    """List the tables that are stored. Raises ConfigError if there are none."""
+    names = [name for name in NAMES if (out / f"{name}.json").exists()]
+    if not names:
+        raise ConfigError(f"{out} has no tables\n  measure some first: lorakit reproduce --out {out}")
+    return names
 
 
 def stored(out: Path, name: str) -> dict[str, Any]:
@@ -65,6 +72,8 @@ def draw(out: Path, name: str, content: Mapping[str, Any]) -> list[Path]:
 
 def markdown(name: str, experiment: Experiment, content: Mapping[str, Any], image: Path | None) -> str:
     """Return a table's section: what it compares, its command and time, the table, the findings, the plot."""
+    from ..share.markdown import plain, table
+
     result, machine = content["result"], content["machine"]
     lines = [f"## {NAMES[name]}", "", " ".join(experiment.TITLE.split()), ""]
     facts = f"{content['seconds']:.0f} CPU seconds; {machine['cpu']}, {machine['cores']} cores"

@@ -38,7 +38,7 @@ TRAIN, HELD_OUT = 1000, 72  # rows, spread over the demo's: enough for 250 steps
 TUNING_SEED = 7  # not among the seeds that are compared
 
 Settings = Mapping[str, Any]
-Run = dict[str, Any]  # seed, loss (held out), trainable, folder (of the result)
+Run = dict[str, Any]  # seed, loss (held out), trainable, folder (of the result), failed (why, or None)
 
 
 def train_seeds(work: Work, name: str, settings: Settings, seeds: int | None = None) -> list[Run]:
@@ -46,6 +46,34 @@ def train_seeds(work: Work, name: str, settings: Settings, seeds: int | None = N
     count = work.budget.seeds if seeds is None else seeds
     assert count is not None
     return work.cell(name, lambda: _all_ended(name, _train(work, name, settings, "seed", list(range(count)))))
+
+
+def train_stable(work: Work, name: str, settings: Settings) -> tuple[list[Run], float]:
+    """Train once per seed; if a seed ends with a larger loss than the base's, all of them again at half the rate.
+
+    Several settings share a learning rate in a table, which may be too high for one of them: a rank of 1 with alpha 32
+    has the scale of 32. Returns the runs and their rate.
+    """
+    rate = float(settings["learning_rate"])
+    runs = train_seeds(work, name, settings)
+    while max(run["loss"] for run in runs) > work.cell("loss of the base", partial(base_loss, work.folder)):
+        rate /= 2
+        runs = train_seeds(work, f"{name}, learning rate {rate:g}", {**settings, "learning_rate": rate})
+    return runs, rate
+
+
+def base_loss(folder: Path) -> float:
+    """Return the loss of the base on the held-out rows."""
+    import torch
+
+    from ..bases.load import EMBEDDED, load_model, load_tokenizer
+    from ..data.dataset import build
+    from ..data.read import read_rows
+    from ..tasks.text.perplexity import perplexity
+
+    tokenizer = load_tokenizer(EMBEDDED)
+    items = build(read_rows(e2e_files(folder)["validation"]), tokenizer).items
+    return perplexity(load_model(EMBEDDED, torch.float32, torch.device("cpu")), items, tokenizer.pad_token_id).loss
 
 
 def tune_rate(
@@ -58,10 +86,11 @@ def tune_rate(
 
     def compute() -> dict[str, Any]:
         own = {**settings, "steps": steps or work.budget.steps, "seed": TUNING_SEED}
-        tried = [(run["learning_rate"], run["loss"]) for run in _train(work, name, own, "learning_rate", list(rates))]
+        runs = _train(work, name, own, "learning_rate", list(rates))
+        tried = [(run["learning_rate"], run["loss"]) for run in runs]
         losses = {rate: loss for rate, loss in tried if loss is not None}
         if not losses:
-            raise TrainError(f"{name}: training failed with each of the learning rates {list(rates)}")
+            raise TrainError(f"{name}: training failed with each of {list(rates)}: {runs[0]['failed']}")
         best = min(losses, key=lambda rate: losses[rate])
         return {"rate": best, "edge": best in (min(rates), max(rates)), "tried": tried}
 
@@ -69,10 +98,10 @@ def tune_rate(
 
 
 def _all_ended(name: str, runs: list[Run]) -> list[Run]:
-    """Return the runs. Raises TrainError if the loss of one became NaN or infinite."""
-    failed = [run["seed"] for run in runs if run["loss"] is None]
-    if failed:
-        raise TrainError(f"{name}: the loss of seed {failed[0]} is not finite\n  lower its learning rate")
+    """Return the runs. Raises TrainError if one of them failed."""
+    for run in runs:
+        if run["loss"] is None:
+            raise TrainError(f"{name}, seed {run['seed']}: {run['failed'] or 'the held-out loss is not finite'}")
     return runs
 
 
@@ -114,6 +143,7 @@ def _together(own: Settings, axis: str, values: list[Any], folder: Path) -> list
             "loss": _loss(by_value[value].held_out_loss),
             "trainable": by_value[value].trainable,
             "folder": by_value[value].adapter,
+            "failed": by_value[value].failed,
         }
         for value in values
     ]
@@ -127,10 +157,14 @@ def _one_by_one(own: Settings, axis: str, values: list[Any], folder: Path) -> li
     runs = []
     for value in values:
         config = TrainConfig(**{**own, axis: value, "out": str(folder / f"{axis}={value}")})
-        result = train(config, Progress(quiet=True))
+        try:
+            result = train(config, Progress(quiet=True))
+        except TrainError as error:  # the loss became NaN, as a rate that is too high may have it
+            runs.append({axis: value, "loss": None, "trainable": None, "folder": None, "failed": str(error)})
+            continue
         if result.adapter is None:
             raise StoppedError(_stopped(result.stopped or ""), result.stopped or "")
-        run = {axis: value, "loss": _loss(result.best_loss), "folder": str(result.adapter)}
+        run = {axis: value, "loss": _loss(result.best_loss), "folder": str(result.adapter), "failed": None}
         runs.append(run | {"trainable": trainable(config)})
     return runs
 

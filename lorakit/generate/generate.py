@@ -76,7 +76,7 @@ def generate(
             torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            more = {} if inputs is None else {"more": partial(inputs, rows)}
+            more: dict[str, Any] = {} if inputs is None else {"more": partial(inputs, rows)}
             for row, ids in zip(
                 rows, decode_batch(model, tokenizer, [prompts[row] for row in rows], pad, stop, **more)
             ):

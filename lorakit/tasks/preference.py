@@ -119,7 +119,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     if objective.loss.answers == 1:
         before_step = keep_divergence
         train = with_mismatches(train, dataset.max_length)
-        held_out = with_mismatches(held_out, dataset.max_length) if held_out else held_out
+        held_out = with_mismatches(held_out, dataset.max_length, train)
     check_vocabulary(config, processor, [answer for item in chain(train, held_out) for answer in item.answers])
     about = record(dataset, tokenizer, options, own.chat_template is not None)
     files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}

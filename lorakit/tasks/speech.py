@@ -207,8 +207,8 @@ def learning_rate(config: RunSettings, model: Any) -> Any:
 
 def check(config: RunSettings, model: Any, items: Iterable[SpokenItem]) -> None:
     """Raise TrainError for a text that is longer than the decoder's positions."""
-    positions = getattr(model.config, "max_target_positions", None)
-    for item in items if positions is not None else ():
+    positions: float = getattr(model.config, "max_target_positions", math.inf)
+    for item in items:
         if item.size > positions:
             raise TrainError(
                 f"{item.where}: its text has {item.size} tokens with those before it, but {config.model} has "

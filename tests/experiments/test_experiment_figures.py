@@ -130,7 +130,7 @@ def test_findings_call_a_difference_within_noise_by_its_name():
 def test_the_ranks_verdicts_follow_the_losses():
     def result(one, large):
         own = {1: one, 2: [1.0, 1.1], 4: [1.0, 1.1], 8: [1.0, 1.1], 64: large}
-        rows = [{"rank": r, "trainable": r, "losses": v, "bleus": [1.0, 2.0]} for r, v in own.items()]
+        rows = [{"rank": r, "rate": 0.01, "trainable": r, "losses": v, "bleus": [1.0, 2.0]} for r, v in own.items()]
         return {"rows": rows, "tuned": {"rate": 0.01, "edge": True, "tried": []}}
 
     worse = result([3.0, 3.1001], [1.0, 1.2])

@@ -53,7 +53,7 @@ def test_a_finished_table_is_not_measured_again(measured, monkeypatch, capsys):
     assert cli(call) == 0
     assert (out / "e2e" / CELLS).read_bytes() == before
     (out / "e2e.md").unlink()
-    assert cli(["reproduce", "e2e", "--table-only", "--out", str(out)]) == 0
+    assert cli(["reproduce", "--table-only", "--out", str(out)]) == 0  # those that are there
     assert (out / "e2e.md").exists()
 
 
@@ -104,6 +104,8 @@ def test_wrong_calls_are_refused_before_anything_runs(tmp_path, capsys):
     assert "--file is for the table address" in capsys.readouterr().err
     assert cli(["reproduce", "ranks", "--table-only", *out]) == 2
     assert "measure it first" in capsys.readouterr().err
+    assert cli(["reproduce", "--table-only", *out]) == 2
+    assert "has no tables" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

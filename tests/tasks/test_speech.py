@@ -70,15 +70,13 @@ def make(whisper, tones, tmp_path):
 
 def test_tones_it_has_not_heard_become_words(make):
     """The base is random: its output layer, tied to the embedding, is trained too."""
-    result = train(make(method="full", steps=150, eval_every=50, learning_rate=4e-3), QUIET)
+    result = train(make(method="full", steps=80, eval_every=40, learning_rate=4e-3), QUIET)
     rows = [json.loads(line) for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines()]
     rates = [row["held_out_wer"] for row in rows if "held_out_wer" in row]
-    assert rates[-1] <= 0.25 < rates[0] or rates[0] <= 0.25  # of three words, guessing is wrong two times in three
+    assert rates[-1] <= 0.25  # of three words, guessing is wrong two times in three
     model = AutoModelForSpeechSeq2Seq.from_pretrained(result.adapter)
     assert model.config.model_type == "whisper"
-    assert (result.adapter / "preprocessor_config.json").is_file() or (
-        result.adapter / "processor_config.json"
-    ).is_file()
+    assert any((result.adapter / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
 
 
 def test_the_start_is_given_and_the_text_with_its_end_is_trained(make):
@@ -107,11 +105,11 @@ def test_another_language_and_translation_start_otherwise(make, tmp_path):
 
 
 def test_transcripts_are_those_of_a_plain_loop_whatever_shares_their_batch(make):
-    config = make(steps=20)
+    config = make(steps=6, learning_rate=3e-2)
     train(config, QUIET)
     job = set_up(config)
     Run(job, QUIET)
-    items = job.train[:5]
+    items = job.train[:4]
     found = task.predict(config, job.base, items, 3)
     assert found == task.predict(config, job.base, items, 1)
     end = job.base.processor.tokenizer.eos_token_id
@@ -202,7 +200,7 @@ def test_train_eval_and_predict_on_the_command_line(whisper, tones, tmp_path, ca
     monkeypatch.setenv("COLUMNS", "300")
     out, model = tmp_path / "run", ["--model", str(whisper)]
     flags = ["--rank", "4", "--steps", "4", "--batch-size", "6", "--lr", "1e-2", "--precision", "fp32"]
-    flags += ["--threads", "1", "--sample-tokens", "6", "--language", "en"]
+    flags += ["--task", "speech", "--threads", "1", "--sample-tokens", "6", "--language", "en"]
     assert run(["train", "--data", str(tones), *model, "--out", str(out), *flags]) == 0
     said = capsys.readouterr().out
     assert "speech: write what is said in a sound" in said

@@ -149,7 +149,7 @@ def test_the_language_model_alone_is_adapted_unless_targets_say_otherwise(make, 
 
 
 def test_answers_are_those_of_transformers_and_do_not_depend_on_the_batch(make, rows, llava):
-    config = make(steps=30)
+    config = make(steps=8, learning_rate=3e-2)
     train(config, QUIET)
     job = set_up(config)
     Run(job, QUIET)

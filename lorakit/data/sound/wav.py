@@ -34,12 +34,8 @@ def read_wav(data: bytes, where: str) -> Sound:
     """Decode a WAV file's bytes. `where`: names it in errors. Raises DataError for what is not PCM, or not complete."""
     try:
         with wave.open(io.BytesIO(data)) as file:
-            channels, width, rate, count = (
-                file.getnchannels(),
-                file.getsampwidth(),
-                file.getframerate(),
-                file.getnframes(),
-            )
+            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            count = file.getnframes()
             raw = file.readframes(count)
     except (wave.Error, EOFError) as error:
         reason = str(error) or "the file ends too early"
