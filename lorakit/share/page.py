@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "OWNER/NAME"  # stands for the repository until it is known
 # PEFT's task_type -> transformers' class, the hub's task.
-TASKS = {
+TASKS: dict[str, tuple[str | None, str | None]] = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),  # translation, summarization, ...: which is not recorded
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
@@ -37,7 +37,7 @@ TASKS = {
 }
 # The same by lorakit's task, where PEFT's says less or nothing. Their inputs are no texts alone, so the page's code
 # leaves loading the base to the reader.
-OWN_TASKS = {
+OWN_TASKS: dict[str, tuple[str | None, str | None]] = {
     "image_classification": (None, "image-classification"),
     "speech": (None, "automatic-speech-recognition"),
     "vision_language": (None, "image-text-to-text"),
@@ -122,7 +122,7 @@ def _template() -> Template:
 def class_and_task(record: AdapterRecord) -> tuple[str | None, str | None]:
     """Return transformers' class for the adapter's base and the hub's task; None for what is not known."""
     own = task_of_adapter(record.facts.task, record.facts.metadata)
-    return OWN_TASKS.get(str(own)) or TASKS.get(str(record.facts.task), (None, None))
+    return OWN_TASKS.get(str(own), TASKS.get(str(record.facts.task), (None, None)))
 
 
 def base_text(record: AdapterRecord) -> Markdown:
