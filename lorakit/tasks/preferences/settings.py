@@ -47,7 +47,7 @@ class LossSettings(Strict):
         "auto",
         description="what a change of the log-probabilities counts in the loss: the higher, the closer the model stays "
         "to its reference; auto: "
-        + ", ".join(f"{beta:g} for {name}" for name in LOSSES if (beta := loss_of(name).beta) is not None),
+        + ", ".join(f"{loss_of(name).beta:g} for {name}" for name in LOSSES if "beta" in loss_of(name).uses),
     )
     label_smoothing: float = Field(
         0.0,
