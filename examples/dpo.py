@@ -16,7 +16,7 @@ import lorakit as lk
 
 
 def main(arguments: Sequence[str] | None = None) -> DPOTrainer:
-    options = e2e.flags(__doc__, arguments, steps=100, rate=5e-4)
+    options = e2e.flags(__doc__, arguments, steps=30, rate=5e-4)
     model, tokenizer = e2e.load(options)
     lk.attach(model, lk.LoraConfig(rank=16))
     trainer = DPOTrainer(
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> DPOTrainer:
 
 
 if __name__ == "__main__":
-    measured = main().evaluate()
+    trained = main()
+    e2e.report(trained, "loss", "rewards/margins")
+    measured = trained.evaluate()
     margin, accuracy = measured["eval_rewards/margins"], measured["eval_rewards/accuracies"]
     print(f"pairs not trained on: reward margin {margin:.2f}, chosen preferred in {accuracy:.0%}")

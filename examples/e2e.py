@@ -22,12 +22,14 @@ from lorakit.bases.load import model_path
 END = "<|endoftext|>"
 
 
-def flags(description: str, arguments: Sequence[str] | None, steps: int, rate: float) -> argparse.Namespace:
-    """Parse the command line; None: that of the process."""
+def flags(
+    description: str, arguments: Sequence[str] | None, steps: int, rate: float, batch: int = 8
+) -> argparse.Namespace:
+    """Parse the command line (`arguments` None: that of the process), with a script's own defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="embedded", help="a model folder, a hub id, or embedded")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=batch)
     parser.add_argument("--learning-rate", type=float, default=rate)
     parser.add_argument("--rows", type=int, default=4000, help="how many rows to train on at most")
     parser.add_argument("--seed", type=int, default=0)
@@ -90,3 +92,11 @@ def mentioned(prompts: list[str], completions: list[str], **_: Any) -> list[floa
         values = re.findall(r"\[(.*?)\]", prompt)
         found.append(sum(value.lower() in completion.lower() for value in values) / len(values))
     return found
+
+
+def report(trainer: Any, *names: str) -> None:
+    """Print what a trainer logged in the first and in the last tenth of its steps, on average."""
+    for name in names:
+        logged = [row[name] for row in trainer.state.log_history if name in row]
+        tenth = max(1, len(logged) // 10)
+        print(f"{name}: {sum(logged[:tenth]) / tenth:.3f} -> {sum(logged[-tenth:]) / tenth:.3f}")

@@ -49,4 +49,4 @@ def main(arguments: Sequence[str] | None = None) -> GKDTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    e2e.report(main(), "loss")

@@ -37,4 +37,4 @@ def main(arguments: Sequence[str] | None = None) -> KTOTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    e2e.report(main(), "loss", "rewards/margins")

@@ -30,4 +30,4 @@ def main(arguments: Sequence[str] | None = None) -> ORPOTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    e2e.report(main(), "loss", "rewards/margins")

@@ -36,4 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> RewardTrainer:
 
 
 if __name__ == "__main__":
-    print(f"pairs not trained on: chosen preferred in {main().evaluate()['eval_accuracy']:.0%}")
+    trained = main()
+    e2e.report(trained, "loss", "accuracy")
+    print(f"pairs not trained on: chosen preferred in {trained.evaluate()['eval_accuracy']:.0%}")

@@ -18,7 +18,7 @@ BETA = 0.02
 
 
 def main(arguments: Sequence[str] | None = None) -> RLOOTrainer:
-    options = e2e.flags(__doc__, arguments, steps=60, rate=1e-3)
+    options = e2e.flags(__doc__, arguments, steps=60, rate=2e-3, batch=16)  # two prompts, eight answers each
     model, tokenizer = e2e.load(options)
     lk.attach(model, lk.LoraConfig(rank=16))
     base = lk.integrations.reference(model)
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> RLOOTrainer:
 
 if __name__ == "__main__":
     trained = main()
+    e2e.report(trained, "reward", "kl")
     tuned = trained.evaluate()["eval_reward"]
     lk.activate(trained.model, None)
     print(f"reward on prompts not trained on: base {trained.evaluate()['eval_reward']:.3f}, tuned {tuned:.3f}")

@@ -31,4 +31,4 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    e2e.report(main(), "loss", "mean_token_accuracy")

@@ -91,6 +91,19 @@ class VirtualTokens(Update):
                 f"with {self.heads} heads"
             )
 
+    def described(self) -> str:
+        """Describe them in a sentence, for people."""
+        what = f"{self.rank} virtual tokens ({TITLES[self.kind]})"
+        width = self.embeddings.shape[1]
+        where = (
+            f"keys and values of {self.layers} layers, {self.heads} heads each"
+            if self.kind == "prefix"
+            else f"input embeddings of width {width}"
+        )
+        trained = sum(t.numel() for t in self.encoder.values())
+        encoder = f"; their encoder, for further training, has {trained:,}" if trained else ""
+        return f"{what}: {where}, {self.parameters:,} parameters{encoder}"
+
     def unmergeable(self) -> str:
         return (
             "stands for virtual tokens, which are inputs and change no weight, so they cannot be merged\n"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.algebra.product import norm
 from ..adapter.algebra.spectrum import spectrum
+from ..adapter.virtual_tokens import BODY, VirtualTokens
 from ..bases.load import EMBEDDED, load_config
 from ..bases.pipeline import component_of
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
 from .heatmap import Grid, grids
 from .kinds import KINDS
-from .tables import Table, mean, printable
+from .tables import Table, brief, mean, printable
 from .training_notes import training
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ __all__ = [
     "not_finite",
 ]
 
-LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -97,6 +96,7 @@ class AdapterFacts:
     unlike_base: list[str] = field(default_factory=list)  # how the given base differs from the one it was trained on
     embeddings: dict[str, list[int]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    virtual: str | None = None  # its virtual tokens, which change no module
 
     @property
     def dead(self) -> list[str]:
@@ -130,6 +130,8 @@ class AdapterFacts:
             )
         if self.packed:
             say(f"{self.packed} packed projections: the zeros between their blocks are not counted as parameters")
+        if self.virtual:
+            say(self.virtual)
         if self.modules:
             console.print(self._table(every_module))
         if self.dead:
@@ -141,7 +143,7 @@ class AdapterFacts:
             say(f"textual-inversion embedding: {printable(token)} {shape}")
         for section in ("recipe", "data", "metrics"):
             if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
-                facts = (f"{k} {_brief(v)}" for k, v in self.metadata[section].items() if v is not None)
+                facts = (f"{k} {brief(v)}" for k, v in self.metadata[section].items() if v is not None)
                 say(printable(f"{section}: {', '.join(facts)}"))
         start = self.metadata.get("started_from")
         if isinstance(start, Mapping):
@@ -191,17 +193,6 @@ class AdapterFacts:
         return groups
 
 
-def _brief(value: Any) -> str:
-    """Format a value for reading; `--json` has all of it."""
-    if isinstance(value, Mapping) and len(value) > 8:
-        return f"({len(value):,} entries)"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, str) and len(value) > LONGEST:
-        return f"{value[:40]}… ({len(value):,} characters)"
-    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
-
-
 def ending(module: str) -> str:
     """The last part of a name, or the last two if it ends in a number (`to_out.0`)."""
     parts = module.split(".")
@@ -214,6 +205,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
     source: the path it was read from. base: a checkpoint folder, for norms relative to its weights. form: the format it
         was read from.
     """
+    changed = {name: update for name, update in adapter.updates.items() if name != BODY}
     relative: Mapping[str, float] = {}
     differences: list[str] = []
     if base is not None:
@@ -221,9 +213,10 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
         from ..checkpoint.weights import open_weights
         from .amplification import relative_norms
 
-        relative = relative_norms(adapter, open_weights(base, adapter.updates))
+        relative = relative_norms(replace(adapter, updates=changed), open_weights(base, changed))
         differences = compare_with_base(base, adapter)
-    modules = [_module(name, update, relative.get(name)) for name, update in adapter.updates.items()]
+    modules = [_module(name, update, relative.get(name)) for name, update in changed.items()]
+    virtual = adapter.updates.get(BODY)
     tensors = [t for update in adapter.updates.values() for t in update.tensors().values()]
     tensors += [*adapter.saved.values(), *adapter.embeddings.values()]
     return AdapterFacts(
@@ -246,6 +239,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
         unlike_base=differences,
         embeddings={token: list(t.shape) for token, t in adapter.embeddings.items()},
         training=training(adapter.metadata.get("header")),
+        virtual=virtual.described() if isinstance(virtual, VirtualTokens) else None,
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -29,6 +30,7 @@ th:first-child, td:first-child { text-align: left; } th { background: var(--pane
 
 
 INDENT = 2  # of a row's figures below its name
+LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 
 
 @dataclass(frozen=True)
@@ -135,3 +137,14 @@ def mean(values: Iterable[float | None], spec: str) -> str:
     """Format the mean of the known values; "" if there are none."""
     known = [value for value in values if value is not None]
     return format(sum(known) / len(known), spec) if known else ""
+
+
+def brief(value: Any) -> str:
+    """Format a value for reading; `--json` has all of it."""
+    if isinstance(value, Mapping) and len(value) > 8:
+        return f"({len(value):,} entries)"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"{value[:40]}… ({len(value):,} characters)"
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)

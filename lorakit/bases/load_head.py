@@ -77,7 +77,7 @@ def load_with_head(
             trust_remote_code=trust_remote_code,
             dtype=dtype,
             output_loading_info=True,
-            key_mapping=_trunk_names(auto_class, config),
+            key_mapping=trunk_names(auto_class, config),
             ignore_mismatched_sizes=True,  # a head for other labels is replaced; see below for the rest
             **options,
         )
@@ -103,7 +103,7 @@ def load_with_head(
     return ready(model, device, "quantization_config" in options)
 
 
-def _trunk_names(auto_class: Any, config: Any) -> dict[str, str] | None:
+def trunk_names(auto_class: Any, config: Any) -> dict[str, str] | None:
     """Return how a checkpoint's names of the trunk are spelled in the class with the head, for `from_pretrained`.
 
     LlamaForQuestionAnswering calls `transformer` what checkpoints of Llama call `model`, and would start with a trunk

@@ -40,3 +40,37 @@ def _check_file(name: str) -> None:
             f"'{name}' has no image processor: {IMAGE_FILES[0]} is missing, which says how large its pictures are and "
             "how their colours are scaled\n  put the file of the base into the folder"
         )
+
+
+def load_vision_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the processor of a vision-language model: with a tokenizer and an image processor.
+
+    Raises LorakitError if the base has none, or if a package that it needs is missing.
+    """
+    check_pillow()
+    from transformers import AutoProcessor
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": "pil"}
+    processor = from_pretrained(AutoProcessor, name, **options)
+    parts = ("tokenizer", "image_processor", "image_token", "image_token_id", "replace_image_token")
+    missing = [part for part in parts if getattr(processor, part, None) is None]
+    if missing:
+        raise LorakitError(
+            f"'{name}' has no processor of texts with pictures: its {type(processor).__name__} has no {missing[0]}\n"
+            "  expected a vision-language model with its processor_config.json, such as LLaVA"
+        )
+    return processor
+
+
+def load_speech_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the processor of a speech model: with a tokenizer and a feature extractor. Raises LorakitError without."""
+    from transformers import AutoProcessor
+
+    processor = from_pretrained(AutoProcessor, name, revision=revision, trust_remote_code=trust_remote_code)
+    missing = [part for part in ("tokenizer", "feature_extractor") if getattr(processor, part, None) is None]
+    if missing:
+        raise LorakitError(
+            f"'{name}' has no processor of speech: its {type(processor).__name__} has no {missing[0]}\n"
+            "  expected a Whisper with its preprocessor_config.json"
+        )
+    return processor

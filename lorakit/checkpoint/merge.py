@@ -93,6 +93,9 @@ def merge_checkpoint(
     for each in inputs:
         check_out(resolved(each), _read_only(sources), target, force)
     values, warnings = _values(sources, factors, inputs[-1], alpha, force_base, model_type)
+    for module, update in ((m, u) for a in values for m, u in a.updates.items()):
+        if (why := update.unmergeable()) is not None:
+            raise AdapterError(f"'{module}' {why}")
     names = [n for a in values for n in (*a.updates, *a.saved)]
     pairs = open_pairs(given, original, names, everything=dtype is not None)
     if not force_base:

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from .shared.names import check_names
 from .shared.next import command
 from .shared.options import (
+    AnswerAfter,
     ChatTemplate,
     ChatTemplateKwargs,
     Columns,
@@ -39,6 +40,7 @@ def _show(
     columns: Columns = None,
     template: DataTemplate = "auto",
     turns: Turns = "all",
+    answer_after: AnswerAfter = None,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     date: Date = None,
@@ -70,6 +72,7 @@ def _show(
         "chat_template": chat_template,
         "chat_template_kwargs": chat_template_kwargs,
         "date": date,
+        "answer_after": answer_after,
         "train_on": None if train_on == "completion" else train_on,
         "max_length": max_length,
         "on_long": None if on_long == "auto" else on_long,
@@ -92,15 +95,16 @@ def _show(
         from ..data.preference_items import build_preferences
         from ..data.preferences import is_preference
         from ..data.read import read_rows
+        from ..data.split_text import answered, without_text
         from ..data.templates import ChatOptions, read_template, with_template
         from ..train.task_of_data import renamed as under_our_names
 
         tokenizer = load_tokenizer(model)
         if chat_template is not None:
             tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
-        read = read_rows(data, split, columns=renamed)
+        read = [*answered(read_rows(data, split, columns=renamed), answer_after, renamed)]
         how: dict[str, Any] = {
-            "columns": renamed,
+            "columns": without_text(renamed) if answer_after else renamed,
             "template": template,
             "max_length": "auto" if max_length is None else max_length,
             "on_long": on_long,

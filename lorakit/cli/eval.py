@@ -96,7 +96,7 @@ def evaluate(
         from ..generate.generate import positions_of
 
         values = read(model, adapter or [])
-        name = task_named(task, values)
+        name = task_named(task, values, model)
         if name == DEFAULT:
             loaded = attached(model, values, precision, chat_template, kwargs, date, quantization)
             base, tokenizer = loaded.model, loaded.tokenizer
@@ -127,8 +127,9 @@ def evaluate(
                 precision=precision,
                 quantization=quantization,
             )
-            own, items = _of_task(config, values, limit)
-            base, tokenizer, dropped, has_prompts = own.model, own.processor, 0, own_task.writes
+            own, rows_of_task = _of_task(config, values, limit)
+            items, dropped, has_prompts = [*rows_of_task], 0, own_task.writes
+            base, tokenizer = own.model, own.processor
     if own_task is not None and not own_task.writes:
         _task_metrics(config, own, items, [*values], batch_size, json_output)
         return
@@ -196,5 +197,5 @@ def _task_metrics(
         print(json.dumps({"task": config.task, "results": results}, ensure_ascii=False))
         return
     output().print(table(results, f"{len(items):,} rows"))
-    columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items()) or None
+    columns = ",".join(f"{ours}={theirs}" for ours, theirs in getattr(config, "columns", {}).items()) or None
     print(f"next: {command('train', task=config.task, data='YOUR.jsonl', model=config.model, columns=columns)}")

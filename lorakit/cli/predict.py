@@ -73,7 +73,7 @@ def predict(
     path = None if out is None else _checked(out, force)
     with starting(f"loading {model} and the rows"):
         values = read(model, [f"adapter={adapter}"] if adapter else [])
-        name = task_named(task, values)
+        name = task_named(task, values, model)
         given = _settings(name, answer_after, template, max_new_tokens, temperature, top_p, beams)
         config = config_for(
             name,

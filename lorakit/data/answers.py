@@ -95,6 +95,36 @@ class WindowItem:
 
 
 @dataclass(frozen=True)
+class QuestionItem:
+    """A row to predict: all its windows."""
+
+    windows: tuple[WindowItem, ...]
+    row: Row
+
+    @property
+    def size(self) -> int:
+        """The tokens of its longest window."""
+        return max(window.size for window in self.windows)
+
+    @property
+    def weight(self) -> int:
+        """Every row counts the same."""
+        return 1
+
+    @property
+    def where(self) -> str:
+        return self.row.where
+
+    @property
+    def group(self) -> None:
+        """Any rows can share a batch."""
+
+    def digest(self) -> bytes:
+        """Its windows' digests."""
+        return b"".join(window.digest() for window in self.windows)
+
+
+@dataclass(frozen=True)
 class Windows:
     """How rows become windows. window, stride: tokens; may_be_empty: as of `WindowItem`."""
 
@@ -223,14 +253,14 @@ def read_questions(
     return RowSet(items, shape, about, limit, reason, lengths, dropped=lost, notes=notes)
 
 
-def read_unanswered(rows: Sequence[Row], columns: Mapping[str, str], made: Windows) -> list[WindowItem]:
-    """Read rows to predict into windows, in their order; answers are not read."""
+def read_unanswered(rows: Sequence[Row], columns: Mapping[str, str], made: Windows) -> list[QuestionItem]:
+    """Read rows to predict, in their order; answers are not read."""
     check_offsets(made.tokenizer)
     own = {ours: theirs for ours, theirs in columns.items() if ours in ("question", "context")}
     items = []
     for row in questions_of(rows):
         question, context = _texts(row, fields_of(row, own, COLUMNS, ("question", "context"), "question and context"))
-        items += made.of(row, question, context, ())
+        items.append(QuestionItem(tuple(made.of(row, question, context, ())), row))
     return items
 
 

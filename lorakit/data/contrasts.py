@@ -179,7 +179,7 @@ def _texts(row: Row, columns: Mapping[str, str]) -> tuple[list[str], float | Non
             f"{listing(row.values, 20) or 'none'}\n"
             f"  expected {EXPECTED}; or say which column is which: columns: {{anchor: ..., positive: ...}}"
         )
-    listed = next((values[name] for name in NEGATIVES if values[name] is not None), [])
+    listed: Any = next((values[name] for name in NEGATIVES if values[name] is not None), [])
     listed = [listed] if isinstance(listed, str) else listed
     if not isinstance(listed, list | tuple):
         raise DataError(f"{row.where}: negatives is expected to be a list of texts, not {type(listed).__name__}")

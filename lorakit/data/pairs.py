@@ -160,30 +160,28 @@ def read_pairs(
         _encoded(row, source_ids(tokenizer, source, prefix), "source") for row, (source, _) in zip(trained, texts)
     ]
     targets = [target_ids(tokenizer, answers[0]) for _, answers in texts]
-    limits = []
-    for ids, given in ((sources, max_length), (targets, max_target_length)):
-        lengths = [len(each) for each in ids]
-        limits.append(Limit(*length_limit(lengths, tokenizer, given, "drop"), lengths))
+    of_source = _limit(sources, tokenizer, max_length)
+    of_target = _limit(targets, tokenizer, max_target_length)
     items, cut, dropped = [], 0, 0
     for row, (source, answers), ids, target in zip(trained, texts, sources, targets, strict=True):
-        is_long = len(ids) > limits[0].limit or len(target) > limits[1].limit
-        if is_long and on_long != "cut":
-            dropped += 1
-            continue
-        if is_long:
+        if len(ids) <= of_source.limit and len(target) <= of_target.limit:
+            items.append(PairItem(ids, target, answers, row))
+        elif on_long == "cut":
             cut += 1
-            ids, target = source_ids(tokenizer, source, prefix, limits[0].limit), target[: limits[1].limit]
-        items.append(PairItem(ids, target, answers, row))
+            shorter = source_ids(tokenizer, source, prefix, of_source.limit)
+            items.append(PairItem(shorter, target[: of_target.limit], answers, row))
+        else:
+            dropped += 1
     if not items:
         raise DataError(
-            f"{rows[0].file}: every row is longer than max_length {limits[0].limit} ({limits[0].reason}) or "
-            f"max_target_length {limits[1].limit} ({limits[1].reason})\n"
+            f"{rows[0].file}: every row is longer than max_length {of_source.limit} ({of_source.reason}) or "
+            f"max_target_length {of_target.limit} ({of_target.reason})\n"
             "  raise them, or cut rows instead of dropping them (on_long: cut)"
         )
     notes = unused_columns([_unused(row, columns) for row in trained])
     if len(trained) < len(rows):
         notes[LEFT_OUT] = len(rows) - len(trained)
-    return Pairs(items, *limits, cut, dropped, notes)
+    return Pairs(items, of_source, of_target, cut, dropped, notes)
 
 
 def read_sources(
@@ -295,6 +293,12 @@ def _one(names: Sequence[str], values: Mapping[str, Any], row: Row, columns: Map
             f"{row.where}: {' and '.join(found)} could each be the {side}\n  say which: columns: {{{side}: {found[0]}}}"
         )
     return found[0]
+
+
+def _limit(texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, given: int | Literal["auto"]) -> Limit:
+    lengths = [len(ids) for ids in texts]
+    limit, reason = length_limit(lengths, tokenizer, given, "drop")
+    return Limit(limit, reason, lengths)
 
 
 def _encoded(row: Row, ids: list[int], side: str) -> list[int]:

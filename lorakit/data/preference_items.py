@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
@@ -208,20 +209,23 @@ def _cut(item: PreferenceItem, limit: int) -> PreferenceItem | None:
     return replace(item, answers=answers)
 
 
-def with_mismatches(items: Sequence[PreferenceItem], limit: int) -> list[PreferenceItem]:
-    """Give each item its prompt with the answer of the nearest item before it that has another prompt.
+def with_mismatches(
+    items: Sequence[PreferenceItem], limit: int, others: Sequence[PreferenceItem] = ()
+) -> list[PreferenceItem]:
+    """Give each item its prompt with the answer of the nearest item before it that has another prompt; the last item is
+    before the first. Where there is none, with the answer of one of `others`.
 
     KTO compares with how far the model has moved on answers that do not belong to the prompt. What exceeds `limit`
     tokens of them is left away. Raises DataError if all items have the same prompt.
     """
     made = []
     for index, item in enumerate(items):
-        others = (items[index - back] for back in range(1, len(items)))  # from the first on to the last
-        other = next((other for other in others if other.question != item.question), None)
+        before = chain((items[index - back] for back in range(1, len(items))), others)
+        other = next((other for other in before if other.question != item.question), None)
         if other is None:
             raise DataError(
-                f"{item.where}: all {len(items)} rows have the same prompt, but loss: kto pairs each prompt with "
-                "another one's answer\n  give rows with at least two prompts, or pairs with loss: dpo"
+                f"{item.where}: all rows have the same prompt, but loss: kto pairs each prompt with another one's "
+                "answer\n  give rows with at least two prompts, or pairs with loss: dpo"
             )
         own, answer = item.answers[0], other.answers[0]
         start, begin = own.prompt_length, answer.prompt_length

@@ -4,13 +4,14 @@
     alpaca              instruction, input, history, system    answered after them
     messages            messages, conversations                the last turn is answered (again, if it is an answer)
     text                text                                   continued
+    preferences         prompt, or the turns of chosen         answered as the chosen one is
 
 An answer that a row has is not read: it stands in the output beside the prediction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from lorakit.errors import DataError, did_you_mean, listing
 
 # The answer's place in a row. Only what stands before the answer is rendered (`render.Renderer.prompt`).
 _STAND_IN = "."
+_ANSWERS = (*COMPLETIONS, "references", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,22 @@ class Question:
 
 
 def read_questions(
-    rows: Sequence[Row], columns: Mapping[str, str] | None = None, as_turns: bool = False
+    rows: Sequence[Row], columns: Mapping[str, str] | None = None, as_turns: bool = False, media: Collection[str] = ()
 ) -> list[Example]:
     """Return an example for each row, in their order, with a stand-in for the answer.
 
     columns: our column name -> the file's; those of answers may be missing in the file. as_turns: prompts are a user's
-    turn of a conversation. Raises DataError, naming the row, for one that asks nothing.
+    turn of a conversation. media: as for `read_examples`. Raises DataError, naming the row, for one that asks nothing.
     """
     columns = {ours: theirs for ours, theirs in (columns or {}).items() if not _is_missing_answer(ours, theirs, rows)}
     check_columns(columns, rows[0])
     asked = [replace(row, values=_asked(row, columns, as_turns)) for row in rows]
-    _, examples = read_examples(asked)
+    _, examples = read_examples(asked, media=media)
     return [replace(example, row=row) for example, row in zip(examples, rows, strict=True)]
 
 
 def _is_missing_answer(ours: str, theirs: str, rows: Sequence[Row]) -> bool:
-    return ours in (*COMPLETIONS, "references") and not any(theirs in row.values for row in rows)
+    return ours in _ANSWERS and not any(theirs in row.values for row in rows)
 
 
 def _asked(row: Row, columns: Mapping[str, str], as_turns: bool) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def _asked(row: Row, columns: Mapping[str, str], as_turns: bool) -> dict[str, An
             return values | {shape: _awaiting(values[shape], shape, row)}
     if "instruction" in values:
         return values | {"output": _STAND_IN}
-    kept = {name: value for name, value in values.items() if name not in (*COMPLETIONS, "references")}
+    if isinstance(values.get("chosen"), list) and not values.keys() & {*PROMPTS}:  # a preference with its prompt
+        return {"messages": _awaiting(values["chosen"], "chosen", row)}
+    kept = {name: value for name, value in values.items() if name not in _ANSWERS}
     if not kept.keys() & {*PROMPTS, "text"}:
         found = listing(row.values, 20) or "none"
         hint = next(filter(None, (did_you_mean(name, (*PROMPTS, "text", "messages")) for name in row.values)), "")

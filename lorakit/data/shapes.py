@@ -13,7 +13,7 @@ trained or not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -63,10 +63,13 @@ class Example:
     unused: tuple[str, ...] = ()
 
 
-def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> tuple[str, list[Example]]:
+def read_examples(
+    rows: Sequence[Row], columns: Mapping[str, str] | None = None, media: Collection[str] = ()
+) -> tuple[str, list[Example]]:
     """Return the shape of `rows` and the examples of those whose weight is not 0.
 
-    columns: our column name -> the file's, as in {"prompt": "question_en"}. Raises DataError, naming file and row.
+    columns: our column name -> the file's, as in {"prompt": "question_en"}. media: types of parts besides text that
+    the content of a turn may have. Raises DataError, naming file and row.
     """
     if not rows:
         raise DataError("no rows, so no shape; expected at least one")
@@ -92,7 +95,7 @@ def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
             )
         shape = row_shape
         if weighs(values, row):
-            examples.append(_example(shape, values, row))
+            examples.append(_example(shape, values, row, media))
     if not examples:
         raise DataError(f"{rows[0].file}: every row has {WEIGHT} 0, so there is nothing to train on")
     return shape, examples
@@ -165,7 +168,7 @@ def _fits(shape: str, names: set[str]) -> bool:
     return shape in names  # messages, conversations and text are named after their column
 
 
-def _example(shape: str, values: dict[str, Any], row: Row) -> Example:
+def _example(shape: str, values: dict[str, Any], row: Row, media: Collection[str]) -> Example:
     """Return a row's example; what it reads it takes out of `values`, so that the rest is known to be unused."""
     if shape == "text":
         text = _non_empty(values, "text", row)
@@ -173,8 +176,9 @@ def _example(shape: str, values: dict[str, Any], row: Row) -> Example:
         return Example("text", (Message("assistant", text, True),), row, unused=tuple(values))
     if shape == "prompt/completion":
         return _completion(values, row)
-    messages = _alpaca(values, row) if shape == "alpaca" else turns.conversation(values.pop(shape, None), shape, row)
-    return _chat(messages, values, row)
+    if shape == "alpaca":
+        return _chat(_alpaca(values, row), values, row)
+    return _chat(turns.conversation(values.pop(shape, None), shape, row, media), values, row)
 
 
 def _chat(messages: tuple[Message, ...], values: dict[str, Any], row: Row, references: tuple[str, ...] = ()) -> Example:

@@ -8,7 +8,7 @@ otherwise (`weight: 0`, `train: false`) and one that opens the conversation: it 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,8 +64,11 @@ class Message:
         return replace(self, given={name: value for name, value in self.turn.items() if name != key})
 
 
-def conversation(turns: object, column: str, row: Row) -> tuple[Message, ...]:
-    """Return the messages of a list of turns, or of that list as JSON text (as in a CSV file). Raises DataError."""
+def conversation(turns: object, column: str, row: Row, media: Collection[str] = ()) -> tuple[Message, ...]:
+    """Return the messages of a list of turns, or of that list as JSON text (as in a CSV file). Raises DataError.
+
+    media: types of parts besides text that a content may have.
+    """
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = tool_calls.loaded(turns, column, row)
     if not isinstance(turns, list) or not turns:
@@ -74,10 +77,10 @@ def conversation(turns: object, column: str, row: Row) -> tuple[Message, ...]:
             f'{row.where}: {column} is expected to be a list of turns such as {{"role": "user", "content": "..."}}, '
             f"not {actual}"
         )
-    return tuple(_message(turn, f"{column}[{index}]", row) for index, turn in enumerate(turns))
+    return tuple(_message(turn, f"{column}[{index}]", row, media) for index, turn in enumerate(turns))
 
 
-def _message(turn: object, key: str, row: Row) -> Message:
+def _message(turn: object, key: str, row: Row, media: Collection[str]) -> Message:
     if not isinstance(turn, dict):
         raise DataError(
             f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}"
@@ -108,7 +111,7 @@ def _message(turn: object, key: str, row: Row) -> Message:
     others = tool_calls.checked(others, role, key, row)
     is_object = role == "tool" and isinstance(content, dict)  # a result as the tool gave it
     shown = json.dumps(content, ensure_ascii=False) if is_object else content
-    text = "" if content is None and others.get("tool_calls") else _text_of(shown, f"{key}.{content_key}", row)
+    text = "" if content is None and others.get("tool_calls") else _text_of(shown, f"{key}.{content_key}", row, media)
     if trained and not (text.strip() or others.get("tool_calls") or other_parts(content)):
         raise DataError(
             f"{row.where}: {key}: the assistant's turn is empty, which would train the model to say nothing\n"
@@ -149,8 +152,8 @@ def on_or_off(value: object, key: str, row: Row) -> bool:
     )
 
 
-def _text_of(content: object, key: str, row: Row) -> str:
-    """Return the text of a turn's content: a text, or a list of parts. Raises DataError."""
+def _text_of(content: object, key: str, row: Row, media: Collection[str]) -> str:
+    """Return the text of a turn's content: a text, or a list of parts. Raises DataError for media not in `media`."""
     if not isinstance(content, list):
         return string(content, key, row)
     texts = []
@@ -159,7 +162,7 @@ def _text_of(content: object, key: str, row: Row) -> str:
             texts.append(string(part, f"{key}[{index}]", row))
             continue
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in MEDIA or not isinstance(part, dict):
+        if (kind in MEDIA and kind not in media) or not isinstance(part, dict):
             what = f"of type {kind}" if isinstance(part, dict) else f"a {type(part).__name__}"
             raise DataError(
                 f"{row.where}: {key}[{index}] is {what}; {key} is expected to be text, or a list of parts of text\n"

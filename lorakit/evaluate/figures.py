@@ -17,6 +17,7 @@ MEASURES = {
     "perplexity": ("perplexity", 2),
     "accuracy": ("accuracy", 4),
     "macro_f1": ("macro f1", 4),
+    "wer": ("word error rate", 4),
     "reward_accuracy": ("reward accuracy", 4),
     "reward_margin": ("reward margin", 4),
     "reward_chosen": ("reward chosen", 4),

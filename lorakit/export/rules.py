@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..adapter.adapter import Adapter
 from ..adapter.algebra.edit import as_lora
 from ..adapter.fingerprint import ONLY_ON
+from ..adapter.virtual_tokens import BODY
 from ..config import EXPERTS
 from ..errors import listing
 from ..formats.peft_experts import misread
@@ -95,7 +96,16 @@ def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
             as_lora,
         )
         return
-    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.variant not in _BY_NAME}
+    if BODY in adapter.updates:
+        yield Finding(
+            "it has virtual tokens, which stand in front of each row and change no weight",
+            "use it with lorakit, or where PEFT loads it; adapter.prune(['base_model']) is the LoRA beside them",
+        )
+    others = {
+        m: u.variant
+        for m, u in adapter.updates.items()
+        if u.factors is None and u.variant not in _BY_NAME and m != BODY
+    }
     if others:
         yield Finding(
             f"{len(others)} modules have updates of other kinds ({', '.join(sorted(set(others.values())))})",

@@ -381,8 +381,11 @@ class Peft(Format):
         return write(adapter, path)
 
     def note(self, adapter: Adapter) -> str | None:
-        notes = (note(misread(adapter), len(adapter.updates)), peft_attention.note(adapter.factors))
-        notes = (*notes, peft_prompts.note(adapter))
+        notes = (
+            note(misread(adapter), len(adapter.updates)),
+            peft_attention.note(adapter.factors),
+            peft_prompts.note(adapter),
+        )
         return "\n".join(said for said in notes if said is not None) or None
 
     def stale(self, path: Path) -> list[str]:

@@ -85,7 +85,7 @@ class _Virtual(PeftKind):
         strange = [key for key in saved if ".lora_" in key or key.startswith("prompt_encoder.")]
         if strange:
             raise AdapterError(f"{where}: key '{strange[0]}' does not belong: peft_type is '{self.peft_type}'")
-        sizes = [values.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
+        sizes: list[Any] = [values.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
         known = all(type(size) is int and size > 0 for size in sizes)
         layers, heads, dim = sizes if known else (0, 0, 0)
         if self.kind == "prefix" and (not known or shape[1] != 2 * layers * dim or dim % heads):

@@ -11,7 +11,7 @@ and values, are left to transformers' `generate`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def generate(
     stop: Sequence[str] = (),
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[int], None] | None = None,
+    inputs: Callable[[Sequence[int], Tensor], Mapping[str, Tensor]] | None = None,
 ) -> list[str]:
     """Return one text for each prompt, in the prompts' order.
 
@@ -50,7 +51,9 @@ def generate(
     decoding with several candidates (by transformers, for every model). seed: samples repeatably and leaves torch's
     global random state unchanged; None samples from the global state. stop: texts to end at. on_batch: called after
     each batch with the number of prompts in it. on_cut: called with the index of each prompt whose text the limit of
-    new tokens ended, before its end token or a stop text.
+    new tokens ended, before its end token or a stop text. inputs: returns what the model gets besides ids and mask,
+    such as pictures, for the prompts with these indices, whose left-padded ids are given too; then transformers
+    decodes.
 
     Rows of similar length share a batch. Greedy text does not depend on `batch_size`; sampled text does, as the rows of
     a batch draw from the same random generator. Raises ConfigError for a setting out of range, DataError for a prompt
@@ -63,7 +66,7 @@ def generate(
     texts = [""] * len(prompts)
     # longest first: fail at once if memory is short
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    if beams == 1 and supports(model):
+    if beams == 1 and supports(model) and inputs is None:
         decode_batch = partial(_decoded, max_new_tokens=max_new_tokens, ends=ends, pick=picker(temperature, top_p))
     else:
         decode_batch = partial(_generated, settings=_settings(max_new_tokens, temperature, top_p, ends, pad, beams))
@@ -73,7 +76,10 @@ def generate(
             torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for row, ids in zip(rows, decode_batch(model, tokenizer, [prompts[row] for row in rows], pad, stop)):
+            more: dict[str, Any] = {} if inputs is None else {"more": partial(inputs, rows)}
+            for row, ids in zip(
+                rows, decode_batch(model, tokenizer, [prompts[row] for row in rows], pad, stop, **more)
+            ):
                 text = _decode(tokenizer, _before_end(ids, ends))
                 texts[row] = _until(text, stop)
                 ended = any(token in ends for token in ids) or texts[row] != text or len(ids) < max_new_tokens
@@ -180,14 +186,23 @@ def _decoded(
 
 
 def _generated(
-    model: Any, tokenizer: Any, prompts: list[Sequence[int]], pad: int, stop: Sequence[str], *, settings: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Sequence[int]],
+    pad: int,
+    stop: Sequence[str],
+    *,
+    settings: dict[str, Any],
+    more: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> list[list[int]]:
     """Decode a batch with transformers. The rows may have more ids after the end token."""
     on_left = not model.config.is_encoder_decoder
     ids, mask = pad_rows(prompts, pad, on_left)  # [rows, longest]
     prefix = ids.shape[1] if on_left else 1  # an encoder-decoder's output starts with the decoder's start token
     criteria = [_stops_at(tokenizer, stop, prefix)] if stop else None
+    further = {} if more is None else {name: value.to(model.device) for name, value in more(ids).items()}
     output = model.generate(
+        **further,
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         stopping_criteria=criteria,

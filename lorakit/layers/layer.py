@@ -180,10 +180,11 @@ class LoraLayer(Swapped):
     lora_name: ClassVar[str | None] = None  # the name that adapters have for it, if it is not the model's own
     lora_active: tuple[tuple[str, float], ...]
     lora_merged: Any
-    lora_route = None  # set on the instance while inside `lorakit.route`, see `batched.routes`
     if TYPE_CHECKING:  # transformers evaluates the annotations of its models' subclasses, and these names are not here
         lora_kind: Kind  # how A and B relate to the weight
-        lora_route: Routing | None = None
+        lora_route: Routing | None  # set on the instance while inside `lorakit.route`, see `batched.routes`
+    else:
+        lora_route = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.lora_route is not None:

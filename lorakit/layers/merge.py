@@ -74,7 +74,10 @@ def _bias_factors(layer: LoraLayer, name: str) -> Tensor | None:
             f"'{name}' has a bias that an adapter trained, and factors of another kind that scale it, so it cannot be "
             "merged\n  keep the adapter unmerged"
         )
-    return 1 + sum((gain - 1) * share for gain, share in own)[:, None]
+    total = torch.ones_like(own[0][0])
+    for gain, share in own:
+        total = total + share * (gain - 1)
+    return total[:, None]
 
 
 def _bias(layer: LoraLayer) -> Tensor:

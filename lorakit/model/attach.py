@@ -41,7 +41,7 @@ from . import save_pretrained
 from .activate import set_active, use_saved
 from .embeddings import embeddings_for, put_in_place
 from .expert_updates import stacked
-from .fit import fresh_saved, modules_for, saved_for
+from .fit import check_pooled, fresh_saved, modules_for, saved_for
 from .known_base import base_fingerprint, check_base, check_quantization
 from .naming import live_names, renamed
 from .originals import Originals
@@ -293,6 +293,7 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
         check_scaling(getattr(model, "config", None), adapter.metadata)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
+    check_pooled(model, adapter, force)
     check_quantization(model, modules, adapter, force)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
     embeddings = {t: adapter.embeddings[t] for t in embeddings_for(model, adapter, strict, skipped)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from ..config import LoraConfig, live_kinds
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..layers.bases import quantized
 from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
-from ..layers.virtual.body import body_of
+from ..layers.virtual.body import body_of, is_decoder
 from .state import architecture_of, base_parameters, is_adapter_key
 
 
@@ -50,6 +51,22 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
                 "  keep one of them: adapter.prune([...])"
             )
     return modules, dict.fromkeys(missing, "no such module in this model")
+
+
+def check_pooled(model: nn.Module, adapter: Adapter, force: bool) -> None:
+    """Raise AdapterError for PEFT's virtual tokens of a classifier whose head reads the first position, unless `force`:
+    in PEFT that is a virtual token's, and here the row's own first token's.
+    """
+    own, ours = adapter.updates.get(BODY), "fingerprint" in adapter.metadata
+    if own is None or own.variant == "prefix" or ours or force or adapter.config.task != "SEQ_CLS":
+        return
+    body: Any = body_of(model)
+    if not is_decoder(body.config) and getattr(body, "pooler", None) is None:
+        raise AdapterError(
+            f"in PEFT the head of a {architecture_of(model)} with virtual tokens reads the first of these, and here it "
+            "reads the row's own first token, so this adapter would predict otherwise\n"
+            "  use it with PEFT; or attach it to go on training it: attach(..., force=True)"
+        )
 
 
 def _other_components(model: nn.Module, missing: list[str]) -> str:

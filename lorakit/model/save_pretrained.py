@@ -2,7 +2,7 @@
 
     FOLDER/config.json, model.safetensors             the base, and under lorakit's names the adapters
     FOLDER/adapter_config.json, adapter_model.*       the active adapter, in PEFT's format
-    FOLDER/NAME/adapter_config.json, ...              every other adapter
+    FOLDER/NAME/adapter_config.json, ...              every other adapter, and any with virtual tokens
 
 `from_pretrained(FOLDER)` gives the base with the active adapter: transformers finds the adapter beside the model and
 loads it with peft. (Without peft it reports lorakit's names as unexpected.) The same folder loaded into the model with
@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.virtual_tokens import BODY
 from ..errors import AdapterError, LorakitWarning, StateError
 from . import save_plain
 from .capture import capture
@@ -106,7 +107,15 @@ def _adapters(model: Any, state: State, folder: Path) -> dict[Path, Adapter]:
     from ..formats.peft import losses
 
     alone = next(iter(state.active)) if list(state.active.values()) == [1.0] else None
-    if alone is None and state.active:
+    if alone is not None and BODY in state.adapters[alone].modules:
+        warnings.warn(
+            f"adapter '{alone}' has virtual tokens, which transformers does not load: from_pretrained({folder}) will "
+            "give the base alone. The adapter lies in a folder of its own: attach it, or load it with PEFT.",
+            LorakitWarning,
+            stacklevel=3,
+        )
+        alone = None
+    elif alone is None and state.active:
         warnings.warn(
             f"{names_of(state.active)} is active, and transformers loads one adapter or none: from_pretrained({folder})"
             " will give the base alone, the adapters lie in folders of their own. Merge them first, or activate one.",

@@ -122,7 +122,7 @@ def summary(model: Any) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            sizes = child.shape(layer)
+            sizes = child.shape_on(layer)
             experts = sizes[0] if isinstance(layer, ExpertWeight) else 0
             count = sum(p.numel() for p in child.parameters())
             rows.append(Row(name, m, _shape(sizes), child.rank, count, experts, child.counted))

@@ -75,7 +75,7 @@ def page(record: AdapterRecord, title: str) -> str:
         repository=record.given.repository or PLACEHOLDER,
         base_note=Markdown(note),
         embedded=embedded,
-        model_class=TASKS.get(str(f.task), (None, None))[0],
+        model_class=record.model_class or TASKS.get(str(f.task), (None, None))[0],
         diffusers_file=FILE,
         fingerprint=Markdown(", ".join(filter(None, marks))),
         data=data_text(record, record.given.data),

@@ -94,6 +94,23 @@ class AdapterRecord:
         return labels if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else []
 
     @property
+    def outputs(self) -> int | None:
+        """How many outputs a head without label names has, as for regression."""
+        found = number(self.data.get("num_labels"))
+        return None if self.labels or found is None else int(found)
+
+    @property
+    def model_class(self) -> str | None:
+        """Transformers' class for the base with the head, where PEFT's type does not tell."""
+        name = self.data.get("model_class")
+        return name if isinstance(name, str) and name.isidentifier() and name.startswith("AutoModel") else None
+
+    @property
+    def key_mapping(self) -> list[tuple[str, str]]:
+        """What a base's names are called in the class with the head, for transformers' `from_pretrained`."""
+        return [(own, other) for own, other in mapping(self.data.get("key_mapping")).items() if isinstance(other, str)]
+
+    @property
     def base_id(self) -> str | None:
         """The base's hub id, if it has one."""
         return self.given.base_model or hub_id(self.base)

@@ -54,8 +54,19 @@ if TYPE_CHECKING:
 DEFAULT_PROMPTS = 2
 
 
-class Writing(Strict):
-    rows: ClassVar = {"answer_after", "template", "train_on", "turns", "chat_template", "chat_template_kwargs", "date"}
+class Answers(Strict):
+    rows: ClassVar = {"train_on", "turns"}
+
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="train on the answers only, or on all tokens"
+    )
+    turns: Literal["all", "last"] = Field(
+        "all", description="train every answer of a conversation, or only the last one"
+    )
+
+
+class Writing(Answers):
+    rows: ClassVar = {"answer_after", "template", "chat_template", "chat_template_kwargs", "date"}
     free: ClassVar = {"chat_template", "date"}  # a resumed run compares the resulting rows by hash
 
     answer_after: str | None = Field(
@@ -63,12 +74,6 @@ class Writing(Strict):
     )
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
-    )
-    train_on: Literal["completion", "all"] = Field(
-        "completion", description="train on the answers only, or on all tokens"
-    )
-    turns: Literal["all", "last"] = Field(
-        "all", description="train every answer of a conversation, or only the last one"
     )
     chat_template: str | None = Field(
         None, description="a file with the chat template (Jinja) to use instead of the model's; saved with the adapter"
@@ -127,8 +132,10 @@ writes = True
 
 
 def processor(config: RunSettings) -> Any:
+    from .text.kind import check_decoder_only
     from .text.vocabulary import load_extended_tokenizer
 
+    check_decoder_only(config.model, blueprint(config))
     return load_extended_tokenizer(config)
 
 

@@ -116,14 +116,14 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, EmbeddingSettings)
 
-    def read(rows: Sequence[Row], max_length: Any, first: RowSet | None) -> RowSet:
+    def read(rows: Sequence[Row], first: RowSet | None) -> RowSet:
         known = own.score_range if first is None else first.about.get("score_range", ())
         return read_contrasts(
             rows,
             _encoding(own, processor),
             columns=own.columns,
             score_range=known,
-            max_length=max_length,
+            max_length=own.max_length if first is None else first.max_length,
             on_long=own.on_long,
         )
 

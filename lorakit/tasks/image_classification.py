@@ -23,6 +23,7 @@ from ..errors import ConfigError, NotFiniteError, TrainError
 from ..nondefault import nondefault
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
+    asked,
     blueprint,
     compares,
     defaults,
@@ -36,6 +37,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     to_attach,
     tried_with,
     unsaved,
+    writes,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
 from .text.settings import Columns, Labels

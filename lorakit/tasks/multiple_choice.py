@@ -11,6 +11,7 @@ the head `classifier` or `score`, and PEFT's type is SEQ_CLS: it has none of its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunSettings, part
@@ -98,7 +99,8 @@ def data(config: RunSettings, processor: Any) -> Data:
         return read_choices(rows, processor, columns=own.columns, max_length=max_length, on_long=own.on_long)
 
     made, _ = headed.read_parts(config, processor, read)
-    return made
+    own_class = _auto_class(blueprint(config)).__name__
+    return replace(made, about={**made.about, **HEAD, "model_class": own_class})
 
 
 def recognizes(row: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ answers of a pair share a forward pass; the reference is computed before the fir
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Choice, RunSettings, part
 from ..errors import ConfigError
 from ..nondefault import nondefault
-from .causal_lm import Packing, Writing, check, load, packs, predict, prompts, resolved, samples, skeleton, to_predict  # noqa: F401 (names of the task)
+from .causal_lm import Packing, Writing, check, load, packs, prompts, resolved, samples, skeleton  # noqa: F401 (names of the task)
 from .preferences.settings import LossSettings, check_settings
 from .task import Base, Data
 from .text import base as text
@@ -52,16 +53,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.preference_items import PreferenceItem, Preferences
+    from ..data.questions import Question
 
 
 class PreferenceSettings(LossSettings, Lengths, LongContext, Packing, Writing, Columns, Prompts, Sampling):
-    """Those of causal_lm that have no meaning here are errors (`_NOT_HERE`)."""
+    """Those that have no meaning here are errors (`_NOT_HERE`)."""
 
 
-# Settings of causal_lm that this task does not have -> what to do instead.
+# Settings of `Writing` that this task does not have -> why.
 _NOT_HERE = {
-    "mix": "one data set; join the files first",
-    "streaming": "the rows are kept in memory, with their reference",
     "train_on": "the loss is of the answers",
     "turns": "the loss is of the answers; turns of the prompt are context",
 }
@@ -119,7 +119,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     if objective.loss.answers == 1:
         before_step = keep_divergence
         train = with_mismatches(train, dataset.max_length)
-        held_out = with_mismatches(held_out, dataset.max_length) if held_out else held_out
+        held_out = with_mismatches(held_out, dataset.max_length, train)
     check_vocabulary(config, processor, [answer for item in chain(train, held_out) for answer in item.answers])
     about = record(dataset, tokenizer, options, own.chat_template is not None)
     files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
@@ -313,3 +313,33 @@ def evaluate(base: Base, items: Sequence[PreferenceItem], batch_size: int) -> di
     finally:
         base.kept.clear()
         base.kept.update(kept)
+
+
+def to_predict(config: RunSettings, processor: Any) -> list[Question]:
+    """Read the prompts of preferences, or rows of prompts alone as causal_lm does."""
+    from ..bases.load import end_tokens
+    from ..data.preferences import is_preference, read_preferences
+    from ..data.questions import Question
+    from ..data.read import read_rows
+    from ..data.render import Renderer
+    from ..data.shapes import WEIGHT
+    from . import causal_lm
+
+    own = part(config, PreferenceSettings)
+    rows = read_rows(config.data, config.split)
+    names = {theirs: ours for ours, theirs in own.columns.items()}
+    if not rows or not is_preference({names.get(name, name): value for name, value in rows[0].values.items()}):
+        return causal_lm.to_predict(config, processor)
+    every = [replace(row, values={k: v for k, v in row.values.items() if k != WEIGHT}) for row in rows]
+    _, preferences = read_preferences(every, own.columns)
+    tokenizer, options = causal_lm.chat_tokenizer(own, processor), causal_lm.chat_options(own)
+    ends = end_tokens(config.model, config.revision, config.trust_remote_code)
+    renderer = Renderer(tokenizer, own.template, options=options, ends=ends)
+    return [Question(renderer.prompt(each.answers[0]), each.row) for each in preferences]
+
+
+def predict(config: RunSettings, base: Base, items: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
+    """Answer, as causal_lm does."""
+    from . import causal_lm
+
+    return causal_lm.predict(config, base, items, batch_size)

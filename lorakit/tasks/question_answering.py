@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..data.answers import WindowItem
+    from ..data.answers import QuestionItem, WindowItem
 
 
 class QuestionAnsweringSettings(Columns):
@@ -100,6 +101,9 @@ def processor(config: RunSettings) -> Any:
 
 
 def data(config: RunSettings, processor: Any) -> Data:
+    from transformers import AutoModelForQuestionAnswering
+
+    from ..bases.load_head import trunk_names
     from ..data.answers import read_questions
 
     own = part(config, QuestionAnsweringSettings)
@@ -116,7 +120,8 @@ def data(config: RunSettings, processor: Any) -> Data:
         )
 
     made, _ = headed.read_parts(config, processor, read)
-    return made
+    names = trunk_names(AutoModelForQuestionAnswering, blueprint(config))
+    return replace(made, about={**made.about, **({"key_mapping": names} if names else {})})
 
 
 def recognizes(row: Mapping[str, Any]) -> bool:
@@ -251,7 +256,7 @@ def _answer(items: Sequence[WindowItem], spans: Mapping[int, Span], row: Sequenc
 # ------------------------------------------------------------------------------------- predictions
 
 
-def to_predict(config: RunSettings, processor: Any) -> list[WindowItem]:
+def to_predict(config: RunSettings, processor: Any) -> list[QuestionItem]:
     from ..data.answers import WINDOW, Windows, read_unanswered
 
     own = part(config, QuestionAnsweringSettings)
@@ -261,16 +266,16 @@ def to_predict(config: RunSettings, processor: Any) -> list[WindowItem]:
     return read_unanswered(rows, own.columns, made)
 
 
-def predict(config: RunSettings, base: Base, items: Sequence[WindowItem], batch_size: int) -> list[dict[str, Any]]:
+def predict(config: RunSettings, base: Base, items: Sequence[QuestionItem], batch_size: int) -> list[dict[str, Any]]:
     """Return {"answer", "score", "start", "end"} for each row: the text, its probability, its place in the context.
 
     `start`, `end`: characters. An answer that is not there is "" without them.
     """
-    from ..data.answers import rows_of
-
+    windows = [window for item in items for window in item.windows]
     spans = {}
-    for chosen, batch in headed.batches(base, items, batch_size, collate):
+    for chosen, batch in headed.batches(base, windows, batch_size, collate):
         start, end = _logs(base.model, batch)
         for row, i in enumerate(chosen):
-            spans[i] = best_span(start[row], end[row], items[i])
-    return [_answer(items, spans, row) for row in rows_of(items)]
+            spans[i] = best_span(start[row], end[row], windows[i])
+    places = iter(range(len(windows)))
+    return [_answer(windows, spans, list(islice(places, len(item.windows)))) for item in items]

@@ -105,7 +105,7 @@ def data(config: RunSettings, processor: Any) -> Data:
             "near 0 learns them slowly: shift and scale them in the data, and predictions back"
         ] = len(first.items)
     shape = f"{made.shape}; numbers of mean {mean:.4g}, deviation {deviation:.4g}"
-    return replace(made, shape=shape, notes=notes)
+    return replace(made, shape=shape, notes=notes, about={**made.about, "num_labels": 1})
 
 
 def recognizes(row: Mapping[str, Any]) -> bool:

@@ -121,7 +121,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     )
     notes = dict(pairs.notes)
     if isinstance(config.validation, str):
-        limits = {"max_length": pairs.source.limit, "max_target_length": pairs.target.limit}
+        limits: dict[str, Any] = {"max_length": pairs.source.limit, "max_target_length": pairs.target.limit}
         other = read_pairs(read_rows(config.validation, columns=own.columns), processor, **limits, **how)
         train, held_out = pairs.items, other.items
         if other.dropped:

@@ -153,6 +153,7 @@ def _check_owners(config: TrainConfig, defaults: Mapping[str, Any]) -> None:
             continue  # none of something, such as no samples, is what a run has that does not know it
         methods, tasks = owners(name)
         kind, mine, having = ("method", config.method, methods) if methods else ("task", config.task, tasks)
-        wrong.append(f"{name} has no effect with {kind}: {mine}; remove it (it is for {kind}: {', '.join(having)})")
+        remove = "remove it" if kind in config.model_fields_set else f"remove it, or give --{kind} {having[0]}"
+        wrong.append(f"{name} has no effect with {kind}: {mine}; {remove} (it is for {kind}: {', '.join(having)})")
     if wrong:
         raise ValueError("\n".join(sorted(wrong)))

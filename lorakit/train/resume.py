@@ -143,8 +143,11 @@ def _write(
                 on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
                 save_file(on_cpu, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf8")
-        for file in temporary.iterdir():
-            with file.open("rb+") as handle:
+        for written in temporary.rglob("*"):
+            if written.is_dir():
+                sync_folder(written)
+                continue
+            with written.open("rb+") as handle:
                 os.fsync(handle.fileno())
         sync_folder(temporary)
         if final.exists():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tiny_lm
+from tiny_runs import model_folder  # noqa: F401 (a fixture)
 
 from lorakit.cli import run
 

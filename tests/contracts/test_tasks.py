@@ -4,19 +4,24 @@ loads in PEFT, or in diffusers.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import wave
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import tiny_lm
 import tiny_pictures
 import tiny_seq
+import tiny_speech
 import tiny_vision
+import tiny_visual
 import torch
 import torch.nn.functional as F
 import yaml
@@ -25,9 +30,11 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
 )
 
@@ -191,6 +198,25 @@ def picture_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(tiny_vision.pixels_of(item.image())).logits[0].log_softmax(0)[item.label]
 
 
+def speech_loss(model: Any, item: Any) -> torch.Tensor:
+    """By transformers' own shift of labels, with the tokens before the text left out of the sum."""
+    processor = tiny_speech.processor()
+    with wave.open(io.BytesIO(item.sound.read())) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 2**15
+    features = processor.feature_extractor(samples, sampling_rate=16000, return_tensors="pt").input_features
+    processor.tokenizer.set_prefix_tokens(language="en", task="transcribe", predict_timestamps=False)
+    labels = torch.tensor([processor.tokenizer(item.text).input_ids[1:]])  # without the start of the transcript
+    logits = model(input_features=features, labels=labels).logits[0]
+    return F.cross_entropy(logits[3:], labels[0, 3:], reduction="sum")
+
+
+def visual_loss(model: Any, item: Any) -> torch.Tensor:
+    pixels = torch.cat([tiny_vision.pixels_of(image) for image in item.images()])
+    logits = model(input_ids=torch.tensor([item.ids]), pixel_values=pixels).logits[0, :-1]
+    losses = F.cross_entropy(logits, torch.tensor(item.ids[1:]), reduction="none")
+    return losses[torch.tensor(item.trained[1:])].sum()
+
+
 def vision_classifier(base: str, result: Path) -> Any:
     names = json.loads((result / "lorakit.json").read_text())["data"]["labels"]
     torch.manual_seed(99)
@@ -308,6 +334,14 @@ KINDS = {
         model="t5_folder",
         planned=both_sides,
     ),
+    "speech": Kind(
+        lambda folder: tiny_speech.write_rows(folder / "own"),
+        24,
+        speech_loss,
+        lambda base, result: in_peft(AutoModelForSpeechSeq2Seq.from_pretrained(base), result),
+        model="speech_folder",
+        changes={"language": "en"},
+    ),
     "text_to_image": Kind(
         lambda folder: tiny_pictures.write_pictures(folder / "own", 12, ((24, 24), (16, 16))),
         12,
@@ -326,6 +360,13 @@ KINDS = {
     "token_classification": Kind(
         rows_in(tagged_rows()), 12, tags_loss, headed_by(AutoModelForTokenClassification), losses=losses_without_chance
     ),
+    "vision_language": Kind(
+        lambda folder: tiny_visual.write_rows(folder / "own"),
+        24,
+        visual_loss,
+        lambda base, result: in_peft(AutoModelForImageTextToText.from_pretrained(base), result),
+        model="visual_folder",
+    ),
 }
 
 
@@ -343,6 +384,16 @@ def pipeline_folder(tmp_path_factory):
 def vision_folder(tmp_path_factory):
     """A base that takes pictures of any size."""
     return tiny_vision.save(tmp_path_factory.mktemp("tiny-vision") / "convnext", tiny_vision.convnext(), resize=False)
+
+
+@pytest.fixture(scope="module")
+def speech_folder(tmp_path_factory):
+    return tiny_speech.save(tmp_path_factory.mktemp("tiny-speech") / "whisper")
+
+
+@pytest.fixture(scope="module")
+def visual_folder(tmp_path_factory):
+    return tiny_visual.save(tmp_path_factory.mktemp("tiny-visual") / "llava")
 
 
 @pytest.fixture(scope="module")
@@ -515,18 +566,17 @@ def test_every_row_is_predicted_in_its_place_whatever_shares_its_batch(make, nam
     """Or the task says which command to use instead."""
     config = make(**({"sample_tokens": 4} if task_of(name).writes else {}))
     job = set_up(config)
-    items = job.task.to_predict(config, job.base.processor)
-    assert len(items) == KINDS[name].count
-    assert all("own" in item.where for item in items)
-    found, said = None, ""
+    items, found, said = [], None, ""
     try:
+        items = job.task.to_predict(config, job.base.processor)
         found = job.task.predict(config, job.base, items, 5)
     except ConfigError as error:
         said = str(error)
     if found is None:
         assert "lorakit" in said
         return
-    assert len(found) == len(items)
+    assert len(found) == len(items) == KINDS[name].count
+    assert all("own" in item.where for item in items)
     assert json.loads(json.dumps(found)) == found
     for i in (0, len(items) // 2, len(items) - 1):
         (alone,) = job.task.predict(config, job.base, [items[i]], 1)

@@ -14,7 +14,7 @@ import torch
 
 import lorakit as lk
 from lorakit.config.virtual_tokens import VIRTUAL
-from lorakit.errors import AdapterError, ConfigError, LorakitError, StateError, TargetError
+from lorakit.errors import AdapterError, ConfigError, LorakitError, LorakitWarning, StateError, TargetError
 from lorakit.generate.generate import generate
 from lorakit.model.detach import detach
 
@@ -194,6 +194,17 @@ def test_hidden_states_tuples_and_caches_are_of_the_rows_own_tokens(kind, encode
     assert torch.equal(logits, out.logits)
     assert not rest
     assert torch.equal(model.model(ROWS).last_hidden_state, out.hidden_states[-1])
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_save_pretrained_keeps_it_beside_the_base_that_transformers_loads(kind, tmp_path):
+    model = attached(kind, next(iter(KINDS[kind])))
+    with pytest.warns(LorakitWarning, match="the base alone"):
+        model.save_pretrained(tmp_path)
+    base = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(base(ROWS).logits, small("llama")(ROWS).logits)
+    again = lk.attach(base, lk.Adapter.load(tmp_path / "default"))
+    assert torch.equal(again(ROWS).logits, model(ROWS).logits)
 
 
 @pytest.mark.parametrize("kind", VIRTUAL)

@@ -7,7 +7,7 @@ import tiny_lm
 import torch
 
 from lorakit.data.batches import pad_id
-from lorakit.data.labelled import collate_labelled, read_labelled
+from lorakit.data.labelled import collate_labelled, read_labelled, read_measured, read_unlabelled
 from lorakit.data.parse import Row
 from lorakit.errors import ConfigError, DataError
 
@@ -150,3 +150,38 @@ def test_a_weight_that_is_mapped_is_a_column_like_others(bytes_tokenizer):
     values = [{"text": "a", "weight": "heavy"}, {"text": "b", "weight": "light"}]
     found = read_labelled(rows(*values), bytes_tokenizer, columns={"label": "weight"})
     assert (found.names, found.notes) == (["heavy", "light"], {})
+
+
+def test_numbers_are_read_for_regression(bytes_tokenizer):
+    data = rows({"text": "a", "label": 3.8}, {"text": "b", "label": "1.250"}, {"text": "c", "label": 2})
+    found = read_measured(data, bytes_tokenizer)
+    assert [item.label for item in found.items] == [3.8, 1.25, 2.0]
+    assert found.about["targets"]["mean"] == pytest.approx((3.8 + 1.25 + 2) / 3)
+    assert (
+        found.items[0].digest() != read_measured(rows({"text": "a", "label": 3.9}), bytes_tokenizer).items[0].digest()
+    )
+    for bad in ("high", None, True, float("nan"), [1]):
+        with pytest.raises(DataError, match=r"row 2: (its label is|no label)"):
+            read_measured(rows({"text": "a", "label": 1}, {"text": "b", "label": bad}), bytes_tokenizer)
+
+
+def test_a_header_is_not_taken_for_a_row_of_numbered_columns(bytes_tokenizer):
+    columns = {"text": "1", "label": "2"}
+    lines = rows(
+        *({"1": text, "2": label} for text, label in (("sentence", "label"), ("a", "1"), ("b", "0"), ("c", "1")))
+    )
+    with pytest.raises(DataError, match=r"row 1: its label 'label' occurs in no other row.*\n.*'sentence', 'label'"):
+        read_labelled(lines, bytes_tokenizer, columns=columns)
+    assert read_labelled(lines[1:], bytes_tokenizer, columns=columns).names == ["0", "1"]
+    with pytest.raises(
+        DataError, match=r"row 1: its label is 'label'; expected a number such as 3\.8; if this line is a"
+    ):
+        read_measured(lines, bytes_tokenizer, columns=columns)
+
+
+def test_rows_to_predict_need_no_label_and_are_cut_to_fit(bytes_tokenizer):
+    data = rows({"text": "abc"}, {"text": "x" * 20, "label": "any"})
+    items = read_unlabelled(data, bytes_tokenizer, {"label": "class"}, 8)
+    assert [item.size for item in items] == [3, 8]
+    with pytest.raises(DataError, match="row 2: no text; columns found: label"):
+        read_unlabelled(rows({"text": "a"}, {"label": 1}), bytes_tokenizer)

@@ -129,7 +129,9 @@ def test_a_mismatched_row_has_the_answer_to_another_prompt(plain):
     assert shown == [f"{PROMPT}{BAD}</s>", f"{PROMPT}{BAD}</s>", f"Bo: 1\n{BAD}</s>", f"Bo: 1\n{BAD}</s>"]
     assert all(item.mismatched.prompt_length == len(item.question) for item in items)
     assert len(with_mismatches(data.items, 9)[0].mismatched.ids) == 9
-    with pytest.raises(DataError, match=r"all 2 rows have the same prompt"):
+    (alone,) = with_mismatches(data.items[:1], 14, data.items)  # a held-out row, with the answer of a training row
+    assert plain.decode(alone.mismatched.ids) == f"{PROMPT}one</s>"
+    with pytest.raises(DataError, match=r"row 1: all rows have the same prompt"):
         with_mismatches(data.items[:2], 14)
 
 

@@ -13,6 +13,7 @@ from lorakit.errors import DataError
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+PREFERENCE = {"prompt": "a", "chosen": "b", "rejected": "c"}
 WHOLE = {
     "prompt/completion": ({"prompt": "a b", "completion": " c"}, {"prompt": "a b"}),
     "references": ({"question": "a", "references": ["c", "d"]}, {"question": "a"}),
@@ -40,6 +41,13 @@ def test_a_question_is_what_training_renders_before_the_answer(shape, tokenizer)
         (example,) = read_questions(rows(values))
         assert Renderer(tokenizer).prompt(example) == item.ids[: item.prompt_length]
         assert example.row.values == values
+
+
+def test_a_preference_is_asked_as_its_chosen_answer_was(tokenizer):
+    implicit = {"chosen": TURNS, "rejected": [*TURNS[:1], {"role": "assistant", "content": "no"}]}
+    pair, turns = (read_questions(rows(each))[0] for each in (PREFERENCE, implicit))
+    assert Renderer(tokenizer).prompt(pair) == tokenizer.encode("a")
+    assert tokenizer.decode(Renderer(tokenizer).prompt(turns)) == "<user>hi<assistant>"
 
 
 def test_a_text_is_continued(tokenizer):

@@ -183,12 +183,8 @@ def test_loha_and_lokr_of_peft_are_read_with_the_change_that_peft_makes(case, tm
 @pytest.mark.parametrize(
     "config, said",
     [
-        (
-            peft.IA3Config(target_modules=["lin0"], feedforward_modules=["lin0"]),
-            r"'IA3'.*\n  IA3 rescales activations: merge it",
-        ),
+        (peft.HRAConfig(target_modules=["lin0"], r=2), r"'HRA'.*\n  HRA reflects weights: merge it"),
         (peft.OFTConfig(target_modules=["lin0"], r=2, oft_block_size=0), r"'OFT'.*\n  OFT rotates weights: merge it"),
-        (peft.LNTuningConfig(target_modules=["norm"]), r"'LN_TUNING'.*\n  it trains norms"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -198,9 +194,9 @@ def test_other_methods_are_refused_by_name_with_what_to_do(config, said, tmp_pat
         lk.Adapter.load(tmp_path)
 
 
-@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig])
+@pytest.mark.parametrize("config", [peft.CPTConfig, peft.MultitaskPromptTuningConfig])
 def test_prompt_methods_are_refused_since_no_lora_does_the_same(config, tmp_path):
-    config(task_type="CAUSAL_LM", num_virtual_tokens=2).save_pretrained(tmp_path)
+    config(task_type="CAUSAL_LM").save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="adds inputs and changes no weight"):
         lk.Adapter.load(tmp_path)
 

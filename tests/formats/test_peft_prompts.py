@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -124,6 +125,22 @@ def test_a_classifiers_head_is_saved_under_pefts_names_and_pools_alike(tmp_path)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     again = lk.attach(tiny.bert(), lk.Adapter.load(tmp_path))
     torch.testing.assert_close(again(input_ids=ROWS).logits, wanted, atol=1e-6, rtol=0)
+
+
+def test_pefts_prompts_of_an_encoder_whose_head_reads_the_first_position_are_refused(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = RobertaForSequenceClassification(RobertaConfig(**sizes, intermediate_size=24, pad_token_id=1)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=N)
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+        theirs.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="reads the first of these"):
+        lk.attach(base, lk.Adapter.load(tmp_path))
+    lk.attach(base, lk.Adapter.load(tmp_path), force=True)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "p_tuning"])

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny_lm
 
 from lorakit.cli import run
+from lorakit.data.dataset import build
+from lorakit.data.read import read_rows
+from lorakit.data.split_text import answered
+from lorakit.tasks.text.prompts_of import prompts_of
 from lorakit.train.setup import set_up
+
+WIKISQL = Path(__file__).parents[1] / "fixtures" / "wikisql"
 
 
 @pytest.fixture
@@ -37,3 +44,15 @@ def test_eval_and_predict_ask_up_to_the_marker(texts, model_folder, capsys):
     assert all(row.keys() == {"text", "id", "prediction"} for row in rows)
     assert run(["eval", str(texts), "--model", str(model_folder), "--answer-after", "B:"]) == 1
     assert "row 1: its text has no 'B:'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "count"), [("train", 100), ("test", 30)])
+def test_wikisql_rows_are_questions_to_sql(name, count):
+    """Table, columns and question are the prompt; the SQL behind the last "A:" is trained."""
+    rows = [*answered(read_rows(WIKISQL / f"{name}.jsonl"), "A:")]
+    tokenizer = tiny_lm.tokenizer()
+    items = build(rows, tokenizer, max_length=2000).items
+    assert len(items) == count
+    for asked in prompts_of(items, tokenizer):
+        assert asked.text.endswith("\nA:")
+        assert all(answer.startswith("SELECT ") for answer in asked.references)

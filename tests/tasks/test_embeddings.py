@@ -165,6 +165,11 @@ def test_a_tiny_model_learns_to_find_what_belongs_together(make, rows, tmp_path,
     assert first["vector"] == second["vector"]
     cosine = torch.tensor(second["vector"]) @ torch.tensor(second["vector_pair"])
     assert second["similarity"] == pytest.approx(float(cosine), abs=1e-5)
+    assert run(["generate", text, *flags, "--adapter", str(result.adapter)]) == 1
+    assert (
+        "for the task embeddings, which answers with no text\n  use it on rows: lorakit predict"
+        in capsys.readouterr().err
+    )
     done = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESS, config.model, str(result.adapter), text],
         capture_output=True,

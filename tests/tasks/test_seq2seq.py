@@ -147,6 +147,8 @@ def test_a_tiny_t5_learns_to_fill_slots(make_config, tmp_path, capsys, monkeypat
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["source"] for row in answers] == [row["source"] for row in rows[58:]]
     assert sum(row["prediction"]["answer"] == row["target"] for row in answers) >= 11
+    assert run(["predict", str(test), "--model", str(base), "--limit", "1"]) == 0
+    capsys.readouterr()
     assert run(["merge", str(base), str(result.adapter), str(tmp_path / "merged")]) == 0
     capsys.readouterr()
     assert run(["generate", "food tea name Ada", "--model", str(tmp_path / "merged")]) == 0
@@ -200,6 +202,8 @@ def test_each_kind_of_base_is_sent_to_its_task(make, model_folder, folder, tmp_p
     with pytest.raises(TrainError, match=r"is no encoder-decoder (.|\n)*--task causal_lm"):
         set_up(make(model=model_folder))
     with pytest.raises(TrainError, match=r"is an encoder-decoder .T5Config.*\n  use --task seq2seq"):
+        set_up(make(task="causal_lm"))  # whatever its rows are
+    with pytest.raises(TrainError, match=r"is an encoder-decoder .T5Config.*\n  use --task seq2seq"):
         set_up(make(task="causal_lm", data=tiny_lm.write_rows(tmp_path / "own.jsonl", tiny_lm.rows())))
     bert = tmp_path / "bert"
     from transformers import BertConfig
@@ -207,6 +211,8 @@ def test_each_kind_of_base_is_sent_to_its_task(make, model_folder, folder, tmp_p
     BertConfig().save_pretrained(bert)
     with pytest.raises(TrainError, match="the task seq2seq needs one, such as T5 or BART"):
         SEQ2SEQ.processor(make(model=bert))
+    assert run(["eval", str(data), "--model", str(folder), "--no-text", "--json"]) == 0  # the base tells its task
+    assert json.loads(capsys.readouterr().out)["results"][0]["perplexity"] > 1
     assert run(["chat", "--model", str(folder), "--template", "chat"]) == 2
     assert "an encoder-decoder reads one text" in capsys.readouterr().err
 

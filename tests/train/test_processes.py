@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_lm
 import tiny_pictures
 import tiny_pipelines
 import torch
@@ -88,6 +89,25 @@ def test_two_processes_end_with_the_parameters_of_one(make_config, tmp_path):
     a, b = (load_file(f.adapter / "adapter_model.safetensors") for f in (one, two))
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_rewards_of_all_rows_and_share_ktos_divergence(make_config, tmp_path):
+    """13 rows in batches of 6: in a pass's last batch, which has one row, a process has none."""
+    rows = [row | {"label": i % 3 > 0} for i, row in enumerate(tiny_lm.rows(13))]
+    data = tiny_lm.write_rows(tmp_path / "labelled.jsonl", rows)
+    changes = {"batch_size": 6, "steps": 6, "validation": 0, "sample_tokens": 0, "learning_rate": 2e-2}
+    config = make_config(task="preference", data=data, **changes)
+    train(config, Progress(quiet=True))
+    both = config.replace(out=str(tmp_path / "both"))
+    train_in_processes(both, tmp_path, 2)
+    one, two = RunFolder(config.out), RunFolder(both.out)
+    assert len(one.rows()) == 6
+    for ours, theirs in zip(two.rows(), one.rows(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert "kl" in ours
+        for key in ours.keys() - {"seconds"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
 
 
 def gradients_of_one_process(config: TrainConfig, count: int) -> dict[str, torch.Tensor]:

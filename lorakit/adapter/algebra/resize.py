@@ -23,6 +23,8 @@ from ...errors import AdapterError, ConfigError
 from ..adapter import Adapter
 from ..lora import Factors, FactorShapes
 from ..update import Update
+from ..virtual_tokens import BODY
+from .compatible import check_have_changes
 from .compose import compose, relative
 from .product import norm, separate
 from .reform import with_updates
@@ -107,6 +109,8 @@ def resize(
     stacks = {m: u for m, u in adapter.updates.items() if u.matrices() is not None}
     if stacks:
         return _with_stacks(adapter, stacks, rank, keep, overall, drop_bias, on_module)
+    if list(adapter.updates) == [BODY]:
+        check_have_changes([adapter])
     vectors = _without_matrix(adapter, drop_bias)
     matrices = {m: u for m, u in adapter.updates.items() if m not in vectors}
     shapes = {m: u.factor_shapes(m) for m, u in matrices.items()}

@@ -119,9 +119,24 @@ def load(
     from ...tasks.text.kind import writes_from_source
 
     values = read(model, adapters)  # first, to fail early
+    _check_answers(named(adapters), values)
     if writes_from_source(load_config(model)):
         return _encoder_decoder(model, values, precision, quantization)
     return attached(model, values, precision, chat_template, kwargs, quantization=quantization)
+
+
+def _check_answers(paths: Mapping[str, str], values: Mapping[str, Adapter]) -> None:
+    """Raise AdapterError for an adapter whose task has no text to answer with."""
+    from ...tasks import task_names, task_of, task_of_adapter
+
+    writing = {task_of(name).peft_type for name in task_names() if task_of(name).writes}
+    for name, value in values.items():
+        task = task_of_adapter(value.config.task, value.metadata)
+        if task is not None and task_of(task).peft_type not in writing:
+            raise AdapterError(
+                f"{paths[name]} is an adapter for the task {task}, which answers with no text\n"
+                f"  use it on rows: lorakit predict ROWS --model MODEL --adapter {paths[name]}"
+            )
 
 
 def attached(

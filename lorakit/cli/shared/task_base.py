@@ -1,9 +1,11 @@
 """A base with adapters, for their task: with the settings, label names, tokens and template that their records have.
 
-name = task_named(requested, values)
-config = config_for(name, values, data=..., model=..., ...)
-processor = processor_for(config, values)
-base = base_for(config, processor, about_of(config, values), values)
+    name = task_named(requested, values, model)
+    config = config_for(name, values, data=..., model=..., ...)
+    processor = processor_for(config, values)
+    base = base_for(config, processor, about_of(config, values), values)
+
+A command that has rows gives them in place of `about_of`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
 NO_LIMIT = 1 << 30
 
 
-def task_named(requested: str | None, values: Mapping[str, Adapter]) -> str:
-    """Return the requested task, or the one the adapters were trained for. ConfigError if these are several."""
+def task_named(requested: str | None, values: Mapping[str, Adapter], model: str) -> str:
+    """Return the requested task, or the one the adapters were trained for; without adapters, the one that generates
+    text with this model. ConfigError if the adapters' tasks are several.
+    """
+    from ...bases.load import load_config
+    from ...tasks.text.kind import writes_from_source
+
     tasks = {task_of_adapter(value.config.task, value.metadata) or DEFAULT for value in values.values()}
     if requested is not None:
         name: str = canonical(requested)
@@ -34,6 +41,8 @@ def task_named(requested: str | None, values: Mapping[str, Adapter]) -> str:
         raise ConfigError(
             f"the adapters are for different tasks: {', '.join(sorted(tasks))}\n  evaluate one task at a time"
         )
+    if not tasks and writes_from_source(load_config(model)):
+        return "seq2seq"
     return next(iter(tasks), DEFAULT)
 
 

@@ -73,7 +73,8 @@ class PrefixTokens(VirtualUpdate):
         given = {"input_ids": ids[None].to(options["device"]), "use_cache": True, name: cache}
         with undisturbed(layer), torch.no_grad():
             layer(**given)
-        states = [t for each in cache.layers[:layers] for t in (each.keys, each.values)]  # each [1, heads, n, size]
+        kept: list[Any] = cache.layers[:layers]
+        states = [t for each in kept for t in (each.keys, each.values)]  # each [1, heads, n, size]
         return torch.cat([t[0].transpose(0, 1).flatten(1) for t in states], 1).to(**options, copy=True)  # [n, width]
 
     def put_in(self, layer: BodyLayer, call: Call) -> bool:

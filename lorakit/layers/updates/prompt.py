@@ -8,12 +8,13 @@ The outputs of the n positions are dropped. They start as the embeddings of toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...config import LoraConfig
+from ...config.virtual_tokens import VirtualKind
 from ...errors import TargetError
 from ..bases import base_of
 from ..virtual.body import BodyLayer, Call, names_of
@@ -22,7 +23,7 @@ from ..virtual.tokens import VirtualUpdate
 
 
 class PromptTokens(VirtualUpdate):
-    kind = "prompt"
+    kind: ClassVar[VirtualKind] = "prompt"
     in_front = True
 
     @classmethod
@@ -65,7 +66,7 @@ class PromptTokens(VirtualUpdate):
         def own(t: Tensor) -> Tensor:
             return t[:, n:] if t.dim() == 3 and t.shape[1] == length else t
 
-        changed = {"last_hidden_state": own(output.last_hidden_state)}
+        changed: dict[str, Any] = {"last_hidden_state": own(output.last_hidden_state)}
         if output.get("hidden_states") is not None:
             changed["hidden_states"] = tuple(own(t) for t in output.hidden_states)
         if output.get("attentions") is not None:

@@ -153,7 +153,7 @@ class LiveUpdate(Own):
     def after_step(cls, updates: Sequence[Self], step: int, steps: int) -> None:
         """Adjust the updates after optimizer step `step` (from 1) of `steps`; the gradients are still there."""
 
-    def shape(self, layer: LoraLayer) -> tuple[int, ...]:
+    def shape_on(self, layer: LoraLayer) -> tuple[int, ...]:
         """Return the shape of what it changes: the layer's dense weight."""
         return base_of(layer).shape(layer)
 

@@ -168,6 +168,8 @@ def _is_packed(positions: Tensor) -> bool:
 class BodyLayer(LoraLayer):
     """The mixin in front of the body's class."""
 
+    if TYPE_CHECKING:
+        config: Any
     lora_name = BODY
     lora_decodes: bool  # whether a token attends to those before it alone
     lora_window: int  # how far back its layers see, 0 if not limited

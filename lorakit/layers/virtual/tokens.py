@@ -118,7 +118,7 @@ class VirtualUpdate(LiveUpdate):
         tensors = {name: t.detach() for name, t in self.encoder.state_dict().items()}
         return VirtualTokens(self.kind, embeddings, layers, heads, tensors)
 
-    def shape(self, layer: LoraLayer) -> tuple[int, ...]:
+    def shape_on(self, layer: LoraLayer) -> tuple[int, ...]:
         assert isinstance(layer, BodyLayer)
         return self.rank, self.sizes(layer)[1]
 

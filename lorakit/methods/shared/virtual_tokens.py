@@ -80,7 +80,8 @@ def rate_factors(model: Any, name: str, config: RunSettings) -> dict[nn.Paramete
 
 def alone(config: RunSettings) -> tuple[str, str]:
     """Return the setting that keeps a run with virtual tokens out of a sweep, and the sweep's error message."""
-    setting = f"prompt: {config.prompt}" if getattr(config, "prompt", None) else f"method: {config.method}"
+    beside = getattr(config, "prompt", None)
+    setting = f"prompt: {beside}" if beside else f"method: {config.method}"
     return setting, (
         f"{setting} puts virtual tokens in front of each row, and a sweep's runs share the rows of one forward pass\n"
         "  start these runs one by one with lorakit train"

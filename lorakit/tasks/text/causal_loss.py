@@ -13,6 +13,8 @@ with any other, large logits are computed in chunks and recomputed in backward.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -43,10 +45,15 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return _losses(model, batch, _selected(batch)).sum()
 
 
-def row_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the same sum per row: [rows], float32. The batch may be packed (`data.packing.collate_packed`)."""
+def row_losses(
+    model: nn.Module, batch: dict[str, Tensor], besides: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
+    """Return the same sum per row: [rows], float32. The batch may be packed (`data.packing.collate_packed`).
+
+    besides: further inputs of the model, which it gets as they are, such as pictures.
+    """
     selected = _selected(batch)
-    losses = _losses(model, batch, selected)
+    losses = _losses(model, batch, selected, besides)
     if "row" in batch:
         of_row = F.one_hot(batch["row"][:, 1:][selected], len(batch["sizes"]))  # [N, rows]
         return (of_row * losses[:, None]).sum(0)
@@ -64,14 +71,16 @@ def _selected(batch: dict[str, Tensor]) -> Tensor:
     return selected
 
 
-def _losses(model: nn.Module, batch: dict[str, Tensor], selected: Tensor) -> Tensor:
+def _losses(
+    model: nn.Module, batch: dict[str, Tensor], selected: Tensor, besides: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
     """Return −log p of the N selected positions (`selected`: [rows, length − 1]) in row order, zero where untrained:
     [N], float32.
     """
     # Without an attention mask the faster, plain causal kernel runs: no token attends to padding on its right. The last
     # position has no label, so it is not computed. Packed rows are told by their positions.
-    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "position_ids") if name in batch}
-    return position_losses(model, inputs, selected, batch["labels"][:, 1:][selected])
+    inputs = {name: tensor[:, :-1] for name, tensor in batch.items() if name in ("input_ids", "position_ids")}
+    return position_losses(model, {**inputs, **besides}, selected, batch["labels"][:, 1:][selected])
 
 
 def position_losses(model: nn.Module, inputs: dict[str, Tensor], selected: Tensor, targets: Tensor) -> Tensor:

@@ -87,12 +87,19 @@ class Sampling(Strict):
         return self
 
 
-class Lengths(Strict):
-    rows: ClassVar = {"max_length", "on_long"}
+class MaxLength(Strict):
+    rows: ClassVar = {"max_length"}
 
-    max_length: int | Auto = Field("auto", description="longest row in tokens; auto: the data's 99th percentile")
-    on_long: Literal["auto", "drop", "cut", "split"] = Field(
-        "auto", description="what to do with longer rows: drop, cut, or (plain text) split them"
+    max_length: int | Auto = Field(
+        "auto", description="longest row in tokens; auto: the data's 99th percentile; with pictures, the longest row"
     )
 
     _max_length = field_validator("max_length")(at_least_one)
+
+
+class Lengths(MaxLength):
+    rows: ClassVar = {"on_long"}
+
+    on_long: Literal["auto", "drop", "cut", "split"] = Field(
+        "auto", description="what to do with longer rows: drop, cut, or (plain text) split them"
+    )

@@ -21,7 +21,7 @@ def with_token_ids(config: RunSettings, tokenizer: Any) -> RunSettings:
     text = part(config, VirtualTokenSettings).prompt_text
     if isinstance(text, str):  # as PEFT does, with the special tokens that the tokenizer adds
         config = config.replace(prompt_text=list(tokenizer(text)["input_ids"]))
-    own: Any = config.trainable_tokens
+    own: Any = vars(config)["trainable_tokens"]
     if not own and not config.add_tokens:
         return config
     if "trainable_tokens" not in method.settings.model_fields:

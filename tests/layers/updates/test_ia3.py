@@ -94,6 +94,29 @@ def test_its_own_targets_read_the_same_in_peft(make, tmp_path):
     torch.testing.assert_close(tiny.logits(theirs), tiny.logits(ours), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_its_gradients_are_pefts(make, tmp_path):
+    import peft
+
+    ours = tuned(make())
+    folder = lk.capture(ours).save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), folder, is_trainable=True)
+    ids = torch.arange(3, 15)[None]
+    for model in (ours, theirs):
+        model.eval()  # GPT-2's dropout is another draw each time
+        model(input_ids=ids, labels=ids).loss.backward()
+    found = {n.replace(".lora_default.vector", ""): p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    wanted = {
+        n.split(".ia3_l")[0].removeprefix("base_model.model."): p.grad
+        for n, p in theirs.named_parameters()
+        if "ia3_l" in n
+    }
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, wanted[name].flatten(), rtol=1e-4, atol=1e-6)
+    assert all(grad.abs().max() > 0 for grad in found.values())
+
+
 def test_inputs_alone_are_scaled_before_the_base_with_the_same_result_as_beside_another(monkeypatch):
     model, x = Net().double(), INPUT["net"].double()
     tuned(model, targets=["second"], feedforward=["second"])
