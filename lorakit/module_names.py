@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # What follows "transformer." in language models with such a trunk (GPT-2, GPT-J, BLOOM, Falcon, MPT, ChatGLM, XLNet,
-# ...). A diffusion pipeline's component of that name has transformer_blocks, blocks.N.attn1 and the like.
+# LlamaForQuestionAnswering, ...). A diffusion pipeline's component of that name has transformer_blocks, blocks.N.attn1
+# and the like.
 _LANGUAGE_TRUNK = re.compile(
     r"transformer\.(h|wte|wpe|word_embeddings(_layernorm)?|embedding|ln_f|norm_f|output_layer|layer\.\d+|encoder\.layers"
+    r"|embed_tokens|layers\.\d+\.((self_attn|mlp)\.\w+|(input|post_attention)_layernorm)$"
     r"|blocks\.\d+\.((attn\.(Wqkv|out_proj)|ffn\.(up|down)_proj|norm_[12])$|norm_attn_norm))(\.|$)"
 )
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?\.|\\?-)+")

@@ -278,6 +278,8 @@ def questions_of(rows: Sequence[Row]) -> Iterator[Row]:
                 answers = [] if qa.get("is_impossible") else qa.get("answers", [])
                 yield Row(
                     {
+                        "id": qa.get("id"),
+                        "title": row.values.get("title"),
                         "question": qa.get("question"),
                         "context": paragraph.get("context"),
                         "answers": {name: [a.get(name) for a in answers] for name in ("text", "answer_start")},

@@ -97,3 +97,32 @@ def test_scores_of_pairs_are_regression(model_folder, tmp_path, capsys):
     assert found["task"] == "regression"
     assert {"loss", "pearson", "spearman"} < found["results"][0].keys()
     assert isinstance(predicted(capsys, model_folder, data, *columns)[0]["prediction"]["value"], float)
+    assert run(["card", f"{data}-run"]) == 0
+    assert ", num_labels=1)" in "".join((tmp_path / "train.tsv-run/adapter/README.md").read_text().split("\n"))
+
+
+def test_squads_file_is_question_answering(model_folder, tmp_path, capsys):
+    """The card has the names by which Llama's class for it finds its trunk."""
+    data = tmp_path / "train.json"
+    paragraphs = [
+        {
+            "context": f"{name} sees tea.",
+            "qas": [{"question": "Who?", "id": name, "answers": [{"text": name, "answer_start": 0}]}],
+        }
+        for name in tiny_lm.NAMES
+    ]
+    data.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    told = trained(capsys, model_folder, data)
+    assert (
+        "question_answering: find the answer to a question in a text (the rows have id, title, question, context"
+        in told
+    )
+    assert "12 questions in 12 windows" in told
+    (row,) = evaluated(capsys, model_folder, data)["results"]
+    assert {"loss", "exact_match", "answer_f1"} < row.keys()
+    found = predicted(capsys, model_folder, data)
+    assert len(found) == 12
+    assert found[3]["prediction"]["answer"] in found[3]["context"]
+    assert run(["card", f"{data}-run"]) == 0
+    page = (tmp_path / "train.json-run/adapter/README.md").read_text()
+    assert r"""key_mapping={"^model\\.": "transformer."}""" in page

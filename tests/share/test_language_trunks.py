@@ -54,6 +54,19 @@ def test_every_module_of_such_a_model_is_a_language_models(architecture):
     assert all(is_language_trunk(name.rpartition(".")[0]) for name in names), names
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_so_are_those_of_a_class_for_question_answering(family):
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        config = getattr(transformers, f"{family}Config")(**sizes, vocab_size=40)
+        model = getattr(transformers, f"{family}ForQuestionAnswering")(config)
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    assert sum(name.startswith("transformer.") for name in names) == 8
+    assert all(is_language_trunk(name) for name in names if name != "qa_outputs"), names
+
+
 @pytest.mark.parametrize(
     "module",
     [
