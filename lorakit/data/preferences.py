@@ -11,6 +11,7 @@ Each answer becomes an `Example`, as in supervised training, so that templates a
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -136,13 +137,15 @@ def _pair(values: Mapping[str, Any], row: Row) -> tuple[list[Row], None, set[str
     """Return the rows of a pair's two answers, and the columns that are used."""
     chosen, rejected = (_answer(values[name], name, row) for name in PAIR)
     prompt, used = _prompt(values, row)
+    parted: tuple[Any, Any, Any]  # the prompt and the answers, texts or turns
     if isinstance(chosen, str) and isinstance(rejected, str):
-        asked, *answers = (prompt, chosen, rejected) if prompt is not None else _parted_texts(chosen, rejected, row)
+        parted = (prompt, chosen, rejected) if prompt is not None else _parted_texts(chosen, rejected, row)
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        asked, *answers = _parted_turns(prompt, chosen, rejected, row)
+        parted = _parted_turns(prompt, chosen, rejected, row)
     else:
         kinds = ["a text" if isinstance(answer, str) else "messages" for answer in (chosen, rejected)]
         raise DataError(f"{row.where}: chosen is {kinds[0]} and rejected is {kinds[1]}; expected two of one kind")
+    asked, *answers = parted
     for name, answer in zip(PAIR, answers, strict=True):
         if not (answer.strip() if isinstance(answer, str) else answer):
             raise DataError(
@@ -155,14 +158,13 @@ def _pair(values: Mapping[str, Any], row: Row) -> tuple[list[Row], None, set[str
 
 def _answer(value: object, name: str, row: Row) -> str | list[dict[str, Any]]:
     """Return an answer: a text, or turns, also where they are given as one turn or as JSON text."""
+    found: Any = value
     if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return value  # a text that begins so
-    if isinstance(value, str):
-        return turns.string(value, name, row)
-    found: Any = [value] if isinstance(value, dict) else value
+        with contextlib.suppress(json.JSONDecodeError):  # else it is a text that begins so
+            found = json.loads(value)
+    if isinstance(found, str):
+        return turns.string(found, name, row)
+    found = [found] if isinstance(found, dict) else found
     turns.conversation(found, name, row)  # for errors that name this column
     return list(found)
 

@@ -26,7 +26,7 @@ TITLE = (
 )
 BUDGET = Budget(seeds=1, steps=200, rows=50)
 TRAIN, RATE = 1600, 8e-3
-LONGEST = 110  # tokens of an answer
+LONGEST, POSITIONS = 110, 192  # tokens of an answer; of a row, with room for the longest names
 
 
 def run(work: Work) -> Result:
@@ -35,7 +35,8 @@ def run(work: Work) -> Result:
     assert work.budget.rows is not None
     train, test = addresses.rows(addresses.places(work.file), TRAIN, work.budget.rows)
     data = _write(work.folder / "train.jsonl", train)
-    settings = {"data": str(data), "validation": str(_write(work.folder / "test.jsonl", test)), "learning_rate": RATE}
+    settings: dict[str, Any] = {"data": str(data), "validation": str(_write(work.folder / "test.jsonl", test))}
+    settings |= {"learning_rate": RATE, "max_length": POSITIONS}
     runs = train_seeds(work, "addresses", settings)
     rows = [work.cell(f"seed {run['seed']}", partial(_judged, work, run, settings, test)) for run in runs]
     return {"rows": rows, "source": "the user's list" if work.file else "places written in lorakit"}

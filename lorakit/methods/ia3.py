@@ -28,8 +28,9 @@ from .shared.adapter import (  # noqa: F401 (names of the method)
     start_from,
 )
 
-# (IA)³'s recipe has 3e-3 (Liu et al. 2022, section 3.4), ten times what suits LoRA on models of that size (3e-4).
-FACTOR = 10
+# On the embedded model, after 40 steps of 8 rows of E2E, the held-out loss is 2.58 at 10 times LoRA's rate, 2.34 at 20
+# times and 2.15 at 40 times it. PEFT's example (8e-3, width 1,024) has 10 times, the paper (3e-3) less: for many steps.
+FACTOR = 20
 
 
 class Ia3RunSettings(Placement, Ia3Settings, Earlier):

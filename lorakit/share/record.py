@@ -26,6 +26,7 @@ from ..formats import FOLDERS, TAKES_ALPHA, find, format_of, load
 from ..io.json_object import read_json
 from ..module_names import is_language_trunk
 from ..tasks import task_names, task_of, task_of_adapter
+from ..tasks.preferences.settings import LossSettings
 from ..train.run_folder import RunFolder
 from .paths import hub_id
 
@@ -141,7 +142,7 @@ def read_record(
     metrics, recipe = mapping(facts.metadata.get("metrics")), mapping(facts.metadata.get("recipe"))
     known: dict[str, Any] = {
         "base": facts.base,
-        "settings": {k: recipe[k] for k in SETTINGS if k in recipe},
+        "settings": {k: recipe[k] for k in SETTINGS if k in recipe} | _loss_of(mapping(facts.metadata.get("data"))),
         "data": dict(mapping(facts.metadata.get("data"))),
         "steps": int(number(metrics.get("steps")) or 0) or None,
     }
@@ -175,7 +176,7 @@ def _from_run(run: RunFolder, known: Mapping[str, Any], task: str | None) -> dic
         settings.setdefault("learning_rate", max(rates))
     return {
         "base": known["base"] or config.get("model"),
-        "settings": {k: v for k, v in settings.items() if k not in _of_other_tasks(task)},
+        "settings": {k: v for k, v in settings.items() if k not in _of_other_tasks(task)} | _loss_of(known["data"]),
         "data": {"id": config.get("data"), "split": config.get("split"), **known["data"]},
         "steps": known["steps"] or number(last.get("step")),
         "seconds": number(last.get("seconds")),
@@ -183,6 +184,12 @@ def _from_run(run: RunFolder, known: Mapping[str, Any], task: str | None) -> dic
         "held_out": [_held_out(row) for row in rows if number(row.get("held_out_loss")) is not None],
         "samples": _samples(run),
     }
+
+
+def _loss_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the loss of preferences and its settings, as the record of a run's data has them."""
+    own = mapping(data.get("preference"))
+    return {name: own[name] for name in LossSettings.model_fields if isinstance(own.get(name), str | int | float)}
 
 
 def _held_out(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,3 +103,15 @@ def test_prompts_are_answered(lorakit, model, rows, trained, tmp_path):
     code, _, error = lorakit("predict", rows, *given, "--out", out)
     assert code == 0, error
     assert len(out.read_text().splitlines()) == 24
+
+
+def test_a_card_names_the_loss(lorakit, model, rows, tmp_path):
+    out = tmp_path / "run"
+    given = ["--task", "preference", "--loss", "simpo", "--beta", "1.5", "--quiet"]
+    assert lorakit("train", "--model", model, "--data", rows, "--out", out, *tiny_lm.FLAGS, *given)[0] == 0
+    code, _, error = lorakit("card", out)
+    assert code == 0, error
+    card = (out / "adapter" / "README.md").read_text()
+    for line in ("| loss | simpo |", "| beta | 1.5 |", "| simpo_gamma | 1.0 |"):
+        assert line in card.replace("simpo gamma", "simpo_gamma")
+    assert "| reward accuracy |" in card

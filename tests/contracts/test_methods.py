@@ -200,5 +200,5 @@ def test_a_setting_that_two_parts_define_is_refused():
 
     with pytest.raises(TypeError, match="'rank' is a setting of LowRank and of Mine"):
         joined("Both", [LoraSettings, Mine])
-    with pytest.raises(TypeError, match="'_ranks' is a setting of LowRank and of Checked"):
+    with pytest.raises(TypeError, match="'_ranks' is a setting of LoraSettings and of Checked"):
         joined("Both", [LoraSettings, Checked])

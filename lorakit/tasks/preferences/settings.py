@@ -46,7 +46,8 @@ class LossSettings(Strict):
     beta: float | Auto = Field(
         "auto",
         description="what a change of the log-probabilities counts in the loss: the higher, the closer the model stays "
-        "to its reference; auto: 0.1, for simpo 2",
+        "to its reference; auto: "
+        + ", ".join(f"{loss_of(name).beta:g} for {name}" for name in LOSSES if "beta" in loss_of(name).uses),
     )
     label_smoothing: float = Field(
         0.0,
