@@ -109,3 +109,65 @@ def write_rows(folder: Path, count: int = 24) -> Path:
     path = folder / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(folder, count)))
     return path
+
+
+QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+QWEN_TEMPLATE = TEMPLATE.replace(IMAGE, "<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def qwen2_vl_processor() -> Any:
+    """Qwen2-VL's own processor without its part for videos, which only torchvision makes."""
+    from transformers import Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.processing_utils import ProcessorMixin
+
+    class ImagesOnly(Qwen2VLProcessor):
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+            self.image_token, self.video_token = QWEN_TOKENS[:2]
+            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([*QWEN_TOKENS[:2]])
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    sizes = {"shortest_edge": 64, "longest_edge": 1024}
+    images = Qwen2VLImageProcessorPil(patch_size=PATCH, temporal_patch_size=2, merge_size=2, size=sizes)
+    return ImagesOnly(images, tokenizer(*QWEN_TOKENS), QWEN_TEMPLATE)
+
+
+def save_qwen2_vl(folder: Path, seed: int = 0) -> Path:
+    """A folder as Qwen2-VL's on the hub, with a model of two layers."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    made = qwen2_vl_processor()
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    text = {
+        "vocab_size": len(made.tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 192,
+        "initializer_range": 0.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        "pad_token_id": tiny_lm.PAD,
+        "bos_token_id": None,
+        "eos_token_id": tiny_lm.EOS,
+    }
+    vision = {
+        "depth": 1,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    torch.manual_seed(seed)
+    ids = dict(zip(names, made.tokenizer.convert_tokens_to_ids([*QWEN_TOKENS]), strict=True))
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
+    model.save_pretrained(folder)
+    made.image_processor.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    return folder

@@ -51,7 +51,17 @@ def load_vision_processor(name: str, revision: str | None = None, trust_remote_c
     from transformers import AutoProcessor
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": "pil"}
-    processor = from_pretrained(AutoProcessor, name, **options)
+    try:
+        processor = from_pretrained(AutoProcessor, name, **options)
+    except LorakitError as error:
+        said = str(error).lower()
+        if find_spec("torchvision") is not None or not ("torchvision" in said or "video processor" in said):
+            raise
+        raise LorakitError(
+            f"{str(error).splitlines()[0]}\n"
+            "  pip install torchvision: transformers' processor of this base needs it for videos, also for rows with "
+            "pictures alone"
+        ) from error
     parts = ("tokenizer", "image_processor", "image_token", "image_token_id", "replace_image_token")
     missing = [part for part in parts if getattr(processor, part, None) is None]
     if missing:

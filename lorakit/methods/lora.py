@@ -109,7 +109,7 @@ def rate_factors(model: Any, config: RunSettings, name: str) -> Mapping[nn.Param
 
     ratio = part(config, LoraSettings).lora_plus
     faster = {} if ratio is None else dict.fromkeys(faster_parameters(as_module(model), name), ("B", ratio))
-    return {**faster, **virtual_tokens.rate_factors(model, name, config)}
+    return {**faster, **virtual_tokens.rate_factors_beside(model, config, name)}
 
 
 def trained(config: RunSettings) -> str:

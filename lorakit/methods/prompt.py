@@ -17,12 +17,11 @@ from .shared.adapter import (  # noqa: F401 (names of the method)
     note_together,
     penalty,
     precision,
-    rate_factors,
     reloaded,
     result,
     save,
 )
-from .shared.virtual_tokens import VirtualRunSettings, alone, attach, start  # noqa: F401
+from .shared.virtual_tokens import VirtualRunSettings, alone, attach, rate_factors, start  # noqa: F401
 
 settings = VirtualRunSettings
 defaults: dict[str, Any] = {}

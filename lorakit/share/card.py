@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..evaluate.figures import MEASURES
 from ..io.atomic import write_text
 from .markdown import line
-from .page import PLACEHOLDER, TASKS, base_text, page
+from .page import PLACEHOLDER, base_text, class_and_task, page
 from .paths import hub_id, is_hub_name, last_name, without_paths
 from .record import AdapterRecord, Given, number, read_record
 
@@ -147,7 +147,7 @@ def _metadata(record: AdapterRecord, name: str) -> str:
 
 
 def _hub_task(record: AdapterRecord) -> str | None:
-    return TASKS.get(str(record.facts.task), (None, None))[1]
+    return class_and_task(record)[1]
 
 
 def _eval_results(record: AdapterRecord, dataset: str | None) -> list[EvalResult]:

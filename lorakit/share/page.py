@@ -16,6 +16,7 @@ from ..analysis.inspect import KINDS
 from ..bases.load import EMBEDDED
 from ..evaluate.figures import MEASURES, measured, show
 from ..formats.diffusers import FILE
+from ..tasks import task_of_adapter
 from ..version import VERSION
 from .markdown import Markdown, cell, code, codes, fence, line, plain, rows, section, table
 from .paths import hub_id, last_name
@@ -26,13 +27,20 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "OWNER/NAME"  # stands for the repository until it is known
 # PEFT's task_type -> transformers' class, the hub's task.
-TASKS = {
+TASKS: dict[str, tuple[str | None, str | None]] = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),  # translation, summarization, ...: which is not recorded
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
     "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+}
+# The same by lorakit's task, where PEFT's says less or nothing. Their inputs are no texts alone, so the page's code
+# leaves loading the base to the reader.
+OWN_TASKS: dict[str, tuple[str | None, str | None]] = {
+    "image_classification": (None, "image-classification"),
+    "speech": (None, "automatic-speech-recognition"),
+    "vision_language": (None, "image-text-to-text"),
 }
 _STYLES = {
     "none": "given in the data",
@@ -75,7 +83,7 @@ def page(record: AdapterRecord, title: str) -> str:
         repository=record.given.repository or PLACEHOLDER,
         base_note=Markdown(note),
         embedded=embedded,
-        model_class=record.model_class or TASKS.get(str(f.task), (None, None))[0],
+        model_class=record.model_class or class_and_task(record)[0],
         diffusers_file=FILE,
         fingerprint=Markdown(", ".join(filter(None, marks))),
         data=data_text(record, record.given.data),
@@ -109,6 +117,12 @@ def _template() -> Template:
         "thousands": _thousands,
     }
     return environment.from_string(files(__package__).joinpath("card.md.jinja").read_text(encoding="utf8"))
+
+
+def class_and_task(record: AdapterRecord) -> tuple[str | None, str | None]:
+    """Return transformers' class for the adapter's base and the hub's task; None for what is not known."""
+    own = task_of_adapter(record.facts.task, record.facts.metadata)
+    return OWN_TASKS.get(str(own), TASKS.get(str(record.facts.task), (None, None)))
 
 
 def base_text(record: AdapterRecord) -> Markdown:

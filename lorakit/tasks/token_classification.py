@@ -107,8 +107,9 @@ def recognizes(row: Mapping[str, Any]) -> bool:
     words, tags = (
         next((row[name] for name in (ours, *ALIASES[ours]) if name in row), None) for ours in ("tokens", "tags")
     )
-    lists = isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags) > 0
-    return lists and all(isinstance(word, str) for word in words) and not OF_LANGUAGE_MODELS & row.keys()
+    if not isinstance(words, list) or not isinstance(tags, list) or OF_LANGUAGE_MODELS & row.keys():
+        return False
+    return len(words) == len(tags) > 0 and all(isinstance(word, str) for word in words)
 
 
 # ------------------------------------------------------------------------------------- the base

@@ -103,3 +103,36 @@ def test_beams_are_transformers_own(lorakit, model, asked):
         ids = torch.tensor([tokenizer.encode(row["question"])])
         made = base.generate(ids, num_beams=3, do_sample=False, max_new_tokens=6, pad_token_id=0)[0, ids.shape[1] :]
         assert row["prediction"]["answer"] == tokenizer.decode(made, skip_special_tokens=True).strip()
+
+
+def test_prompts_are_turns_where_the_adapter_learnt_conversations(lorakit, tmp_path):
+    """As `lorakit generate` asks, with the chat template that the adapter's record has."""
+    model = tiny_lm.save(tmp_path / "model")
+    template = tmp_path / "chat.jinja"
+    template.write_text(tiny_lm.CHATML)
+    turns = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in tiny_lm.NAMES
+    ]
+    data = tiny_lm.write_rows(tmp_path / "turns.jsonl", turns)
+    out = tmp_path / "run"
+    flags = ["--model", model, "--data", data, "--chat-template", template, "--out", out, "--quiet"]
+    assert lorakit("train", *flags, *tiny_lm.FLAGS)[0] == 0
+    use = ["--model", model, "--adapter", out / "adapter", "--precision", "fp32", "--max-new-tokens", 5]
+    _, answer, _ = lorakit("generate", "Zoe?", *use)
+    for row in ({"prompt": "Zoe?"}, {"messages": [{"role": "user", "content": "Zoe?"}]}):
+        code, said, error = lorakit("predict", tiny_lm.write_rows(tmp_path / "zoe.jsonl", [row]), *use)
+        assert code == 0, error
+        assert lines(said)[0]["prediction"]["answer"] == answer.strip()
+
+
+def test_a_fully_fine_tuned_model_needs_no_adapter(lorakit, model, data, asked, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--model", model, "--data", data, "--out", out, "--quiet", "--method", "full", *tiny_lm.FLAGS[2:]]
+    assert lorakit("train", *flags)[0] == 0
+    answers = []
+    for each in (model, out / "model"):
+        code, said, _ = lorakit("predict", asked, "--model", each, "--precision", "fp32", "--max-new-tokens", 6)
+        assert code == 0
+        answers.append([row["prediction"]["answer"] for row in lines(said)])
+    assert answers[0] != answers[1]

@@ -14,7 +14,7 @@ import tiny_pictures
 from torch import nn
 
 import lorakit as lk
-from lorakit.config import LoraConfig, variants
+from lorakit.config import VIRTUAL, LoraConfig, variants
 from lorakit.errors import ConfigError
 from lorakit.methods import method_of
 from lorakit.model.capture import as_value, capture
@@ -72,6 +72,27 @@ def test_what_a_run_trains_is_saved_whole_or_refused_at_set_up(variant, beside, 
     held, back = capture(job.model, job.adapter), lk.Adapter.load(folder)
     assert back.updates.keys() == held.updates.keys()
     assert back.saved.keys() == held.saved.keys()
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_virtual_tokens_beside_lora_and_what_else_is_trained_are_saved_whole(
+    beside, make_config, biased_folder, tmp_path
+):
+    config = make_config(model=biased_folder, prompt="prefix", virtual_tokens=2, **BESIDE[beside])
+    job = set_up(config)
+    write = partial(job.task.save_adapter, config, job.base.processor)
+    job.method.save(job.model, job.base.processor, job.adapter, tmp_path / "result", {}, write)
+    held, back = capture(job.model, job.adapter), lk.Adapter.load(tmp_path / "result")
+    assert back.updates.keys() == held.updates.keys()
+    assert back.saved.keys() == held.saved.keys()
+    assert back.digest() == held.digest()
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_alone_are_saved_with_saved_modules(kind, make_config, biased_folder, tmp_path):
+    job = set_up(make_config(model=biased_folder, method=kind, virtual_tokens=2, save_modules=["lm_head", "norm"]))
+    job.method.save(job.model, job.base.processor, job.adapter, tmp_path / "result", {})
+    assert lk.Adapter.load(tmp_path / "result").digest() == capture(job.model, job.adapter).digest()
 
 
 def test_an_added_token_beside_a_kind_without_tokens_is_refused_by_the_setting_that_asks_for_it(make_config):

@@ -15,7 +15,7 @@ import torch
 import lorakit as lk
 from lorakit.config.virtual_tokens import VIRTUAL
 from lorakit.errors import AdapterError, ConfigError, LorakitError, LorakitWarning, StateError, TargetError
-from lorakit.generate.generate import generate
+from lorakit.generate.generate import generate, stream
 from lorakit.model.detach import detach
 
 N, VOCAB = 5, tiny.VOCAB
@@ -151,6 +151,7 @@ def test_our_own_decoding_gives_the_tokens_of_each_row_alone(kind, encoder):
     with torch.no_grad():
         alone = [greedy(model, torch.tensor([row]), 6)[0, len(row) :].tolist() for row in rows]
     assert texts == [Letters().decode(ids) for ids in alone]
+    assert "".join(stream(model, Letters(), rows[0], max_new_tokens=6)) == texts[0]
 
 
 @pytest.mark.parametrize("kind, encoder", PAIRS)
@@ -252,6 +253,10 @@ def test_calls_that_cannot_be_right_are_refused(kind):
         model(ROWS[:, :1], **{_names(model)[0]: cache})
     with pytest.raises(StateError, match="input_ids"):
         model.model()
+    out = model(ROWS, use_cache=True)
+    lk.activate(model, None)
+    with pytest.raises(StateError, match="filled with virtual tokens"):
+        model(ROWS[:, :1], **{_names(model)[0]: out[_names(model)[0]]})
 
 
 def _names(model) -> list[str]:
@@ -260,10 +265,28 @@ def _names(model) -> list[str]:
     return [n for n in ("cache", "past_key_values") if n in inspect.signature(type(model).forward).parameters]
 
 
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_a_classifier_reads_each_rows_own_last_token(kind):
+    from transformers import LlamaForSequenceClassification
+
+    base = small("llama").config
+    base.num_labels = 3
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(base).eval()
+    lk.attach(model, config(kind, next(iter(KINDS[kind])), task="SEQ_CLS"))
+    hidden = model.model(ROWS).last_hidden_state
+    torch.testing.assert_close(model(ROWS).logits, model.score(hidden[:, -1]), atol=1e-6, rtol=0)
+    right = torch.cat([ROWS, torch.zeros(3, 2, dtype=torch.long)], 1)
+    padded = model(right, attention_mask=(right != 0).long()).logits
+    torch.testing.assert_close(padded, model(ROWS).logits, atol=1e-6, rtol=0)
+
+
 def test_padding_before_a_sliding_window_is_refused():
     model = attached("prefix", "none", "mistral, sliding windows")
     with pytest.raises(StateError, match=r"sliding_window"):
         model(**padded_left(ROWS, 4))
+    with pytest.raises(StateError, match=r"sliding_window"):
+        model.generate(**padded_left(ROWS, 4), max_new_tokens=2, pad_token_id=0)
 
 
 @pytest.mark.parametrize("kind", VIRTUAL)

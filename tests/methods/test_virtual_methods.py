@@ -80,7 +80,7 @@ def test_lora_with_virtual_tokens_trains_both_and_its_result_loads(make_config, 
     assert {name.rsplit(".", 1)[1]: factor for name, factor in factors.items()} == {
         "A": ("", 1.0),
         "B": ("", 1.0),
-        "embeddings": ("virtual", 10.0),
+        "embeddings": ("virtual", {"prefix": 80.0, "prompt": 10.0}[kind]),
     }
     result = train(config.replace(out=str(tmp_path / "run")), QUIET)
     adapter = lk.Adapter.load(result.adapter)
@@ -116,6 +116,12 @@ def test_a_run_goes_on_from_an_encoder_with_all_its_tensors(make_config, tmp_pat
     assert own.keys() == kept.keys()
     assert all(torch.equal(own[name], kept[name]) for name in kept)
     assert job.config.virtual_tokens == 3
+
+
+def test_an_encoder_has_its_own_rate_where_the_runs_is_auto(make_config):
+    for rate, factor in (("auto", ("encoder", 0.05)), (1e-2, ("", 1.0))):
+        job = set_up(make_config(method="prefix", prompt_encoder="mlp", learning_rate=rate))
+        assert set(job.rate_factors(trained_of(job)).values()) == {factor}
 
 
 def test_the_loss_goes_down(make_config):

@@ -75,6 +75,8 @@ def make(vit_folder, pictures, tmp_path):
             "eval_every": 20,
             "patience": 0,
         } | changes
+        if values.get("method") == "full":
+            del values["rank"]
         return TrainConfig(**values | {name: str(values[name]) for name in ("model", "data", "out")})
 
     return made
@@ -163,6 +165,16 @@ def test_it_learns_and_so_does_a_run_with_all_weights(make):
     model = AutoModelForImageClassification.from_pretrained(result.adapter)
     assert model.config.id2label == dict(enumerate(NAMES))
     assert (result.adapter / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["bitfit", "probe"])
+def test_other_methods_train_and_save_the_head_too(make, method):
+    values = make().model_dump(include={"task", "model", "data", "out", "steps", "batch_size", "precision", "threads"})
+    result = train(TrainConfig(**values | {"method": method, "steps": 2, "learning_rate": 1e-2}), QUIET)
+    tensors = load_file(result.adapter / "adapter_model.safetensors")
+    heads = {name for name in tensors if "classifier" in name}
+    assert {name.removeprefix("base_model.model.") for name in heads} == {"classifier.weight", "classifier.bias"}
+    assert (len(tensors) > len(heads)) == (method == "bitfit")
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(make):
@@ -390,6 +402,11 @@ def test_train_plan_and_eval_on_the_command_line(vit_folder, pictures, tmp_path,
     assert "3 labels: blue, green, red" in said
     assert "augmented" in said
     assert "trained pictures/s" in said
+    assert run(["card", str(out)]) == 0
+    capsys.readouterr()
+    page = (out / "adapter" / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in page
+    assert "model = ...  # the base" in page
     judge = ["eval", str(pictures), *model, "--adapter", f"mine={out}/adapter", "--precision", "fp32"]
     assert run([*judge, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -295,6 +295,11 @@ def test_train_eval_and_predict_on_the_command_line(llava, rows, tmp_path, capsy
     said = capsys.readouterr().out
     assert "vision_language: answer in conversations with pictures" in said
     assert "its vision tower stays as it is" in said
+    assert run(["card", str(out)]) == 0
+    capsys.readouterr()
+    page = (out / "adapter" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in page
+    assert "AutoModelForCausalLM" not in page  # as PEFT's task_type would have it
     judge = [str(rows), *model, "--adapter", f"{out}/adapter", "--precision", "fp32"]
     assert run(["eval", *judge, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -126,7 +126,7 @@ def load(
 
 
 def _check_answers(paths: Mapping[str, str], values: Mapping[str, Adapter]) -> None:
-    """Raise AdapterError for an adapter whose task has no text to answer with."""
+    """Raise AdapterError for an adapter whose task does not answer prompts in text."""
     from ...tasks import task_names, task_of, task_of_adapter
 
     writing = {task_of(name).peft_type for name in task_names() if task_of(name).writes}
@@ -134,7 +134,7 @@ def _check_answers(paths: Mapping[str, str], values: Mapping[str, Adapter]) -> N
         task = task_of_adapter(value.config.task, value.metadata)
         if task is not None and task_of(task).peft_type not in writing:
             raise AdapterError(
-                f"{paths[name]} is an adapter for the task {task}, which answers with no text\n"
+                f"{paths[name]} is an adapter for the task {task}, which has no answer to a prompt\n"
                 f"  use it on rows: lorakit predict ROWS --model MODEL --adapter {paths[name]}"
             )
 

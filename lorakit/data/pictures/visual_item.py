@@ -32,9 +32,9 @@ class VisualItem(Item):
     animated: Literal["refuse", "first"] = field(default="refuse")
 
     @property
-    def split_key(self) -> tuple[int | str, ...]:
+    def split_key(self) -> tuple[int, ...]:
         """Rows of the same pictures are held out together; those without pictures by prompt."""
-        return tuple(picture.content for picture in self.pictures) or super().split_key
+        return tuple(int(picture.content, 16) for picture in self.pictures) or super().split_key
 
     def digest(self) -> bytes:
         """Ids, mask, and the content of the pictures."""

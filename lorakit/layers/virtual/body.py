@@ -12,6 +12,7 @@ labels and hidden states are of the q tokens. A key-value cache holds the n posi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,6 @@ class Call:
         if given_tokens is None:
             raise StateError("the model was called without input_ids and inputs_embeds\n  give one of them")
         self.rows, self.length = given_tokens.shape[:2]
-        self.device: torch.device = given_tokens.device
         use = self.inputs.get("use_cache")
         self.uses_cache = bool(getattr(body.config, "use_cache", False) if use is None else use)
 
@@ -138,14 +138,14 @@ class Call:
                 "position_ids that start again within a row are packed rows, and virtual tokens would stand in front "
                 "of the first alone\n  do not pack rows (omit packing)"
             )
+        if mask is not None and body.lora_window and n + total > body.lora_window and bool((mask[:, 0] == 0).any()):
+            raise StateError(
+                f"padding on the left, between virtual tokens and a row's own: its layers see {body.lora_window} "
+                "positions back (sliding_window), so a padded row would see less of the virtual tokens than it does "
+                "alone\n  give rows of one length at a time, or pad on the right"
+            )
         if positions is None and mask is not None and decodes and "position_ids" in self.names:
             padding = (mask != 0).cumsum(1).eq(0).sum(1, keepdim=True)  # [rows, 1], on the left
-            if body.lora_window and n + total > body.lora_window and bool(padding.any()):
-                raise StateError(
-                    f"padding on the left, between virtual tokens and a row's own: its layers see {body.lora_window} "
-                    "positions back (sliding_window), so a padded row would see less of the virtual tokens than it "
-                    "does alone\n  give rows of one length at a time, or pad on the right"
-                )
             at = torch.arange(total - self.length, total, device=mask.device)
             positions = (at - padding).clamp_min(0)  # [rows, q]
         if positions is not None:
@@ -159,6 +159,16 @@ class Call:
             if decodes:
                 raise StateError("token_type_ids with virtual tokens: these have no type\n  omit token_type_ids")
             self.inputs["token_type_ids"] = torch.cat([types.new_zeros(len(types), n), types], 1)
+
+
+def _check_unmarked(inputs: Mapping[str, Any]) -> None:
+    """Raise StateError for a cache that virtual tokens are in, where none are active."""
+    held = next((each for name in CACHES if (each := inputs.get(name)) is not None), None)
+    if held is not None and _MARK in getattr(held, "__dict__", {}) and held.get_seq_length():
+        raise StateError(
+            "this cache was filled with virtual tokens, and none are active now\n"
+            "  start with an empty cache after activate(...)"
+        )
 
 
 def _is_packed(positions: Tensor) -> bool:
@@ -183,6 +193,7 @@ class BodyLayer(LoraLayer):
         own_forward = super(LoraLayer, self).forward
         found = self.lora_virtual()
         if found is None:
+            _check_unmarked(kwargs)
             return own_forward(*args, **kwargs)
         child, update = found
         call = Call(self, args, kwargs)
