@@ -175,7 +175,7 @@ def test_an_adapter_of_another_method_is_refused(tmp_path, tiny_gpt2):
         ({"task": "classification", "packing": True}, "packing has no effect with task: classification"),
         (
             {"labels": ["a", "b"]},
-            "labels has no effect with task: causal_lm; remove it (it is for task: classification",
+            "labels has no effect with task: causal_lm; remove it, or give --task classification (it is for",
         ),
     ],
 )
