@@ -27,7 +27,9 @@ from .shared.adapter import (  # noqa: F401 (names of the method)
 )
 from .shared.saved import alone, precision  # noqa: F401
 
-FACTOR = 8  # BitFit's: a few numbers for each module too
+# On the embedded model, after 40 steps of 8 rows of E2E, the held-out loss is 2.68 at 5 times LoRA's rate, 2.49 at 10
+# times and 2.32 at 20 times it.
+FACTOR = 20
 
 
 class LayernormSettings(Saved, Earlier):

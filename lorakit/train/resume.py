@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, TrainError
+from ..errors import AdapterError, LorakitWarning, TrainError
 from ..io.atomic import sync_folder, write_errors
 from ..io.json_object import read_json
 from ..io.tensors import read_shapes, read_tensors
@@ -130,7 +131,9 @@ def _write(
     try:
         temporary.mkdir()
         if result is not None:
-            result(temporary / "result")
+            with warnings.catch_warnings():  # what PEFT would not load is said once, of the run's result
+                warnings.simplefilter("ignore", LorakitWarning)
+                result(temporary / "result")
             for file in (temporary / "result").iterdir():
                 file.rename(temporary / file.name)
             (temporary / "result").rmdir()

@@ -350,7 +350,7 @@ KINDS = {
         ("pytorch_lora_weights.safetensors", "lorakit.json"),
         fixed_losses_of,
         "pipeline_folder",
-        {
+        changes={
             "sample_steps": 2,
             "sample_tokens": 64,
             "resolution": 24,

@@ -271,6 +271,9 @@ def test_what_a_trainer_would_do_wrong_is_refused(tiny_llama, tmp_path):
 
 
 def test_an_adapted_output_layer_under_trls_fused_one_is_refused(tmp_path):
+    pytest.importorskip(
+        "trl", minversion="1.16", reason="written for TRL 1.16, whose modules have moved since older releases"
+    )
     from trl.trainer.utils import add_fused_lm_head
 
     for targets, tokens in ((["lm_head"], []), (["q_proj"], [4])):

@@ -169,6 +169,9 @@ def test_attention_of_torch_and_its_fast_path():
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_forward_that_a_trainer_put_on_the_model_is_not_carried_over(tiny_llama, after):
+    pytest.importorskip(
+        "trl", minversion="1.16", reason="written for TRL 1.16, whose modules have moved since older releases"
+    )
     from trl.trainer.utils import add_fused_lm_head
 
     expected = tiny.logits(tiny_llama)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_lm
 import torch
 from torch import nn
 
@@ -174,7 +175,7 @@ def test_an_adapter_of_another_method_is_refused(tmp_path, tiny_gpt2):
         ({"task": "classification", "packing": True}, "packing has no effect with task: classification"),
         (
             {"labels": ["a", "b"]},
-            "labels has no effect with task: causal_lm; remove it (it is for task: classification",
+            "labels has no effect with task: causal_lm; remove it, or give --task classification (it is for",
         ),
     ],
 )
@@ -191,3 +192,29 @@ def test_all_settings_of_a_run_at_once_may_have_their_defaults():
         assert TrainConfig(**config.model_dump(exclude={"base"})) == config
     by_full = TrainConfig(**RUN, rank=4, seed=3).by_method("full")
     assert (by_full.method, by_full.rank, by_full.seed) == ("full", 16, 3)
+
+
+def test_a_classifier_is_trained_by_each_and_says_the_same_when_it_is_loaded(make_config, tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    from lorakit.train.progress import Progress
+    from lorakit.train.train import train
+
+    rows = [{"text": f"{name} sees {what}", "label": what} for name in tiny_lm.NAMES for what in ("tea", "coffee")]
+    data = tiny_lm.write_rows(tmp_path / "rows.jsonl", rows)
+    for name, learning_rate in (("probe", 5e-2), ("layernorm", 5e-2), ("ia3", 2e-1), ("bottleneck", 2e-2)):
+        settings = {"task": "classification", "data": data, "steps": 12, "eval_every": 6, "patience": 0}
+        config = make_config(method=name, **settings, learning_rate=learning_rate, out=tmp_path / name)
+        result = train(config, Progress(quiet=True))
+        adapter = lk.Adapter.load(result.adapter)
+        assert "score.weight" in adapter.saved
+        assert (set(adapter.saved) == {"score.weight"}) == (name != "layernorm")
+        assert adapter.metadata["data"]["labels"] == ["coffee", "tea"]
+        torch.manual_seed(99)
+        model = LlamaForSequenceClassification.from_pretrained(config.model, num_labels=2, pad_token_id=0).eval()
+        lk.attach(model, adapter)
+        ids = tiny_lm.tokenizer()(rows[0]["text"], return_tensors="pt")["input_ids"]
+        first = model(input_ids=ids).logits
+        torch.manual_seed(1)
+        again = LlamaForSequenceClassification.from_pretrained(config.model, num_labels=2, pad_token_id=0).eval()
+        assert torch.equal(lk.attach(again, lk.Adapter.load(result.adapter))(input_ids=ids).logits, first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -82,7 +83,10 @@ def test_lora_with_virtual_tokens_trains_both_and_its_result_loads(make_config, 
         "B": ("", 1.0),
         "embeddings": ("virtual", {"prefix": 80.0, "prompt": 10.0}[kind]),
     }
-    result = train(config.replace(out=str(tmp_path / "run")), QUIET)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = train(config.replace(out=str(tmp_path / "run")), QUIET)
+    assert sum("PEFT loads the LoRA alone" in str(each.message) for each in said) == 1
     adapter = lk.Adapter.load(result.adapter)
     assert (adapter.config.prompt, adapter.config.rank) == (kind, 2)
     assert (result.adapter / FOLDER).is_dir()

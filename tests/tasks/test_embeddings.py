@@ -45,12 +45,11 @@ print(json.dumps(torch.nn.functional.normalize(states.mean(0), dim=0).tolist()))
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Each name asks for its own food: what belongs together shares no word."""
+    """Each name has its own food, whatever is said of it: what belongs together shares no word."""
     made = [
-        {"anchor": f"{name} {word}", "positive": f"{food} {other}"}
+        {"anchor": f"{name} {word}", "positive": f"{tiny_seq.FOODS[i % 6]}{i}"}
         for i, name in enumerate(tiny_lm.NAMES)
-        for food in [tiny_seq.FOODS[i % 6] + str(i)]
-        for word, other in (("asks", "please"), ("wants", "now"), ("likes", "here"))
+        for word in ("asks", "wants", "likes")
     ]
     return tiny_lm.write_rows(tmp_path_factory.mktemp("contrasts") / "rows.jsonl", made)
 
@@ -68,8 +67,8 @@ def items_of(*values, **options):
 
 def test_the_loss_of_a_batch_is_infonce_by_hand(make):
     job = set_up(make(contrast_temperature=0.1))
-    items = job.train[:5]
-    found = EMBEDDINGS.losses(job.model, EMBEDDINGS.collate(items, job.base))
+    items = [*{item.texts[1]: item for item in job.train}.values()][:5]  # nothing is masked
+    found = EMBEDDINGS.losses(job.model, EMBEDDINGS.collate(items, job.base)).detach()
 
     def vector(ids):
         state = job.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
@@ -144,7 +143,7 @@ def test_pooling():
 
 
 def test_a_tiny_model_learns_to_find_what_belongs_together(make, rows, tmp_path, capsys):
-    config = make(steps=90, validation=0, learning_rate=2e-2, rank=8, eval_every=60)
+    config = make(steps=60, validation=0, learning_rate=2e-2, rank=8, eval_every=60)
     result = train(config, QUIET)
     told = json.loads((result.adapter / "adapter_config.json").read_text())
     assert told["task_type"] == "FEATURE_EXTRACTION"
@@ -156,10 +155,10 @@ def test_a_tiny_model_learns_to_find_what_belongs_together(make, rows, tmp_path,
         figures += json.loads(capsys.readouterr().out)["results"]
     base, tuned = figures
     assert base["recall_at_1"] < 0.2
-    assert (tuned["recall_at_1"] > 0.5, tuned["recall_at_5"] > 0.9) == (True, True), tuned
+    assert tuned["recall_at_1"] > 0.7, tuned
     assert tuned["recall_at_10"] >= tuned["recall_at_5"] >= tuned["recall_at_1"]
     text = "Ada asks"
-    asked = tiny_lm.write_rows(tmp_path / "asked.jsonl", [{"text": text}, {"query": text, "passage": "tea0 please"}])
+    asked = tiny_lm.write_rows(tmp_path / "asked.jsonl", [{"text": text}, {"query": text, "passage": "tea0"}])
     assert run(["predict", str(asked), *flags, "--adapter", str(result.adapter)]) == 0
     first, second = (json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines())
     assert first["vector"] == second["vector"]

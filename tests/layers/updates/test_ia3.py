@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import quantized
 import tiny
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.errors import AdapterError, ConfigError, StateError, TargetError
+from lorakit.layers.bases import base_of
 from lorakit.layers.targets import module_names
 from lorakit.layers.transformer_parts import attention_outputs, feedforward_outputs, ia3_targets
 
@@ -241,3 +243,27 @@ def test_arithmetic_on_it_is_refused_with_what_to_do_instead(tiny_llama):
         adapter * 0.5
     with pytest.raises(AdapterError, match="merge the adapter into its base"):
         adapter.resize(4)
+
+
+@pytest.mark.parametrize("variant", ["ia3", "bottleneck"])
+def test_on_a_quantized_linear_it_computes_what_it_does_on_the_dequantized_one(variant):
+    torch.manual_seed(0)
+    W, bias, x = torch.randn(8, 64), torch.randn(8), torch.randn(3, 64)
+    packed = nn.Sequential(quantized.linear4(W, bias))
+    plain = nn.Sequential(nn.Linear(64, 8))
+    with torch.no_grad():
+        plain[0].weight.copy_(base_of(packed[0]).dense(packed[0]))
+        plain[0].bias.copy_(bias)
+    own = {"feedforward": ["0"]} if variant == "ia3" else {"rank": 4}
+    for settings in ({}, own):
+        results = []
+        for model in (packed, plain):
+            lk.attach(model, lk.LoraConfig(variant=variant, targets=["0"], **settings))
+            tiny.randomise_factors(model)
+            loss = model(x).square().sum()
+            loss.backward()
+            grads = [p.grad.clone() for p in model[0].lora_default.parameters()]
+            results.append((loss.detach(), *grads))
+            lk.detach(model)
+        for ours, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
