@@ -159,7 +159,7 @@ def tables(result: Result) -> Sequence[Table]:
             row["name"],
             f"{row['counted']:,}",
             _millions(row["paper"]),
-            f"{row['counted'] / row['paper'] - 1:+.1%}",
+            f"{row['counted'] / row['paper'] - 1:+.1%}".replace("-0.0%", "+0.0%"),
             row["where"],
         ]
         for row in result["rows"]

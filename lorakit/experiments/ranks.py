@@ -23,7 +23,7 @@ TITLE = (
     "the seeds with its standard deviation; differences are paired by seed, with their 95 % interval. The learning "
     "rate is the best of four at rank 8, with another seed; half of it where a seed diverged."
 )
-BUDGET = Budget(seeds=3, steps=60, rows=35)
+BUDGET = Budget(seeds=3, steps=40, rows=35)
 RANKS, REFERENCE, LARGEST = (1, 2, 4, 8, 64), 8, 64
 TARGETS = ["q_proj", "v_proj"]
 

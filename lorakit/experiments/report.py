@@ -75,7 +75,7 @@ def markdown(name: str, experiment: Experiment, content: Mapping[str, Any], imag
     from ..share.markdown import plain, table
 
     result, machine = content["result"], content["machine"]
-    lines = [f"## {NAMES[name]}", "", " ".join(experiment.TITLE.split()), ""]
+    lines = [f"## {name}: {NAMES[name]}", "", " ".join(experiment.TITLE.split()), ""]
     facts = f"{content['seconds']:.0f} CPU seconds; {machine['cpu']}, {machine['cores']} cores"
     lines += [
         f"    {content['command']}",

@@ -113,7 +113,7 @@ def test_the_list_has_every_table_with_its_budget(capsys):
     assert cli(["reproduce", "--list"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "ranks which rank" in printed
-    assert "--seeds 3 --steps 60 --rows 35" in printed
+    assert "--seeds 3 --steps 40 --rows 35" in printed
 
 
 def test_memory_is_predicted_as_it_is_measured():
