@@ -64,6 +64,7 @@ def config_for(
     different settings.
     """
     from ...bases.vocabulary import recorded_tokens
+    from ...tasks.text.positions import config_tokens, positions_for
 
     config = TrainConfig(
         data=data,
@@ -85,9 +86,9 @@ def config_for(
             f"the adapters were trained with different settings of {name}: {settings}\n  evaluate them one at a time"
         )
     changes: dict[str, Any] = {}
-    for limit in {"max_length", "max_target_length"} & task.settings.model_fields.keys():
-        positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
-        changes[limit] = positions or NO_LIMIT
+    if limits := {"max_length", "max_target_length"} & task.settings.model_fields.keys():
+        virtual = max((config_tokens(value.config) for value in values.values()), default=0)
+        changes |= dict.fromkeys(limits, positions_for(config, base_config, virtual) or NO_LIMIT)
     if "on_long" in task.settings.model_fields:
         changes["on_long"] = "cut"  # nothing is trained on what is missing
     changes |= settings[0] if settings else task.remembered({}, base_config)

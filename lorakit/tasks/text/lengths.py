@@ -36,13 +36,18 @@ def described(lengths: Sequence[int], limit: int, reason: str, counts: Mapping[s
 def check_limit(config: RunSettings) -> None:
     """Raise ConfigError if `max_length` exceeds the model's positions. Only the model's config is read."""
     from .base import blueprint
+    from .positions import config_tokens, positions_for
 
     limit: Any = getattr(config, "max_length", "auto")
     if limit == "auto":
         return
-    positions = getattr(blueprint(config).get_text_config(), "max_position_embeddings", None)
+    base = blueprint(config)
+    positions, own = positions_for(config, base), config_tokens(config)
     if positions is not None and limit > positions:
+        rotary = getattr(base.get_text_config(), "rope_parameters", None) is not None
+        scaling = f", or scale its rotary positions: rope_scaling: yarn:{-(-limit // positions)}" if rotary else ""
         raise ConfigError(
-            f"max_length: {limit} is more than the {positions} positions of {config.model}\n"
-            f"  give {positions} or less, or scale its rotary positions: rope_scaling: yarn:{-(-limit // positions)}"
+            f"max_length: {limit} is more than the {positions} positions of {config.model}"
+            f"{f' beside {own} virtual tokens' if own else ''}\n"
+            f"  give {positions} or less{scaling}"
         )
