@@ -46,7 +46,7 @@ def test_the_runs_virtual_tokens_take_positions(roberta):
     assert positions_for(virtual) == USABLE - VIRTUAL
     assert positions_for(virtual, tokens=VIRTUAL) == USABLE - VIRTUAL  # attached already, and not twice
     assert positions_for(config, tokens=VIRTUAL) == USABLE - VIRTUAL
-    with pytest.raises(ConfigError, match="16 positions, and 16 virtual tokens leave none .*\n.* 15 virtual tokens"):
+    with pytest.raises(ConfigError, match=r"16 positions, and 16 virtual tokens leave none .*\n.* 15 virtual tokens"):
         positions_for(config.replace(method="prompt", virtual_tokens=USABLE))
 
 
@@ -65,11 +65,10 @@ def test_a_roberta_at_its_limit_and_one_above(lorakit, roberta, tmp_path):
     use = ["--model", roberta, "--adapter", tmp_path / "run" / "adapter"]
     code, printed, error = lorakit("predict", longer, *use)
     assert code == 0, error
-    first, *others = [json.loads(line)["prediction"] for line in printed.splitlines()]
     cut = texts(tmp_path / "cut.jsonl", USABLE, USABLE, USABLE)
-    assert [first, *others] == [
-        json.loads(line)["prediction"] for line in lorakit("predict", cut, *use)[1].splitlines()
-    ]
+    _, of_cut, _ = lorakit("predict", cut, *use)
+    found, expected = ([json.loads(line)["prediction"] for line in each.splitlines()] for each in (printed, of_cut))
+    assert found == expected
     code, printed, error = lorakit("eval", longer, *use, "--json")
     assert code == 0, error
     assert json.loads(printed)["results"] == json.loads(lorakit("eval", cut, *use, "--json")[1])["results"]

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ...config import Quantization
 from ...errors import ConfigError
 from ...tasks import DEFAULT, task_of, task_of_adapter
+from ...tasks.text.lengths import NO_LIMIT
 from ...train.config import TrainConfig
 from ...train.config import task_named as canonical
 
 if TYPE_CHECKING:
     from ...adapter.adapter import Adapter
     from ...tasks.task import Base, Data
-
-NO_LIMIT = 1 << 30
 
 
 def task_named(requested: str | None, values: Mapping[str, Adapter], model: str) -> str:

@@ -9,6 +9,7 @@ from ...config import RunSettings
 from ...errors import ConfigError, DataError
 
 MOST_UNASKED = 0.01  # share of the tokens that may be left out without `on_long`
+NO_LIMIT = 1 << 30  # a max_length that no text reaches
 
 
 def described(lengths: Sequence[int], limit: int, reason: str, counts: Mapping[str, int], config: RunSettings) -> str:
@@ -30,7 +31,8 @@ def described(lengths: Sequence[int], limit: int, reason: str, counts: Mapping[s
         )
     rows = "".join(f", {count} {action}" for action, count in counts.items() if count)
     cost = f" ({100 * share:.2g} % of the tokens)" if lost else ""
-    return f"at most {limit} tokens ({reason}){rows}{cost}"
+    most = "of any length" if limit >= NO_LIMIT else f"at most {limit} tokens ({reason})"
+    return f"{most}{rows}{cost}"
 
 
 def check_limit(config: RunSettings) -> None:
