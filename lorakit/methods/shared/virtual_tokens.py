@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Learning rates as multiples of LoRA's, by kind and encoder: the best of 0.001, 0.003, ..., 1 in 30 steps on E2E with
-# the embedded model, whose LoRA has 0.0037 there (docs/parts-prompts.md).
+# the embedded model, whose LoRA has 0.0037 there (docs/methods.md).
 FACTORS: dict[tuple[VirtualKind, str], float] = {
     ("prefix", "none"): 80.0,
     ("prefix", "mlp"): 4.0,
