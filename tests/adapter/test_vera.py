@@ -108,7 +108,7 @@ def test_what_needs_the_sizes_says_how_to_get_them(from_peft, tmp_path):
         lambda: adapter.resize(rank=2),
         lambda: convert(adapter, tmp_path / "x", "mlx"),
     ):
-        with pytest.raises(AdapterError, match=r"lorakit\.capture\(model\)\.save|merge it into its base"):
+        with pytest.raises(AdapterError, match=r"lorakit\.capture\(model\)\.save|merge the adapter into its base"):
             call()
     assert len(describe_adapter(adapter, str(folder)).modules) == len(adapter.updates)
     if saved:  # the checkpoint's shapes tell the rest
