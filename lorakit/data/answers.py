@@ -250,7 +250,7 @@ def read_questions(
     check_longest(rows, items, limit, reason)
     about = {"no_answer": may_be_empty, "window": limit, "stride": made.stride}
     shape = f"question, context, answers; {len(rows):,} questions in {len(items):,} windows"
-    return RowSet(items, shape, about, limit, reason, lengths, dropped=lost, notes=notes)
+    return RowSet(items, shape, about, limit, reason, lengths, notes=notes)
 
 
 def read_unanswered(rows: Sequence[Row], columns: Mapping[str, str], made: Windows) -> list[QuestionItem]:

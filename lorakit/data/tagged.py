@@ -101,7 +101,7 @@ def read_tagged(
     lengths = [len(ids) for ids, _ in encoded]
     limit, reason = length_limit(lengths, tokenizer, max_length, "cut")
     items: list[TaggedItem] = []
-    cut = dropped = lost = without = 0
+    cut = dropped = lost = without = untagged = 0
     for row, (words, tags), (ids, places) in zip(rows, read, encoded, strict=True):
         labels = [_number(row, tag, names, numbers) for tag in tags]
         without += sum(place is None for place in places)
@@ -117,12 +117,14 @@ def read_tagged(
         if item.weight:
             items.append(item)
         else:
-            dropped += 1
+            untagged += 1
     check_longest(rows, items, limit, reason)
     if lost:
         notes[f"are cut at {limit} tokens, and {lost:,} words at their ends are left out"] = cut
     if without:
         notes[f"{without:,} words of which the tokenizer makes no token of their own are left out"] = len(rows)
+    if untagged:
+        notes["have no word that has a tag and a token, so they are left out"] = untagged
     shape = f"{known.get('tokens', 'tokens')}, {known.get('tags', 'tags')}"
     return RowSet(items, shape, {"labels": names}, limit, reason, lengths, cut, dropped, notes=notes)
 

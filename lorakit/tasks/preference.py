@@ -94,6 +94,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.preference_items import with_mismatches
     from .causal_lm import chat_options, chat_tokenizer
     from .preferences.objective import objective_of
+    from .text.held_out import held_out_notes
     from .text.lengths import check_limit, described
     from .text.vocabulary import check_vocabulary
 
@@ -108,11 +109,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     if isinstance(config.validation, str):
         validation = _read(config, config.validation, None, dataset.max_length, tokenizer)
         train, held_out = dataset.items, validation.items
-        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
-        if validation.dropped:
-            notes[f"of {config.validation} are longer than {dataset.max_length} tokens and are not evaluated"] = (
-                validation.dropped
-            )
+        limit, cut, dropped = dataset.max_length, validation.cut, validation.dropped
+        notes |= held_out_notes(config.validation, validation.notes, limit, cut, dropped)
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
     before_step = None

@@ -106,6 +106,7 @@ def data(config: RunSettings, processor: Visual) -> Data:
     from ..data.dataset import held_out_of
     from ..data.read import read_rows
     from .media.visual_rows import read_conversations
+    from .text.held_out import held_out_notes
     from .text.lengths import check_limit
 
     own = part(config, VisionLanguageSettings)
@@ -116,7 +117,7 @@ def data(config: RunSettings, processor: Visual) -> Data:
     if isinstance(config.validation, str):
         held = read_conversations(read_rows(config.validation), processor, own, ends, read.limit)
         train, held_out = read.items, held.items
-        notes = notes | {f"{config.validation}: {note}": count for note, count in held.notes.items()}
+        notes = notes | held_out_notes(config.validation, held.notes, read.limit, dropped=held.dropped)
     else:
         train, held_out = held_out_of(read.items, config.validation)
     facts = [("length", read.length)]
