@@ -170,10 +170,10 @@ def _balance(items: Sequence[PreferenceItem], own: LossSettings) -> str:
     return f"{text}; {name}: {weight:.2g} would balance them"
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
-    from ..data.preferences import is_preference
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+    from ..data.preferences import is_preference, may_be_preference
 
-    return is_preference(row)
+    return is_preference(row) or may_be_preference(row, rows)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

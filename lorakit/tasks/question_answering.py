@@ -124,7 +124,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(made, about={**made.about, **({"key_mapping": names} if names else {})})
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     """Rows with SQuAD's answers. Those with an `answer` may be to generate."""
     if isinstance(row.get("paragraphs"), list):
         return True

@@ -148,7 +148,7 @@ def _check_ids(config: RunSettings, processor: Any, items: Sequence[PairItem]) -
     check_vocabulary(config, processor, [*items, *(replace(item, ids=item.target) for item in items)])
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     return False  # a decoder-only model learns the same rows: the base decides
 
 

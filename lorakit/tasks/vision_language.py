@@ -127,10 +127,10 @@ def data(config: RunSettings, processor: Visual) -> Data:
     return Data(train, held_out, shape, facts, {"template": "chat"}, notes)
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     from ..data.pictures.messages import has_picture
 
-    return has_picture(row)
+    return any(has_picture(each) for each in rows or [row])
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

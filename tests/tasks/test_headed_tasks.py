@@ -204,7 +204,7 @@ def test_predictions_are_those_of_the_model_in_words(make):
 def test_tasks_with_a_head_say_what_they_recognize():
     rows = {task: made[0] for task, made in ROWS.items()}
     for task, row in rows.items():
-        assert recognizing(row) == [task]
+        assert recognizing(row, ROWS[task]) == [task]
         assert not task_of(task).recognizes(row | {"messages": []})
     assert not task_of("question_answering").recognizes({"question": "Who?", "context": "Bo", "answer": "Bo"})
     assert not task_of("multiple_choice").recognizes({"question": "Who?", "answer": "Bo"})
