@@ -21,6 +21,7 @@ from ..errors import ConfigError, DataError, did_you_mean, listing
 from ..ops import IGNORE_INDEX
 from .dataset import length_limit
 from .fields import RowSet, check_longest, fields_of, weighed
+from .label_names import by_number, is_whole
 from .labelled import padded
 from .parse import Row
 
@@ -234,7 +235,7 @@ def _shown(value: Any) -> str:
 
 
 def _ordered(tags: set[str]) -> list[str]:
-    if all(tag.lstrip("-").isdigit() for tag in tags):
+    if all(map(is_whole, tags)):
         return sorted(tags, key=int)
     return sorted(tags, key=lambda tag: (tag != OUTSIDE, tag))
 
@@ -242,8 +243,9 @@ def _ordered(tags: set[str]) -> list[str]:
 def _number(row: Row, tag: str, names: Sequence[str], numbers: Mapping[str, int]) -> int:
     if tag in numbers:
         return numbers[tag]
-    if tag.isdigit() and int(tag) < len(names):  # the data has numbers, the settings their names
-        return int(tag)
+    number = by_number(tag, names)
+    if number is not None:
+        return number
     if tag == str(IGNORE_INDEX):  # as data sets mark words that do not count
         return IGNORE_INDEX
     raise DataError(

@@ -64,9 +64,7 @@ def test_labels_are_classes_or_measures_by_the_first_hundred_of_them(labels, exp
     if isinstance(expected, str):
         assert with_task(config).task == expected
         return
-    with pytest.raises(
-        ConfigError, match=r"several tasks: classification, regression(.|\n)*--task regression: predict"
-    ):
+    with pytest.raises(ConfigError, match=r"several tasks: classification, regression\n.*--task regression \(predict"):
         with_task(config)
 
 
