@@ -127,6 +127,21 @@ def test_squads_own_files_are_questions_of_paragraphs():
     assert [item.answers for item in read_questions(rows(article), tiny_lm.tokenizer()).items] == [("Ada",), ()]
 
 
+@pytest.mark.parametrize(
+    ("paragraph", "message"),
+    [
+        ({"context": CONTEXT, "qas": [{"question": "Who?", "answers": None}]}, "row 1: no answers"),
+        ({"context": CONTEXT, "qas": [{"question": "Who?"}]}, "row 1: no answers"),
+        ({"context": CONTEXT, "qas": [{"question": "Who?", "answers": [None]}]}, r"row 1: its answers are \[None\]"),
+        ({"context": CONTEXT, "qas": None}, r"row 1: a paragraph has no list of questions \(qas\)"),
+        (None, r"row 1: a paragraph has no list of questions \(qas\)"),
+    ],
+)
+def test_a_paragraph_that_is_not_squads_is_named(paragraph, message):
+    with pytest.raises(DataError, match=message):
+        read_questions(rows({"paragraphs": [paragraph]}), tiny_lm.tokenizer())
+
+
 def test_a_batch_has_the_places_of_first_and_last_token():
     items = read_questions(rows(ROW, ROW | {"answers": []}), tiny_tokenizers.wordpiece()).items
     batch = collate_windows(items, 0)
