@@ -16,7 +16,7 @@ from ..adapter.tokens import Tokens
 from ..adapter.update import Update
 from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import PipelineModel, as_module
-from ..bases.rope import RECORD, SCALED, check_scaling
+from ..bases.rope import RECORD, SCALED, check_scaling, with_scaling
 from ..config import NONE, VIRTUAL, LoraConfig, virtual_kind
 from ..errors import AdapterError, ConfigError, StateError, TargetError
 from ..layers import fastpath, fused_qkv, peft_layers, saved
@@ -162,6 +162,7 @@ def _attach(
         )
     else:
         plan = _loaded(model, adapter, strict, force)
+        plan = replace(plan, metadata=with_scaling(model, plan.metadata, trainable))
     for module in packed.values():  # before a start calls the base, as that of a prefix does
         base_of(module).prepare(module)
     try:
