@@ -132,7 +132,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(data, about=about)
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     return "positive" in row and bool({"anchor", "query"} & row.keys())
 
 

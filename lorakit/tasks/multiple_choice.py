@@ -103,7 +103,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(made, about={**made.about, **HEAD, "model_class": own_class})
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     choices, before = row.get("choices"), {"question", "context"} & row.keys()
     texts = choices.get("text") if isinstance(choices, Mapping) else choices
     return bool(before) and isinstance(texts, list) and "answer" in row and not OF_LANGUAGE_MODELS & row.keys()

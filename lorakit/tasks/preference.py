@@ -95,6 +95,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.preference_items import with_mismatches
     from .causal_lm import chat_options, chat_tokenizer
     from .preferences.objective import objective_of
+    from .text.held_out import held_out_notes
     from .text.lengths import check_limit, described
     from .text.vocabulary import check_vocabulary
 
@@ -111,11 +112,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     if isinstance(config.validation, str):
         validation = _read(config, config.validation, None, dataset.max_length, tokenizer)
         train, held_out = dataset.items, validation.items
-        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
-        if validation.dropped:
-            notes[f"of {config.validation} are longer than {dataset.max_length} tokens and are not evaluated"] = (
-                validation.dropped
-            )
+        limit, cut, dropped = dataset.max_length, validation.cut, validation.dropped
+        notes |= held_out_notes(config.validation, validation.notes, limit, cut, dropped)
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
     before_step = None
@@ -175,10 +173,10 @@ def _balance(items: Sequence[PreferenceItem], own: LossSettings) -> str:
     return f"{text}; {name}: {weight:.2g} would balance them"
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
-    from ..data.preferences import is_preference
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+    from ..data.preferences import is_preference, may_be_preference
 
-    return is_preference(row)
+    return is_preference(row) or may_be_preference(row, rows)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

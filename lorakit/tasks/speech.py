@@ -147,7 +147,7 @@ def _items(
     return items, notes
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     from ..data.sound.rows import is_spoken
 
     return is_spoken(row)

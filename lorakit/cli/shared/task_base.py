@@ -62,6 +62,7 @@ def config_for(
     given: further settings, of which None is not given. Raises ConfigError for adapters that were trained with
     different settings.
     """
+    from ...bases.rope import recorded
     from ...bases.vocabulary import recorded_tokens
     from ...tasks.text.positions import config_tokens, positions_for
 
@@ -76,6 +77,9 @@ def config_for(
         **(quantization or Quantization()).model_dump(),
     )
     task = task_of(config.task)
+    scaling = recorded(value.metadata for value in values.values())
+    if scaling is not None and "rope_scaling" in task.settings.model_fields:
+        config = config.replace(rope_scaling=scaling)  # first, as it decides how long rows may be
     base_config = task.blueprint(config)
     settings: list[dict[str, Any]] = [
         task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()

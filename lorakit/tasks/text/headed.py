@@ -76,6 +76,7 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
     read(rows, first): makes a set of rows; `first`: that of the training rows, None for itself.
     """
     from ...data.dataset import held_out_of
+    from .held_out import held_out_notes
     from .lengths import check_limit, described
     from .vocabulary import check_vocabulary
 
@@ -86,13 +87,16 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
     first = read(rows_of(config, config.data, config.split), None)
     counts = {"dropped": first.dropped, "cut": first.cut, "split": first.split}
     length = described(first.lengths, first.max_length, first.max_length_reason, counts, config)
+    notes = dict(first.notes)
     if isinstance(config.validation, str):
-        train, held_out = first.items, read(rows_of(config, config.validation), first).items
+        other = read(rows_of(config, config.validation), first)
+        train, held_out = first.items, other.items
+        notes |= held_out_notes(config.validation, other.notes, first.max_length, other.cut, other.dropped)
     else:
         train, held_out = held_out_of(first.items, config.validation)
     check_vocabulary(config, processor, [*train, *held_out])
     shape = f"shape {first.shape}"
-    return Data(train, held_out, shape, [("length", length)], first.about, first.notes), first
+    return Data(train, held_out, shape, [("length", length)], first.about, notes), first
 
 
 def longest_input(config: RunSettings) -> int | None:
