@@ -34,13 +34,14 @@ EXPECTED = "text and label, or text, text_pair and label"
 @dataclass(frozen=True)
 class LabelledItem:
     """`segments`: which of two texts each id is of, for tokenizers that tell (BERT's token_type_ids). `label`: the id
-    of a class, or for regression the number; IGNORE_INDEX for a row to predict.
+    of a class, or for regression the number; IGNORE_INDEX for a row to predict. `cut`: whether its text was longer.
     """
 
     ids: list[int]
     segments: list[int] | None
     label: int | float
     row: Row
+    cut: bool = False
 
     @property
     def size(self) -> int:
@@ -134,7 +135,7 @@ def read_unlabelled(
         item
         if item.size <= limit
         else LabelledItem(
-            *encode(item.row, each["text"], each["text_pair"], pair, tokenizer, limit), IGNORE_INDEX, item.row
+            *encode(item.row, each["text"], each["text_pair"], pair, tokenizer, limit), IGNORE_INDEX, item.row, True
         )
         for item, each in zip(items, values, strict=True)
     ]

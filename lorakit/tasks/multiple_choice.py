@@ -138,9 +138,9 @@ def _has_own_class(base: Any) -> bool:
 
 
 def check(config: RunSettings, model: Any, items: Iterable[ChoiceItem]) -> None:
-    from ..generate.generate import positions_of
+    from .text.positions import left_by
 
-    positions = positions_of(model)
+    positions = left_by(config, model)
     longest = max(items, key=lambda item: item.longest)
     if positions is not None and longest.longest > positions:
         raise TrainError(

@@ -9,6 +9,7 @@ answers of a pair share a forward pass; the reference is computed before the fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -100,6 +101,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     from .text.vocabulary import check_vocabulary
 
     own = part(config, PreferenceSettings)
+    if own.answer_after is not None:
+        raise ConfigError("answer_after: preferences have their answers in columns\n  remove answer_after")
     check_limit(config)
     tokenizer, options = chat_tokenizer(own, processor), chat_options(own)
     dataset = _read(config, config.data, config.split, own.max_length, tokenizer)
@@ -296,14 +299,19 @@ def losses(model: Any, batch: dict[str, Any]) -> Tensor:
 def evaluate(base: Base, items: Sequence[PreferenceItem], batch_size: int) -> dict[str, float]:
     """Return the loss, the rewards, their margin and accuracy; for pairs how often the chosen answer is the likelier.
 
-    An item whose reference is not known, of rows that were not in the run, is compared with the base.
+    An item whose reference is not known, of rows that were not in the run, is compared with the base. A fully
+    fine-tuned model alone has no base to be compared with: its loss is NaN then, and it has no rewards.
     """
     from .preferences.measures import measures
-    from .preferences.reference import add_references
+    from .preferences.reference import add_references, is_its_own
 
     objective = _objective(base, items)
     if objective.loss.has_reference:
+        alone = is_its_own(base, items)
         add_references(base, items)
+        if alone:
+            found = measures(base.model, objective, items, batch_size, partial(collate, base=base))
+            return {"loss": math.nan} | {name: found[name] for name in ("likelihood_accuracy",) if name in found}
     kept = dict(base.kept)
     try:
         if objective.loss.answers == 1:

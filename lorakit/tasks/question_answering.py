@@ -105,6 +105,7 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     from ..bases.load_head import trunk_names
     from ..data.answers import read_questions
+    from .text.positions import positions_for
 
     own = part(config, QuestionAnsweringSettings)
 
@@ -116,7 +117,7 @@ def data(config: RunSettings, processor: Any) -> Data:
             window=own.window if first is None else first.max_length,
             stride=own.stride if first is None else first.about["stride"],
             no_answer=own.no_answer if first is None else first.about["no_answer"],
-            positions=headed.positions(config),
+            positions=positions_for(config),
         )
 
     made, _ = headed.read_parts(config, processor, read)
@@ -264,9 +265,10 @@ def _answer(items: Sequence[WindowItem], spans: Mapping[int, Span], row: Sequenc
 
 def to_predict(config: RunSettings, processor: Any) -> list[QuestionItem]:
     from ..data.answers import WINDOW, Windows, read_unanswered
+    from .text.positions import positions_for
 
     own = part(config, QuestionAnsweringSettings)
-    window = min(WINDOW, headed.positions(config) or WINDOW) if own.window == "auto" else own.window
+    window = min(WINDOW, positions_for(config) or WINDOW) if own.window == "auto" else own.window
     rows = headed.rows_of(config, config.data, config.split)
     made = Windows(processor, window, min(own.stride, window // 3), own.no_answer is True)
     return read_unanswered(rows, own.columns, made)

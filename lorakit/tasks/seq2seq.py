@@ -184,9 +184,9 @@ def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
 
 
 def check(config: RunSettings, model: Any, items: Iterable[PairItem]) -> None:
-    from ..generate.generate import positions_of
+    from .text.positions import left_by
 
-    positions = positions_of(model)
+    positions = left_by(config, model)
     if positions is None:
         return
     for item in items:

@@ -101,19 +101,10 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
 
 def longest_input(config: RunSettings) -> int | None:
     """Return the most tokens of a row to predict: `max_length`, or else the model's positions; None: no limit."""
+    from .positions import positions_for
+
     limit = part(config, Lengths).max_length
-    return positions(config) if limit == "auto" else int(limit)
-
-
-def positions(config: RunSettings) -> int | None:
-    """Return how many positions the base has, by its config alone; None if it does not say."""
-    base = blueprint(config).get_text_config()
-    found = getattr(base, "max_position_embeddings", None)
-    # RoBERTa's positions begin after the padding token's id.
-    return found - base.pad_token_id - 1 if found is not None and base.model_type in _AFTER_PADDING else found
-
-
-_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
+    return positions_for(config) if limit == "auto" else int(limit)
 
 
 def names_of(about: Mapping[str, Any], base: Any) -> list[str]:
