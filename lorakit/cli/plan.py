@@ -25,21 +25,9 @@ if TYPE_CHECKING:
     from ..plan.packed import Packing
     from ..plan.planner import Planner
 
-# The settings that affect memory. A --config file may have the others too.
-_SETTINGS = (
-    "adapter",
-    "rank",
-    "dropout",
-    "bias",
-    "targets",
-    "exclude",
-    "layers",
-    "layers_pattern",
-    "strict_targets",
-    "rank_pattern",
-    "save_modules",
-    "packed",
-    "trainable_tokens",
+# The settings that affect memory: all of a method, which say what is trained, and these of the run and its task. A
+# --config file may have the others too.
+_OF_RUNS = (
     "add_tokens",
     "task",
     "labels",
@@ -60,9 +48,9 @@ _SETTINGS = (
     "rope_scaling",
     "memory",
     "optimizer",
-    "components",
     "trust_remote_code",
 )
+_SETTINGS = {*_OF_RUNS, *(name for method in METHODS for name in method_of(method).settings.model_fields)}
 _COMPARED = ("full", "lora")  # shown beside the run's own method
 _LENGTHS = (256, 1024, 4096, 16384)
 _LENGTH = 1024  # tokens, if none is given: no data is read
