@@ -211,8 +211,7 @@ def _show_longest(
     found, positions = longest_rows(planners.values(), memory), own.positions
     if as_json:
         rows = [
-            {"method": each.name, "way": each.way, "tokens": each.tokens, "refused": each.refused}
-            for each in found
+            {"method": each.name, "way": each.way, "tokens": each.tokens, "refused": each.refused} for each in found
         ]
         print(json.dumps({"model": settings.model, "memory": memory, "positions": positions, "longest": rows}))
         return
