@@ -30,6 +30,11 @@ class VirtualUpdate(LiveUpdate):
     kind: ClassVar[VirtualKind]
     in_front: ClassVar[bool]  # whether they are inputs of the body, in front of the tokens' own
     counted = "tokens"
+    lacks = (
+        *("targets", "components", "exclude", "layers", "layers_pattern", "strict_targets", "packed", "init"),
+        *("rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern", "lora_plus"),
+    )
+    lacking = "trains virtual tokens alone"
     encoder: Encoder | None
     embeddings: nn.Parameter | None
 
