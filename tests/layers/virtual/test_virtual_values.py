@@ -87,3 +87,17 @@ def test_an_adapter_that_is_active_does_not_change_the_start_of_another(kind):
     beside = lk.capture(model, "second").updates["base_model"]
     assert torch.equal(beside.embeddings, alone.embeddings)
     assert isinstance(model.model.embed_tokens, nn.Embedding)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_on_an_offloaded_model_they_start_as_the_same_tokens(kind):
+    """accelerate keeps weights on "meta" between calls, so rows of the embedding's weight cannot be taken."""
+    from accelerate import cpu_offload
+
+    config = lk.LoraConfig(variant=kind, virtual_tokens=3, prompt_text=[6, 11, 30])
+    ids = torch.tensor([[5, 9, 3]])
+    here = lk.attach(tiny.llama(), config)
+    model = lk.attach(cpu_offload(tiny.llama(), execution_device=torch.device("cpu")), config)
+    assert model.model.embed_tokens.weight.is_meta
+    assert torch.equal(model.model.lora_default.embeddings, here.model.lora_default.embeddings)
+    assert torch.equal(model(input_ids=ids).logits, here(input_ids=ids).logits)
