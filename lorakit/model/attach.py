@@ -216,7 +216,7 @@ class _Plan:
                 update.begin(module, self.started.factors[name], self.started.subtracted)
         else:
             value = self.values[name]
-            update = live(value.variant).of(module, name, value, self.config.dropout, trainable)
+            update = live(value.variant).of(module, name, value, self.config, trainable)
         beside = tokens_of(self.config, name) or (name == BODY and self.config.prompt)  # beside factors A and B
         if trainable and self.config.freeze_a and not beside:
             update.freeze_a(module, name)

@@ -77,7 +77,7 @@ class BottleneckAdapter(LiveUpdate):
         return cls(made, config.activation, config.bottleneck_scale, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Bottleneck, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Bottleneck, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         size = layer.lora_sizes()[1]
         if value.up.shape[0] != size:
@@ -87,7 +87,7 @@ class BottleneckAdapter(LiveUpdate):
             )
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         tensors = {n: t.detach().to(device, dtype, copy=True) for n, t in value.tensors().items()}
-        return cls(tensors, value.activation, value.factor, dropout, trainable)
+        return cls(tensors, value.activation, value.factor, config.dropout, trainable)
 
     def value(self, layer: LoraLayer) -> Bottleneck:
         own = {name: None if p is None else p.detach() for name, p in self._parameters.items()}

@@ -74,7 +74,7 @@ class Ia3Factors(LiveUpdate):
         return cls(torch.ones(size, dtype=master_dtype(layer), device=device_of(layer)), feedforward, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Ia3, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Ia3, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         if value.layout(base_of(layer).shape(layer), conv1d=layer.lora_transposed) is not layer.lora_transposed:
             size_in, size_out = _sizes(layer)

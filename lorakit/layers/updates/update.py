@@ -87,8 +87,11 @@ class LiveUpdate(Own):
         raise NotImplementedError
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
-        """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
+    def of(cls, layer: LoraLayer, name: str, value: Any, config: LoraConfig, trainable: bool) -> Self:
+        """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit.
+
+        `config`: the adapter's, for what acts in training only and is not in a value (dropout).
+        """
         raise NotImplementedError
 
     @classmethod

@@ -69,7 +69,7 @@ class VeraVectors(LiveUpdate):
         return cls(d, b, Projection(config.vera_seed), size_in, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Vera, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Vera, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         size_in, size_out = layer.lora_sizes()
         A = value.projection.A
@@ -84,7 +84,7 @@ class VeraVectors(LiveUpdate):
             )
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         d, b = (t.detach().to(device, dtype, copy=True) for t in (value.d, value.b))
-        return cls(d, b, value.projection, size_in, dropout, trainable)
+        return cls(d, b, value.projection, size_in, config.dropout, trainable)
 
     @classmethod
     def join(cls, updates: Sequence[Self]) -> None:
