@@ -55,8 +55,13 @@ def merge_module(layer: LoraLayer, name: str) -> None:
     with torch.no_grad():
         gains = [update.weight_gain(layer) for update, _ in layer.lora_in_use()]
         factors = _bias_factors(layer, name)
-        undo = add_(weight, _change(layer, weight, gains), f"'{name}'")
+        # The bias first, which is small: if the weight then cannot be changed, it is quickly as it was.
         bias = None if factors is None else (add_(_bias(layer), _scaling(factors), f"the bias of '{name}'"), factors)
+        try:
+            undo = add_(weight, _change(layer, weight, gains), f"'{name}'")
+        except StateError:
+            _restore_bias(layer, bias, name)
+            raise
         layer.lora_merged = Merge(undo, gains, bias)
 
 
@@ -86,6 +91,15 @@ def _bias(layer: LoraLayer) -> Tensor:
     return layer.bias.detach()[:, None]
 
 
+def _restore_bias(layer: LoraLayer, bias: tuple[Undo, Tensor] | None, name: str) -> None:
+    """Undo what a merge did to the bias. `bias`: see `Merge`. Raises StateError, and changes nothing, if that is not
+    possible.
+    """
+    if bias is not None:
+        undo, factors = bias
+        subtract_(_bias(layer), _scaling(factors), undo, f"the bias of '{name}'")
+
+
 def _scaling(factors: Tensor) -> Change:
     return lambda rows: Scaled(factors[rows], torch.zeros_like(factors[rows]))
 
@@ -107,11 +121,14 @@ def unmerge_module(layer: LoraLayer, name: str) -> None:
     try:
         with torch.no_grad():
             weight = base_of(layer).writable(layer, name)
-            if merge.undo.blocks:
-                subtract_(weight, _change(layer, weight, merge.gains), merge.undo, f"'{name}'")
-            if merge.bias is not None:
-                undo, factors = merge.bias
-                subtract_(_bias(layer), _scaling(factors), undo, f"the bias of '{name}'")
+            _restore_bias(layer, merge.bias, name)
+            try:
+                if merge.undo.blocks:
+                    subtract_(weight, _change(layer, weight, merge.gains), merge.undo, f"'{name}'")
+            except StateError:
+                if merge.bias is not None:
+                    add_(_bias(layer), _scaling(merge.bias[1]))  # the same bits as the first time, so `undo` stands
+                raise
     except StateError:
         layer.lora_merged = merge
         raise

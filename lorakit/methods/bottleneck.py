@@ -10,9 +10,12 @@ The four that the LoRA paper compares with (Hu et al. 2021, section 5.1), and it
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..config import LoraConfig, Narrowed, RunSettings, Strict, part
 from ..config.bottleneck import BottleneckShape
@@ -63,7 +66,15 @@ class BottleneckSettings(Strict):
 
 
 class BottleneckRunSettings(Narrowed, BottleneckSettings, BottleneckShape, Earlier):
-    pass
+    @model_validator(mode="after")
+    def _one_size(self):
+        default = BottleneckSettings.model_fields["bottleneck_size"].default
+        if self.reduction is not None and self.bottleneck_size != default:
+            raise ValueError(
+                f"bottleneck_size ({self.bottleneck_size}) has no effect with reduction ({self.reduction:g}), which "
+                "gives each module a size of its own; give one of them"
+            )
+        return self
 
 
 settings = BottleneckRunSettings
@@ -78,9 +89,9 @@ def adapter_config(config: RunSettings, task_type: str) -> LoraConfig:
     return LoraConfig(
         **part(config, Narrowed).model_dump(),
         **shape.model_dump() | ({"bottleneck_norm": True} if own.bottleneck == "adapter_l" else {}),
+        **({"rank": own.bottleneck_size} if shape.reduction is None else {}),
         targets="houlsby" if own.bottleneck == "houlsby" else "pfeiffer",
         variant=_KIND,
-        rank=own.bottleneck_size,
         base=config.model,
         revision=config.revision,
         task=task_type,
@@ -88,7 +99,33 @@ def adapter_config(config: RunSettings, task_type: str) -> LoraConfig:
 
 
 def start(config: RunSettings) -> Start | None:
-    return start_from(config, {*Narrowed.model_fields, *BottleneckShape.model_fields}, _KIND)
+    found = start_from(config, {*Narrowed.model_fields, *BottleneckShape.model_fields}, _KIND)
+    if found is None:
+        return None
+    own = _made_with(found)
+    if found.settings["reduction"] is not None:
+        del own["bottleneck_size"]
+    return replace(found, settings={**found.settings, **own})
+
+
+def _made_with(earlier: Start) -> dict[str, Any]:
+    """Return the `BottleneckSettings` of an adapter: those of the run that trained it, or what its updates show."""
+    recipe = earlier.metadata.get("recipe")
+    if isinstance(recipe, Mapping) and recipe.get("method") == _KIND:
+        return {name: recipe.get(name, field.default) for name, field in BottleneckSettings.model_fields.items()}
+    from ..adapter.adapter import Adapter
+    from ..layers.targets import layer_number
+
+    updates = Adapter.load(earlier.source).updates
+    numbers = {m: number for m in updates if (number := layer_number(m)) is not None}
+    layers = Counter(m.partition(f".{number}.")[0] + f".{number}" for m, number in numbers.items())
+    own_norm = any("norm" in update.tensors() for update in updates.values())
+    one_each = max(layers.values(), default=2) == 1
+    return {
+        "bottleneck": "houlsby" if not one_each else "adapter_l" if own_norm else "pfeiffer",
+        "bottleneck_size": Counter(update.rank for update in updates.values()).most_common(1)[0][0],
+        "drop_layers": min(numbers.values(), default=0),
+    }
 
 
 def learning_rate(rate: float, why: str) -> tuple[float, str]:

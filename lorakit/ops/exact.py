@@ -45,6 +45,11 @@ class Scaled(NamedTuple):
         W = (changed.to(self.added.dtype) - self.added) / self.factor
         return torch.where(self.factor == 0, 0, W).to(changed.dtype)
 
+    def size(self) -> str:
+        """Say how much it changes, for an error."""
+        factor = f"its factors reach {float(self.factor.abs().max()):.3g}"
+        return f"{factor} and ΔW {float(self.added.abs().max()):.3g}" if self.added.any() else factor
+
 
 class Added(NamedTuple):
     """W' = W + added, of some rows [rows, -1]."""
@@ -56,6 +61,10 @@ class Added(NamedTuple):
 
     def invert(self, changed: Tensor) -> Tensor:
         return (changed.to(self.added.dtype) - self.added).to(changed.dtype)
+
+    def size(self) -> str:
+        """Say how much it changes, for an error."""
+        return f"ΔW reaches {float(self.added.abs().max()):.3g}"
 
 
 Change = Callable[[slice], Added | Scaled]  # of these rows of the weight
@@ -108,7 +117,7 @@ def add_(weight: Tensor, change: Change, where: str | None = None) -> Undo:
             undo.checksum -= _checksum(original)
             subtract_(weight, change, undo, where)  # the blocks before
             raise StateError(
-                f"merging would make {where} infinite or NaN: ΔW reaches {float(own.added.abs().max()):.3g}, and "
+                f"merging would make {where} infinite or NaN: {own.size()}, and "
                 f"{str(weight.dtype).removeprefix('torch.')} ends at {torch.finfo(weight.dtype).max:.3g}\n"
                 "  look at the adapter's norms (lorakit inspect), or merge into a base of another precision"
             )

@@ -166,9 +166,42 @@ def test_an_adapter_of_another_method_is_refused(tmp_path, tiny_gpt2):
             method_of(name).start(TrainConfig(**RUN, method=name, adapter=str(lora)))
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"bottleneck": "pfeiffer", "bottleneck_size": 8, "drop_layers": 1},
+        {"bottleneck": "adapter_l", "bottleneck_size": 4},
+        {"bottleneck": "houlsby", "reduction": 8.0},
+    ],
+)
+def test_a_run_from_a_bottleneck_has_its_settings_and_no_others(made, recorded, tmp_path):
+    """With the recipe of lorakit's own runs, and without: made in Python, or by a run of another version."""
+    from dataclasses import replace
+
+    from lorakit.train.start import resolved
+
+    method = method_of("bottleneck")
+    adapter = lk.capture(attached(tiny.llama(), "bottleneck", **made))
+    recipe = {"recipe": {"method": "bottleneck", **made}} if recorded else {}
+    folder = str(replace(adapter, metadata={**adapter.metadata, **recipe}).save(tmp_path))
+    config = resolved(TrainConfig(**RUN, method="bottleneck", adapter=folder))
+    assert {name: getattr(config, name) for name in made} == made
+    assert method.trained(config) == method.trained(TrainConfig(**RUN, method="bottleneck", **made))
+    assert resolved(TrainConfig(**RUN, method="bottleneck", adapter=folder, **made)) == config  # as when resumed
+    other = {"bottleneck_size": 32} if "reduction" not in made else {"bottleneck": "pfeiffer"}
+    for given in (other, {"drop_layers": 4}):
+        with pytest.raises(ConfigError, match=f"contradicts settings that were given:\n  {next(iter(given))}: "):
+            resolved(TrainConfig(**RUN, method="bottleneck", adapter=folder, **given))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        (
+            {"method": "bottleneck", "bottleneck_size": 32, "reduction": 8},
+            "bottleneck_size (32) has no effect with reduction (8)",
+        ),
         ({"method": "bitfit", "rank": 4}, "rank has no effect with method: bitfit; remove it (it is for method: lora)"),
         ({"method": "full", "rank": 4}, "rank has no effect with method: full"),
         ({"method": "probe", "targets": ["q_proj"]}, "targets has no effect with method: probe"),

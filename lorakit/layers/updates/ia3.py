@@ -108,7 +108,8 @@ class Ia3Factors(LiveUpdate):
     def of_input(self, layer: LoraLayer, x: Tensor, weight: float) -> Tensor | None:
         if not self.feedforward:
             return None
-        return x * (1 + weight * _by_channel(layer, self.vector - 1, x)).to(x.dtype)
+        # The product is rounded, and not the factors: near 1, bf16 has none that is less than 1/256 away.
+        return (x * (1 + weight * _by_channel(layer, self.vector - 1, x))).to(x.dtype)
 
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
         """Zeros: all of the change is in the gain."""

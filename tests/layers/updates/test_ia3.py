@@ -149,6 +149,50 @@ def test_the_bias_is_scaled_too_and_merged_and_restored():
     assert tiny.same_bits({n: t for n, t in tiny.bits(model).items() if n in before}, before)
 
 
+def test_a_merge_that_fails_at_the_bias_or_an_unmerge_at_the_weight_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 3)).half()
+    with torch.no_grad():
+        model[0].bias.fill_(60000.0)
+    lk.attach(model, lk.LoraConfig(variant="ia3", targets=["0"], feedforward=[]))
+    with torch.no_grad():
+        model[0].lora_default.vector.fill_(1.5)
+    before = tiny.bits(model)
+    with pytest.raises(StateError, match="the bias of '0' infinite or NaN: its factors reach 1.5, and float16 ends"):
+        lk.merge(model)
+    assert tiny.same_bits(tiny.bits(model), before)
+    with torch.no_grad():
+        model[0].bias.fill_(1.0)
+    before = tiny.bits(model)
+    lk.merge(model)
+    merged = tiny.bits(model)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    changed = tiny.bits(model)
+    with pytest.raises(StateError, match="unmerge of '0' would not restore"):
+        lk.unmerge(model)
+    assert tiny.same_bits(tiny.bits(model), changed)
+    with torch.no_grad():
+        model[0].weight.copy_(merged["0.weight"].view(torch.float16).view(3, 4))
+    lk.unmerge(model)
+    assert tiny.same_bits(tiny.bits(model), before)
+
+
+@pytest.mark.parametrize("feedforward", [[], ["0"]], ids=["outputs", "inputs"])
+def test_factors_near_1_have_their_effect_in_bf16(feedforward):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64, bias=False)).bfloat16()
+    x = torch.randn(32, 256).bfloat16()
+    plain = model[0].weight.detach().double()
+    lk.attach(model, lk.LoraConfig(variant="ia3", targets=["0"], feedforward=feedforward))
+    with torch.no_grad():
+        model[0].lora_default.vector.fill_(1.003)
+    exact = x.double() @ plain.T
+    # The change along what it should be: 1 if all of it is there. Each number's own rounding averages out.
+    with torch.no_grad():
+        change = (model(x).double() - exact) * exact
+    assert float(change.sum() / (0.003 * exact.square()).sum()) == pytest.approx(1.0, abs=0.1)
+
+
 def test_a_bias_that_another_adapter_trained_is_not_scaled_for_good():
     model = nn.Sequential(nn.Linear(4, 3))
     lk.attach(model, lk.LoraConfig(variant="ia3", targets=["0"], bias="all"))
