@@ -1,4 +1,4 @@
-"""Verdicts on differences of held-out losses, by rules that were fixed before the tables were measured.
+"""Verdicts on differences of held-out losses: the same rules and margin for every table, whatever it measures.
 
     lower        agrees if the interval lies below 0, disagrees if above
     not higher   agrees if it lies below +MARGIN, disagrees if above
