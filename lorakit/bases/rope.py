@@ -11,10 +11,11 @@ metadata (`rope_scaling`), read by the commands that load a base for it, and che
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import AdapterError, ConfigError, did_you_mean
+from ..errors import AdapterError, ConfigError, LorakitWarning, did_you_mean
 
 RECORD = "rope_scaling"  # in an adapter's metadata
 SCALED = "_lorakit_rope_scaling"  # the attribute of a model that was loaded with a scaling
@@ -117,6 +118,25 @@ def record_of(metadata: Mapping[str, Any]) -> str | None:
     except ConfigError as error:
         raise AdapterError(f"the adapter's record of its base's positions is damaged: {error}") from error
     return f"{kind}:{factor:g}"
+
+
+def with_scaling(model: Any, metadata: Mapping[str, Any], trainable: bool) -> Mapping[str, Any]:
+    """Return a loaded adapter's metadata, with the scaling of the model that it is trained on from now.
+
+    Warns of an adapter that is not trained on, and was made for positions that are not scaled.
+    """
+    scaling = getattr(model, SCALED, None)
+    if scaling is None or RECORD in metadata:
+        return metadata
+    if trainable:
+        return {**metadata, RECORD: scaling}
+    warnings.warn(
+        f"this base's rotary positions are scaled by {scaling}, and the adapter was trained without: it will not "
+        "compute as it did in training",
+        LorakitWarning,
+        stacklevel=5,
+    )
+    return metadata
 
 
 def check_scaling(config: Any, metadata: Mapping[str, Any]) -> None:

@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..bases.rope import parsed, recorded
+from ..bases.load import load_config
+from ..bases.rope import recorded
 from ..errors import ConfigError
 
-_FULL = "full_attention"
 
-
-def with_scaling(config: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Return a base's config.json with its positions scaled as the adapters' record says, in the spelling that it has.
+def with_scaling(config: Mapping[str, Any], folder: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return a base's config.json, which is in `folder`, with its positions scaled as the adapters' record says, in the
+    spelling that it has.
 
     Raises AdapterError if the adapters differ, ConfigError for a base without rotary positions or with others.
     """
     scaling = recorded(adapter.metadata for adapter in adapters)
     if scaling is None:
         return dict(config)
-    if isinstance(config.get("text_config"), Mapping):
-        return {**config, "text_config": with_scaling(config["text_config"], adapters)}
-    kind, factor = parsed(scaling)
-    positions = config.get("max_position_embeddings")
-    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    every = dict(config.get(field) or {})
-    own = dict(every.get(_FULL) or every)  # Gemma's sliding layers have positions of their own
-    if positions is None or not (own or "rope_theta" in config):
+    if not config:
         raise ConfigError(
-            f"the adapter was trained with rotary positions scaled by {scaling}, and the base's config.json has none "
-            "that can be scaled\n  merge it into the base that it was trained on"
+            f"the adapter was trained with rotary positions scaled by {scaling}, and {folder} has no config.json that "
+            "could say so\n  merge it into the base's folder"
         )
-    known = own.get("rope_type", own.get("type", "default"))
-    if (known, own.get("factor")) == (kind, factor):
-        return dict(config)
-    if known != "default":
-        raise ConfigError(
-            f"the adapter was trained with rotary positions scaled by {scaling}, and those of the base are scaled by "
-            f"{known}:{own.get('factor')}\n  merge it into the base that it was trained on"
-        )
-    original = {"original_max_position_embeddings": positions} if kind == "yarn" else {}
-    own |= {"rope_type": kind, "factor": factor, **original}
-    made = {**every, _FULL: own} if _FULL in every else own
-    return {**config, field: made, "max_position_embeddings": int(positions * factor)}
+    text = load_config(str(folder), rope_scaling=scaling).get_text_config()
+    inner = config.get("text_config")
+    own = dict(inner) if isinstance(inner, Mapping) else dict(config)
+    if own.get("rope_parameters"):
+        made = {"rope_parameters": text.rope_parameters}
+    else:  # as transformers wrote it before 5
+        made = {"rope_scaling": {k: v for k, v in text.rope_parameters.items() if k != "rope_theta"}}
+    own |= {**made, "max_position_embeddings": text.max_position_embeddings}
+    return {**config, "text_config": own} if isinstance(inner, Mapping) else own

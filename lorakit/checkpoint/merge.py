@@ -27,6 +27,7 @@ from ..version import VERSION
 from .base import Base
 from .changes import check_mergeable
 from .conversation import keep_conversation
+from .long_context import with_scaling
 from .merge_plan import Plan, make_plan
 from .merge_report import Difference, MergeReport, TargetReport
 from .onto import check_pairs, differences, open_pairs
@@ -101,6 +102,8 @@ def merge_checkpoint(
     if not force_base:
         check_pairs(pairs)
     plans = [_plan(pair, values, factors, dtype, untie, requantize) for pair in pairs]
+    for part, _ in plans:
+        with_scaling(part.base.config, part.base.folder, values)  # its errors, before anything is written
     if requantize is not None and all(plan.requantize is None for _, plan in plans):
         raise not_quantized(path)
     apart: list[Difference] = []

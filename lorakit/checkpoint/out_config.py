@@ -28,8 +28,7 @@ def write_config(
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
     if plan.grown is not None:
         config = with_vocabulary(config, *plan.grown)
-    if config:
-        config = with_scaling(config, adapters)
+    config = with_scaling(config, base.folder, adapters)
     quantization = new_quantization(part, plan)
     if quantization is not None:
         config = _with_quantization(config, quantization)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..config import Quantization
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, NotFiniteError
 from ..tasks import task_names, task_of
+from .shared.json_text import is_finite
 from .shared.loading import read
 from .shared.names import check_names
 from .shared.options import AnswerAfter, Columns, Force, Model, Precision, Split, pairs
@@ -94,6 +95,11 @@ def predict(
                 f"{data}: the rows have a column '{column}' already\n  name another for the predictions: --column NAME"
             )
         base = base_for(config, processor, about_of(config, values), values)
+    if cut := [item for item in items if getattr(item, "cut", False)]:
+        notice(
+            f"lorakit: {len(cut):,} of {len(items):,} rows are longer than the model's positions and were cut; the "
+            f"first is {cut[0].where}"
+        )
     lines = [
         json.dumps(_columns(item) | {column: found}, ensure_ascii=False, default=str)
         for item, found in zip(items, _predictions(config, base, items, batch_size), strict=True)
@@ -151,9 +157,23 @@ def _checked(out: Path, force: bool) -> Path:
 
 
 def _columns(item: Any) -> dict[str, Any]:
-    """Return the columns of an item's row; where it has none (a picture's file), where it came from."""
+    """Return the columns of an item's row, without files that are stored in it; of an item without a row (a picture's
+    file), where it came from.
+    """
     row = getattr(item, "row", None)
-    return {"from": item.where} if row is None else dict(row.values)
+    return {"from": item.where} if row is None else dict(_without_files(row.values))
+
+
+def _without_files(value: Any) -> Any:
+    """Return a value without the bytes in it: a picture or sound of a table keeps its path."""
+    if isinstance(value, Mapping):
+        return {name: _without_files(each) for name, each in value.items() if not isinstance(each, _BYTES)}
+    if isinstance(value, list | tuple):
+        return [_without_files(each) for each in value if not isinstance(each, _BYTES)]
+    return value
+
+
+_BYTES = (bytes, bytearray, memoryview)
 
 
 def _predictions(config: TrainConfig, base: Base, items: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
@@ -168,6 +188,12 @@ def _predictions(config: TrainConfig, base: Base, items: Sequence[Any], batch_si
         made = task.predict(config, base, portion, batch_size)
         if len(made) != len(portion):
             raise DataError(f"{portion[0].where}: {len(made)} predictions for {len(portion)} rows")
+        for item, prediction in zip(portion, made, strict=True):
+            if not is_finite(prediction):
+                raise NotFiniteError(
+                    f"{item.where}: what the model predicts is not a finite number\n"
+                    "  load the model in bfloat16 or float32 rather than float16 (--precision)"
+                )
         found += made
         if start + size < len(items):
             notice(f"lorakit: {len(found):,} of {len(items):,} rows")

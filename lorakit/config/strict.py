@@ -27,10 +27,11 @@ class Strict(BaseModel):
     """A frozen settings object. ConfigError for unknown keys, with the nearest name, and for invalid values."""
 
     # Names of a class's own settings: `free` do not affect the result, `rows` determine the training rows, `anew` are
-    # chosen anew by a run that starts from an earlier result.
+    # chosen anew by a run that starts from an earlier result, `evaluated` affect the measures of an evaluation.
     free: ClassVar[Collection[str]] = ()
     rows: ClassVar[Collection[str]] = ()
     anew: ClassVar[Collection[str]] = ()
+    evaluated: ClassVar[Collection[str]] = ()
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
 
     def __init__(self, **values: Any) -> None:

@@ -250,7 +250,7 @@ def read_questions(
     check_longest(rows, items, limit, reason)
     about = {"no_answer": may_be_empty, "window": limit, "stride": made.stride}
     shape = f"question, context, answers; {len(rows):,} questions in {len(items):,} windows"
-    return RowSet(items, shape, about, limit, reason, lengths, dropped=lost, notes=notes)
+    return RowSet(items, shape, about, limit, reason, lengths, notes=notes)
 
 
 def read_unanswered(rows: Sequence[Row], columns: Mapping[str, str], made: Windows) -> list[QuestionItem]:
@@ -265,7 +265,10 @@ def read_unanswered(rows: Sequence[Row], columns: Mapping[str, str], made: Windo
 
 
 def questions_of(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield a row for each question: SQuAD's own files have articles of paragraphs with several questions each."""
+    """Yield a row for each question: SQuAD's own files have articles of paragraphs with several questions each.
+
+    Raises DataError for a paragraph without a list of questions (qas).
+    """
     number = 0
     for row in rows:
         paragraphs = row.values.get("paragraphs")
@@ -273,20 +276,31 @@ def questions_of(rows: Sequence[Row]) -> Iterator[Row]:
             yield row
             continue
         for paragraph in paragraphs:
-            for qa in paragraph.get("qas", []) if isinstance(paragraph, dict) else []:
+            asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
+            if not isinstance(asked, list) or not all(isinstance(qa, dict) for qa in asked):
+                raise DataError(f"{row.where}: a paragraph has no list of questions (qas), as SQuAD's files have")
+            for qa in asked:
                 number += 1
-                answers = [] if qa.get("is_impossible") else qa.get("answers", [])
                 yield Row(
                     {
                         "id": qa.get("id"),
                         "title": row.values.get("title"),
                         "question": qa.get("question"),
                         "context": paragraph.get("context"),
-                        "answers": {name: [a.get(name) for a in answers] for name in ("text", "answer_start")},
+                        "answers": _in_columns([] if qa.get("is_impossible") else qa.get("answers")),
                     },
                     row.file,
                     number,
                 )
+
+
+def _in_columns(answers: Any) -> Any:
+    """Return SQuAD's list of answers as {"text": [...], "answer_start": [...]}; anything else as it is, for `_read` to
+    name.
+    """
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        return answers
+    return {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
 
 
 def rows_of(items: Sequence[WindowItem]) -> list[list[int]]:

@@ -178,7 +178,7 @@ def _label(row: Row, answer: Any, choices: Sequence[str]) -> int:
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     text = str(answer).strip()
-    number = int(text) if text.isdigit() else ord(text) - ord("A") if len(text) == 1 and text.isupper() else -1
+    number = int(text) if text.isdecimal() else ord(text) - ord("A") if len(text) == 1 and text.isupper() else -1
     if isinstance(answer, bool) or not 0 <= number < len(choices):
         hint = did_you_mean(text, choices) if isinstance(answer, str) else ""
         raise DataError(

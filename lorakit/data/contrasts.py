@@ -56,12 +56,13 @@ class Encoding:
 @dataclass(frozen=True)
 class ContrastItem:
     """A row. `texts`: token ids of the anchor, of what belongs to it, and of what does not; `score`: None if the row
-    has none, else from 0 to 1.
+    has none, else from 0 to 1. `cut`: whether one of its texts was longer.
     """
 
     texts: tuple[tuple[int, ...], ...]
     score: float | None
     row: Row
+    cut: bool = False
 
     @property
     def size(self) -> int:
@@ -160,12 +161,12 @@ def read_texts(
                 f"{row.where}: no text; columns found: {listing(row.values, 20) or 'none'}\n"
                 f"  expected one of {', '.join((*FIRST, *SECOND))}; or say which: columns: {{text: ...}}"
             )
-        texts = [
-            tuple(encoding.ids(_text(values, name, row), side == 0, limit))
-            for side, name in enumerate(names)
-            if name is not None
-        ]
-        items.append(ContrastItem(tuple(texts), None, row))
+        given = [(_text(values, name, row), side == 0) for side, name in enumerate(names) if name is not None]
+        texts = [encoding.ids(text, is_first) for text, is_first in given]
+        cut = limit is not None and max(map(len, texts)) > limit
+        if cut:
+            texts = [encoding.ids(text, is_first, limit) for text, is_first in given]
+        items.append(ContrastItem(tuple(map(tuple, texts)), None, row, cut))
     return items
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, listing
 from ..ops import IGNORE_INDEX
+from .columns import is_fraction, is_measure
 from .dataset import length_limit
 from .fields import RowSet, check_longest, fields_of, weighed
 from .label_names import number_of, ordered
@@ -33,13 +34,14 @@ EXPECTED = "text and label, or text, text_pair and label"
 @dataclass(frozen=True)
 class LabelledItem:
     """`segments`: which of two texts each id is of, for tokenizers that tell (BERT's token_type_ids). `label`: the id
-    of a class, or for regression the number; IGNORE_INDEX for a row to predict.
+    of a class, or for regression the number; IGNORE_INDEX for a row to predict. `cut`: whether its text was longer.
     """
 
     ids: list[int]
     segments: list[int] | None
     label: int | float
     row: Row
+    cut: bool = False
 
     @property
     def size(self) -> int:
@@ -86,7 +88,7 @@ def read_labelled(
     columns = dict(columns or {})
     rows, notes = weighed(rows, columns, COLUMNS)
     values = [fields_of(row, columns, COLUMNS, ("text", "label"), EXPECTED) for row in rows]
-    found = [_label(row, each["label"]) for row, each in zip(rows, values, strict=True)]
+    found = [_label(row, each["label"], names) for row, each in zip(rows, values, strict=True)]
     if not names:
         _check_no_header(rows, found, columns)
     names = list(names) or ordered(found)
@@ -133,7 +135,7 @@ def read_unlabelled(
         item
         if item.size <= limit
         else LabelledItem(
-            *encode(item.row, each["text"], each["text_pair"], pair, tokenizer, limit), IGNORE_INDEX, item.row
+            *encode(item.row, each["text"], each["text_pair"], pair, tokenizer, limit), IGNORE_INDEX, item.row, True
         )
         for item, each in zip(items, values, strict=True)
     ]
@@ -201,10 +203,19 @@ def padded(
     return batch
 
 
-def _label(row: Row, label: Any) -> str:
-    if not isinstance(label, str | int) or not str(label).strip():
+def _label(row: Row, label: Any, names: Sequence[str]) -> str:
+    """Return a label's name; 1 for 1.0, as tables write whole numbers in a column that has gaps."""
+    text = str(label).strip()
+    if not isinstance(label, str | int | float) or not text:
         raise DataError(f"{row.where}: its label is {label!r}; expected a word or a whole number")
-    return str(label).strip()
+    if text in names or not is_measure(label):
+        return text
+    if is_fraction(label):
+        raise DataError(
+            f"{row.where}: its label is {label!r}; expected a word or a whole number\n"
+            "  to predict such numbers use --task regression; if they are names, list them all: labels"
+        )
+    return str(int(float(label)))
 
 
 def _measured(row: Row, label: Any, columns: Mapping[str, str]) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import DataError, did_you_mean, listing
 from . import turns
+from .columns import is_truth
 from .parse import Row
 from .shapes import COLUMNS, COMPLETIONS, CONTEXT, PROMPTS, WEIGHT, Example, read_examples, weighs
 
@@ -47,8 +48,19 @@ def is_pair(values: Mapping[str, Any]) -> bool:
 
 def is_preference(values: Mapping[str, Any]) -> bool:
     """Whether a row can be nothing but a preference: a pair, or an answer with a truth value as its label."""
-    answered = bool(set(CONVERSATIONS) & values.keys()) or {"prompt", "completion"} <= values.keys()
-    return is_pair(values) or (isinstance(values.get(ONE), bool) and answered)
+    return is_pair(values) or (isinstance(values.get(ONE), bool) and _is_answered(values))
+
+
+def may_be_preference(values: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+    """Whether a row is an answer with a label that may say whether it is desirable, such as 0 or "True": a language
+    model could learn the answer too, with the label as a column that nothing reads. `rows`: the data's first rows.
+    """
+    labels = [each[ONE] for each in rows or [values] if each.get(ONE) is not None]
+    return _is_answered(values) and not is_pair(values) and bool(labels) and all(map(is_truth, labels))
+
+
+def _is_answered(values: Mapping[str, Any]) -> bool:
+    return bool(set(CONVERSATIONS) & values.keys()) or {"prompt", "completion"} <= values.keys()
 
 
 def read_preferences(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> tuple[str, list[Preference]]:

@@ -20,7 +20,7 @@ SEPARATORS = {",": "comma", "\t": "tab"}
 
 def is_numbered(columns: Mapping[str, str] | None) -> bool:
     """Whether columns (our name -> the file's) are given by number, from 1: those of a table without a header."""
-    return bool(columns) and all(str(name).isdigit() for name in (columns or {}).values())
+    return bool(columns) and all(str(name).isdecimal() for name in (columns or {}).values())
 
 
 def table(text: str, file: str, delimiter: str, numbered: bool = False) -> Iterator[Row]:

@@ -21,6 +21,7 @@ from ..errors import ConfigError, DataError, did_you_mean, listing
 from ..ops import IGNORE_INDEX
 from .dataset import length_limit
 from .fields import RowSet, check_longest, fields_of, weighed
+from .label_names import by_number, is_whole
 from .labelled import padded
 from .parse import Row
 
@@ -101,7 +102,7 @@ def read_tagged(
     lengths = [len(ids) for ids, _ in encoded]
     limit, reason = length_limit(lengths, tokenizer, max_length, "cut")
     items: list[TaggedItem] = []
-    cut = dropped = lost = without = 0
+    cut = dropped = lost = without = untagged = 0
     for row, (words, tags), (ids, places) in zip(rows, read, encoded, strict=True):
         labels = [_number(row, tag, names, numbers) for tag in tags]
         without += sum(place is None for place in places)
@@ -117,12 +118,14 @@ def read_tagged(
         if item.weight:
             items.append(item)
         else:
-            dropped += 1
+            untagged += 1
     check_longest(rows, items, limit, reason)
     if lost:
         notes[f"are cut at {limit} tokens, and {lost:,} words at their ends are left out"] = cut
     if without:
         notes[f"{without:,} words of which the tokenizer makes no token of their own are left out"] = len(rows)
+    if untagged:
+        notes["have no word that has a tag and a token, so they are left out"] = untagged
     shape = f"{known.get('tokens', 'tokens')}, {known.get('tags', 'tags')}"
     return RowSet(items, shape, {"labels": names}, limit, reason, lengths, cut, dropped, notes=notes)
 
@@ -232,7 +235,7 @@ def _shown(value: Any) -> str:
 
 
 def _ordered(tags: set[str]) -> list[str]:
-    if all(tag.lstrip("-").isdigit() for tag in tags):
+    if all(map(is_whole, tags)):
         return sorted(tags, key=int)
     return sorted(tags, key=lambda tag: (tag != OUTSIDE, tag))
 
@@ -240,8 +243,9 @@ def _ordered(tags: set[str]) -> list[str]:
 def _number(row: Row, tag: str, names: Sequence[str], numbers: Mapping[str, int]) -> int:
     if tag in numbers:
         return numbers[tag]
-    if tag.isdigit() and int(tag) < len(names):  # the data has numbers, the settings their names
-        return int(tag)
+    number = by_number(tag, names)
+    if number is not None:
+        return number
     if tag == str(IGNORE_INDEX):  # as data sets mark words that do not count
         return IGNORE_INDEX
     raise DataError(

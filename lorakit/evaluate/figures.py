@@ -51,8 +51,19 @@ def figures(
     results = []
     for name in adapters:
         activate(base.model, name)
-        results.append({"adapter": name, **task.evaluate(base, items, batch_size), "rows": len(items)})
-    return results or [{"adapter": None, **task.evaluate(base, items, batch_size), "rows": len(items)}]
+        results.append({"adapter": name, **task.evaluate(base, items, batch_size), "rows": row_count(items)})
+    return results or [{"adapter": None, **task.evaluate(base, items, batch_size), "rows": row_count(items)}]
+
+
+def row_count(items: Sequence[Item]) -> int:
+    """Return how many rows items are of: one may be several items, such as the windows of a long text."""
+    return len({item.where for item in items})
+
+
+def first_rows(items: Sequence[Item], most: int | None) -> list[Item]:
+    """Return all items of the first `most` rows; None: of all rows."""
+    kept = set(list(dict.fromkeys(item.where for item in items))[:most])
+    return [item for item in items if item.where in kept]
 
 
 def table(results: Sequence[Mapping[str, Any]], title: str, unnamed: str = MODEL) -> Table:

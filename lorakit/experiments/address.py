@@ -38,8 +38,11 @@ def run(work: Work) -> Result:
     settings: dict[str, Any] = {"data": str(data), "validation": str(_write(work.folder / "test.jsonl", test))}
     settings |= {"learning_rate": RATE, "max_length": POSITIONS}
     runs = train_seeds(work, "addresses", settings)
-    rows = [work.cell(f"seed {run['seed']}", partial(_judged, work, run, settings, test)) for run in runs]
-    return {"rows": rows, "source": "the user's list" if work.file else "places written in lorakit"}
+    rows = [
+        work.cell(f"seed {run['seed']}", partial(_judged, work, run, settings, test), [settings, run["loss"]])
+        for run in runs
+    ]
+    return {"rows": rows, "source": "the user's list" if work.file else "invented places"}
 
 
 def _judged(work: Work, run: dict[str, Any], settings: dict[str, Any], test: list[dict[str, str]]) -> dict[str, Any]:

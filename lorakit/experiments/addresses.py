@@ -1,10 +1,11 @@
 """Rows of the address task: a Taiwanese address in Chinese, and its fields as JSON.
 
-    prompt      100臺北市中正區中山南路21號
-    completion  {"city": "臺北市", "district": "中正區", "road": "中山南路", "postal_code": "100"}
+    prompt      010甲木市東桐區晨星路21號
+    completion  {"city": "甲木市", "district": "東桐區", "road": "晨星路", "postal_code": "010"}
 
 The places come from the user's copy of a public list, whose licence is not stated (no row of it is part of lorakit), or
-from a few that are written here. Roads are split between training and test rows, so that a tested road was never seen.
+from a few invented ones that are written here. Roads are split between training and test rows, so that a tested road
+was never seen.
 
     [{"CityName": ..., "AreaList": [{"ZipCode": ..., "AreaName": ..., "RoadList": [{"RoadName": ...}]}]}]     the list
 """
@@ -33,19 +34,19 @@ class Place(NamedTuple):
     postal_code: str
 
 
-# City, district, postal code; and names that many towns give their roads.
+# City, district, postal code; and roads. All are invented: Taiwan's postal codes begin with 1 to 9.
 DISTRICTS = (
-    *(("臺北市", "中正區", "100"), ("臺北市", "大安區", "106"), ("臺北市", "士林區", "111")),
-    *(("新北市", "板橋區", "220"), ("新北市", "新店區", "231"), ("新北市", "淡水區", "251")),
-    *(("桃園市", "桃園區", "330"), ("桃園市", "中壢區", "320"), ("新竹市", "東區", "300")),
-    *(("臺中市", "西屯區", "407"), ("臺中市", "北屯區", "406"), ("彰化縣", "鹿港鎮", "505")),
-    *(("臺南市", "安平區", "708"), ("臺南市", "永康區", "710"), ("高雄市", "鼓山區", "804")),
-    *(("高雄市", "左營區", "813"), ("花蓮縣", "花蓮市", "970"), ("臺東縣", "臺東市", "950")),
+    *(("甲木市", "東桐區", "010"), ("甲木市", "西桐區", "016"), ("甲木市", "南桐區", "021")),
+    *(("乙水市", "東柏區", "030"), ("乙水市", "西柏區", "041"), ("乙水市", "北柏區", "051")),
+    *(("青雲市", "東柳區", "060"), ("青雲市", "南柳區", "062"), ("白楓市", "東楠區", "070")),
+    *(("松嵐市", "西楠區", "077"), ("松嵐市", "北櫻區", "076"), ("丙石縣", "南楠鎮", "085")),
+    *(("玉虹市", "東樺區", "088"), ("玉虹市", "西樺區", "080"), ("丁火市", "南櫻區", "094")),
+    *(("丁火市", "北樺區", "093"), ("明澤縣", "東櫻市", "097"), ("玉泓縣", "西櫻市", "095")),
 )
 ROADS = (
-    *("中山路", "中正路", "民生路", "民權路", "民族路", "和平路", "忠孝路", "仁愛路", "信義路", "復興路"),
-    *("建國路", "中華路", "自由路", "光復路", "文化路", "大同街", "成功路", "公園路", "林森路", "福德街"),
-    *("南京東路", "三民路", "四維路", "五福路", "八德路", "青年路", "博愛街", "永安街", "新生北路", "河濱街"),
+    *("晨星路", "雲海路", "月光路", "飛鳥路", "綠葉路", "白雪路", "春風路", "金葉街", "青草路", "麥田路"),
+    *("流星路", "琴聲路", "風箏街", "貝殼路", "竹影街", "蜻蜓路", "螢火路", "鯨魚路", "棋子街", "畫筆路"),
+    *("銀河街", "鐵塔路", "雨傘街", "月牙街", "琥珀路", "雪狼路", "石橋街", "雲雀東路", "燕子北路", "海龜街"),
 )
 
 
@@ -66,8 +67,8 @@ def places(file: Path | None) -> list[Place]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} is not a list of addresses ({type(error).__name__}: {error})\n"
-            '  expected JSON such as [{"CityName": "臺北市", "AreaList": [{"ZipCode": "100", "AreaName": "中正區", '
-            '"RoadList": [{"RoadName": "中山南路"}]}]}]'
+            '  expected JSON such as [{"CityName": "甲木市", "AreaList": [{"ZipCode": "010", "AreaName": "東桐區", '
+            '"RoadList": [{"RoadName": "晨星路"}]}]}]'
         ) from error
     if not found:
         raise DataError(f"{file} has no roads\n  expected the form of AllData.json")

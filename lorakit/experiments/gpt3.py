@@ -12,11 +12,11 @@ them: what is counted is what would be trained. GPT-3 has GPT-2's architecture (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .suite import Budget, Finding, Result
+from .suite import Budget, Finding, Result, Verdict
 
 if TYPE_CHECKING:
     from ..analysis.tables import Table
@@ -58,35 +58,36 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 class Case:
     """What is trained on a model, and how many parameters the paper gives for it, with its table.
 
-    `lora`: settings of a LoRA; `bottleneck`: a Houlsby adapter's size, two a layer; `trained`: which of the model's own
-    parameters, "all" or "bias".
+    `adapter`: settings of the adapter; None for full fine-tuning.
     """
 
     model: str
     name: str
     paper: float
     where: str
-    lora: dict[str, Any] = field(default_factory=dict)
-    bottleneck: int = 0
-    trained: str = ""
+    adapter: dict[str, Any] | None
 
 
 def _qv(rank: int, targets: list[str] | None = None) -> dict[str, Any]:
     return {"rank": rank} | ({"targets": targets} if targets else _QV)
 
 
+def _houlsby(size: int) -> dict[str, Any]:
+    return {"variant": "bottleneck", "targets": "houlsby", "rank": size}
+
+
 CASES = (
     Case("RoBERTa base", "LoRA q,v r 8", 0.3e6, "table 2", _qv(8, ["query", "value"])),
     Case("RoBERTa large", "LoRA q,v r 8", 0.8e6, "table 2", _qv(8, ["query", "value"])),
     Case("DeBERTa XXL", "LoRA q,v r 16", 4.7e6, "table 2", _qv(16, ["query_proj", "value_proj"])),
-    Case("GPT-2 medium", "full", 354.92e6, "table 3", trained="all"),
+    Case("GPT-2 medium", "full", 354.92e6, "table 3", None),
     Case("GPT-2 medium", "LoRA q,v r 4", 0.35e6, "table 3", _qv(4)),
-    Case("GPT-2 large", "full", 774.03e6, "table 3", trained="all"),
+    Case("GPT-2 large", "full", 774.03e6, "table 3", None),
     Case("GPT-2 large", "LoRA q,v r 4", 0.77e6, "table 3", _qv(4)),
-    Case(GPT3, "full", 175_255.8e6, "table 4", trained="all"),
-    Case(GPT3, "BitFit", 14.2e6, "table 4", trained="bias"),
-    Case(GPT3, "adapter H, size 1", 7.1e6, "table 4", bottleneck=1),
-    Case(GPT3, "adapter H, size 8", 40.1e6, "table 4", bottleneck=8),
+    Case(GPT3, "full", 175_255.8e6, "table 4", None),
+    Case(GPT3, "BitFit", 14.2e6, "table 4", {"targets": "none", "bias": "all"}),
+    Case(GPT3, "adapter H, size 1", 7.1e6, "table 4", _houlsby(1)),
+    Case(GPT3, "adapter H, size 8", 40.1e6, "table 4", _houlsby(8)),
     Case(GPT3, "LoRA q,v r 1", 4.7e6, "table 4", _qv(1)),
     Case(GPT3, "LoRA q,v r 8", 37.7e6, "table 4", _qv(8)),
     Case(GPT3, "LoRA q,v r 4", 18e6, "table 5", _qv(4)),
@@ -96,7 +97,7 @@ CASES = (
 PRECISIONS = {"all in 16 bits": 2 + 2 * 2, "gradients 16 bits, Adam and a copy of the weights 32 bits": 2 + 3 * 4}
 WEIGHT_BYTES = 2  # 16 bits
 RANK = 4  # of GPT-3's LoRA whose memory and checkpoint are shown: the paper's 35 MB
-PAPER_FULL_MEMORY, PAPER_LORA_MEMORY, PAPER_CHECKPOINT = 1.2e12, 350e9, 35e6
+PAPER_FULL_MEMORY, PAPER_LORA_MEMORY, PAPER_CHECKPOINTS, PAPER_TIMES = 1.2e12, 350e9, (350e9, 35e6), 10_000
 
 
 def run(work: Work) -> Result:
@@ -106,7 +107,9 @@ def run(work: Work) -> Result:
             "name": case.name,
             "where": case.where,
             "paper": case.paper,
-            "counted": work.cell(f"{case.model}, {case.name}", partial(count, case)),
+            "counted": work.cell(
+                f"{case.model}, {case.name}", partial(count, case), asdict(case) | {"sizes": MODELS[case.model]}
+            ),
         }
         for case in CASES
     ]
@@ -123,20 +126,13 @@ def run(work: Work) -> Result:
 def count(case: Case) -> int:
     """Count the parameters that are trained, on a model on the meta device."""
     import torch
-    from torch import nn
 
     import lorakit as lk
 
     with torch.device("meta"):
         model = build(case.model)
-        if case.bottleneck:
-            width = model.config.hidden_size
-            pair = nn.Sequential(nn.Linear(width, case.bottleneck), nn.Linear(case.bottleneck, width))
-            return 2 * model.config.num_hidden_layers * sum(p.numel() for p in pair.parameters())
-        if case.trained:
-            own = model.named_parameters()
-            return sum(p.numel() for name, p in own if case.trained == "all" or name.endswith(".bias"))
-        lk.attach(model, lk.LoraConfig(**case.lora))
+        if case.adapter is not None:
+            lk.attach(model, lk.LoraConfig(**case.adapter))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -182,33 +178,47 @@ def findings(result: Result) -> Sequence[Finding]:
 
     full, lora = (next(iter(result["memory"]))[side] for side in ("full", "lora"))
     one = next(row["counted"] for row in result["rows"] if (row["model"], row["name"]) == (GPT3, "LoRA q,v r 1"))
-    sizes, off = result["checkpoints"], [r for r in result["rows"] if abs(r["counted"] / r["paper"] - 1) > ROUNDING]
+    sizes, off = result["checkpoints"], [r for r in result["rows"] if not _near(r["counted"], r["paper"], ROUNDING)]
+    checkpoints = zip((sizes["full"], sizes["lora"]), PAPER_CHECKPOINTS, strict=True)
     return [
         Finding(
-            "LoRA trains 10,000 times fewer parameters (abstract)",
-            "agrees",
+            "LoRA trains 10,000 times fewer parameters (abstract; roughly, section 4.2)",
+            _verdict(_near(result["base"] / result["lora"], PAPER_TIMES, ROUGHLY)),
             f"{_times(_of_parameters(result))} times fewer at r {RANK}, {result['base'] / one:,.0f} at r 1",
         ),
         Finding(
-            "a checkpoint of 350 GB becomes one of 35 MB (section 4.2)",
-            "agrees",
+            "a checkpoint of 350 GB becomes one of 35 MB (roughly, section 4.2)",
+            _verdict(all(_near(own, paper, ROUGHLY) for own, paper in checkpoints)),
             f"{show_bytes(sizes['full'])} and {show_bytes(sizes['lora'])} ({sizes['lora'] / 2**20:.0f} MiB)",
         ),
         Finding(
-            "1.2 TB to train become 350 GB, three times fewer (section 4.2)",
-            "agrees",
-            f"{show_bytes(full)} become {show_bytes(lora)} without activations and with everything in 16 bits, "
-            f"{full / lora:.1f} times fewer; the paper does not say what its 1.2 TB hold",
+            "training GPT-3 with LoRA needs 350 GB (section 4.2)",
+            _verdict(_near(lora, PAPER_LORA_MEMORY, ROUGHLY)),
+            f"{show_bytes(lora)} without activations and with everything in 16 bits",
+        ),
+        Finding(
+            "in full it needs 1.2 TB (section 4.2)",
+            _verdict(_near(full, PAPER_FULL_MEMORY, ROUGHLY)),
+            f"{show_bytes(full)} counted alike, {full / lora:.1f} times LoRA's; the paper does not say what it counts",
         ),
         Finding(
             "the trained parameters of each row",
-            "disagrees" if off else "agrees",
+            _verdict(not off),
             "further off than rounding: " + "; ".join(f"{r['model']} {r['name']}" for r in off) if off else "all",
         ),
     ]
 
 
 ROUNDING = 0.06  # of a figure of one or two digits, such as 0.3 million
+ROUGHLY = 0.1  # of a figure that the paper calls rough, or gives with two digits at most
+
+
+def _near(own: float, paper: float, within: float) -> bool:
+    return abs(own / paper - 1) <= within
+
+
+def _verdict(holds: bool) -> Verdict:
+    return "agrees" if holds else "disagrees"
 
 
 def _of_parameters(result: Result) -> dict[str, int]:

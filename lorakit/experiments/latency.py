@@ -33,7 +33,7 @@ def run(work: Work) -> Result:
     from ..bench import latency
 
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    return {"rows": work.cell("all sides", lambda: latency.run(clock=clock))}
+    return {"rows": work.cell("all sides", lambda: latency.run(clock=clock), {})}
 
 
 def tables(result: Result) -> Sequence[Table]:

@@ -45,8 +45,8 @@ def run(work: Work) -> Result:
         rows.append(
             {
                 "name": name,
-                "predicted": work.cell(f"{name}, predicted", partial(predicted, settings)),
-                "measured": work.cell(f"{name}, measured", partial(measured, settings)),
+                "predicted": work.cell(f"{name}, predicted", partial(predicted, settings), [settings, ROWS, LENGTH]),
+                "measured": work.cell(f"{name}, measured", partial(measured, settings), [settings, ROWS, LENGTH]),
             }
         )
     return {"rows": rows}

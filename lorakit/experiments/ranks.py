@@ -2,7 +2,7 @@
 
 alpha is 32 for every rank and the learning rate is the same (the best of four at rank 8), as in the paper ("we simply
 set alpha to the first r we try and do not tune it"). The seeds' noise stands beside each difference: a rank is better
-than another only if the difference is above it.
+than another only if the difference is above it, and as good only if it is within a margin (`verdicts.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .seeds import difference, show
 from .suite import Budget, Finding, Result
+from .verdicts import MARGIN, alike, joined, not_higher
 
 if TYPE_CHECKING:
     from ..analysis.tables import Table
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 TITLE = (
     "Held-out loss on E2E and BLEU on its test set by rank, for adapters on q and v (the paper's choice). Mean over "
     "the seeds with its standard deviation; differences are paired by seed, with their 95 % interval. The learning "
-    "rate is the best of four at rank 8, with another seed; half of it where a seed diverged."
+    "rate is the best of four at rank 8, on other rows and with another seed; half of it where a seed diverged."
 )
 BUDGET = Budget(seeds=3, steps=40, rows=35)
 RANKS, REFERENCE, LARGEST = (1, 2, 4, 8, 64), 8, 64
@@ -77,25 +78,24 @@ def tables(result: Result) -> Sequence[Table]:
 
 def findings(result: Result) -> Sequence[Finding]:
     losses = _losses(result)
-    least, most = difference(losses[1], losses[REFERENCE]), difference(losses[LARGEST], losses[REFERENCE])
-    best = min(losses, key=lambda rank: fmean(losses[rank]))
-    apart = {rank: difference(values, losses[best]) for rank, values in losses.items() if rank != best}
-    noise = [str(rank) for rank, own in apart.items() if not own.above_noise]
+    apart = {rank: difference(own, losses[REFERENCE]) for rank, own in losses.items() if rank != REFERENCE}
+    reference_ahead = difference(losses[REFERENCE], losses[LARGEST])
     return [
         Finding(
             "a rank of 1 is enough",
-            "disagrees" if least.mean > 0 and least.above_noise else "agrees",
-            f"rank 1 against {REFERENCE}: {least.show()}",
+            not_higher(apart[1]),
+            f"rank 1 against {REFERENCE}: {apart[1].show()}, margin {MARGIN}",
         ),
         Finding(
             f"a rank of {LARGEST} is not better than one of {REFERENCE}",
-            "disagrees" if most.mean < 0 and most.above_noise else "agrees",
-            f"rank {LARGEST} against {REFERENCE}: {most.show()}",
+            not_higher(reference_ahead),
+            f"rank {LARGEST} against {REFERENCE}: {apart[LARGEST].show()}, margin {MARGIN}",
         ),
         Finding(
             "small and large ranks perform alike",
-            "agrees" if len(noise) == len(apart) else "disagrees",
-            f"lowest mean loss at rank {best}; within its noise: {', '.join(noise) or 'no other rank'}",
+            joined([alike(own) for own in apart.values()]),
+            f"against rank {REFERENCE}, margin ±{MARGIN}: "
+            + "; ".join(f"rank {rank} {alike(own)}" for rank, own in apart.items()),
         ),
     ]
 

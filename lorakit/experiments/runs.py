@@ -2,6 +2,7 @@
 
 Adapters of one base are trained together (`train/sweep`); methods that change the base are trained one by one. Every
 run of a table with the same seed has the same rows in the same order, and all are evaluated on the same held-out rows.
+Learning rates are chosen on other rows and with another seed than those that are compared.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def train_seeds(work: Work, name: str, settings: Settings, seeds: int | None = N
     """Train once per seed, from 0, and return the runs. `name`: of the part; unique in the table."""
     count = work.budget.seeds if seeds is None else seeds
     assert count is not None
-    return work.cell(name, lambda: _all_ended(name, _train(work, name, settings, "seed", list(range(count)))))
+    own = settings_of(work, settings)
+    return work.cell(name, lambda: _all_ended(name, _train(work, name, own, "seed", list(range(count)))), [own, count])
 
 
 def train_stable(work: Work, name: str, settings: Settings) -> tuple[list[Run], float]:
@@ -56,7 +58,8 @@ def train_stable(work: Work, name: str, settings: Settings) -> tuple[list[Run], 
     """
     rate = float(settings["learning_rate"])
     runs = train_seeds(work, name, settings)
-    while max(run["loss"] for run in runs) > work.cell("loss of the base", partial(base_loss, work.folder)):
+    held_out = e2e_files(work.folder)["validation"]
+    while max(run["loss"] for run in runs) > work.cell("loss of the base", partial(base_loss, work.folder), held_out):
         rate /= 2
         runs = train_seeds(work, f"{name}, learning rate {rate:g}", {**settings, "learning_rate": rate})
     return runs, rate
@@ -81,11 +84,13 @@ def tune_rate(
 ) -> dict[str, Any]:
     """Train one run per learning rate and return the best one, whether it is at the edge, and all losses.
 
-    `steps`: of a run; the budget's by default. The runs have a seed that is not compared, and the same held-out rows.
+    `steps`: of a run; the budget's by default. The runs have a seed that is not compared, and rows of their own on
+    which their losses are compared (`tuning_rows`).
     """
+    own = settings_of(work, {**settings, "steps": steps or work.budget.steps, "seed": TUNING_SEED})
+    own["validation"] = str(tuning_rows(work.folder))
 
     def compute() -> dict[str, Any]:
-        own = {**settings, "steps": steps or work.budget.steps, "seed": TUNING_SEED}
         runs = _train(work, name, own, "learning_rate", list(rates))
         tried = [(run["learning_rate"], run["loss"]) for run in runs]
         losses = {rate: loss for rate, loss in tried if loss is not None}
@@ -94,7 +99,13 @@ def tune_rate(
         best = min(losses, key=lambda rate: losses[rate])
         return {"rate": best, "edge": best in (min(rates), max(rates)), "tried": tried}
 
-    return work.cell(name, compute)
+    return work.cell(name, compute, [own, list(rates)])
+
+
+def settings_of(work: Work, settings: Settings) -> dict[str, Any]:
+    """Return all settings of a table's run that its own are a part of."""
+    steps = settings.get("steps", work.budget.steps)
+    return COMMON | {"steps": steps, "eval_every": steps, "save_every": steps} | e2e_files(work.folder) | dict(settings)
 
 
 def _all_ended(name: str, runs: list[Run]) -> list[Run]:
@@ -110,14 +121,12 @@ def show_rate(tuned: Mapping[str, Any]) -> str:
     return f"{tuned['rate']:g}" + " (at the edge of those tried)" * tuned["edge"]
 
 
-def _train(work: Work, name: str, settings: Settings, axis: str, values: list[Any]) -> list[Run]:
-    """Train one run per value of the setting `axis`. Raises StoppedError if a signal stops it."""
+def _train(work: Work, name: str, own: Settings, axis: str, values: list[Any]) -> list[Run]:
+    """Train one run per value of the setting `axis`. `own`: all other settings. Raises StoppedError on a signal."""
     from ..train.config import TrainConfig
 
-    steps = settings.get("steps", work.budget.steps)
     folder = work.runs / _folder_name(name)
-    own = COMMON | {"steps": steps, "eval_every": steps, "save_every": steps} | e2e_files(work.folder) | dict(settings)
-    probe = TrainConfig(**own | {axis: values[0]})
+    probe = TrainConfig(**{**own, axis: values[0]})
     runs = (
         _one_by_one(own, axis, values, folder)
         if method_of(probe.method).alone(probe) or len(values) == 1
@@ -183,14 +192,31 @@ def e2e_files(folder: Path, train: int = TRAIN) -> dict[str, str]:
 
     The held-out rows do not depend on `train`, and fewer training rows are the first ones of more.
     """
-    rows = (folder / ROWS_FILE).read_text(encoding="utf8") if (folder / ROWS_FILE).exists() else None
-    lines = (rows or write_rows(folder).read_text(encoding="utf8")).splitlines(keepends=True)
-    random.Random(0).shuffle(lines)
+    lines = _rows(folder)
     paths = {"validation": folder / "held-out.jsonl", "data": folder / f"train-{train}.jsonl"}
     for path, own in zip(paths.values(), (lines[:HELD_OUT], lines[HELD_OUT:][:train]), strict=True):
         if not path.exists():
             write_text(path, "".join(own))
     return {name: str(path) for name, path in paths.items()}
+
+
+def tuning_rows(folder: Path) -> Path:
+    """Write the rows of E2E on which learning rates are chosen: the last ones, as many as are held out.
+
+    They are neither held out nor, up to 3,480 training rows, trained on.
+    """
+    path = folder / "tuning.jsonl"
+    if not path.exists():
+        write_text(path, "".join(_rows(folder)[-HELD_OUT:]))
+    return path
+
+
+def _rows(folder: Path) -> list[str]:
+    """Return the demo's rows, always in the same random order."""
+    rows = (folder / ROWS_FILE).read_text(encoding="utf8") if (folder / ROWS_FILE).exists() else None
+    lines = (rows or write_rows(folder).read_text(encoding="utf8")).splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    return lines
 
 
 def scored(
@@ -205,7 +231,11 @@ def scored(
             shutil.rmtree(run["folder"])  # 24 MB each
         return found
 
-    return [work.cell(f"{name}, texts of seed {run['seed']}", partial(scores, run)) for run in runs]
+    own = settings_of(work, settings)
+    return [
+        work.cell(f"{name}, texts of seed {run['seed']}", partial(scores, run), [own, run["loss"], list(tests)])
+        for run in runs
+    ]
 
 
 def load_result(run: Run, settings: Settings) -> Any:

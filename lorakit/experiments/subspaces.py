@@ -43,7 +43,8 @@ def run(work: Work) -> Result:
     large = train_seeds(work, f"rank {LARGE}", {**own, "rank": LARGE}, seeds=2)
     small = train_seeds(work, f"rank {SMALL}", {**own, "rank": SMALL}, seeds=1)
     first, second, other = (Adapter.load(runs["folder"]) for runs in (*large, *small))
-    grids = work.cell("similarities", lambda: similarities(other, first, second))
+    trained = [own, work.budget.steps, *(run["loss"] for runs in (large, small) for run in runs)]
+    grids = work.cell("similarities", lambda: similarities(other, first, second), trained)
     return {"grids": grids}
 
 
@@ -127,7 +128,7 @@ def findings(result: Result) -> Sequence[Finding]:
         ),
         Finding(
             "two seeds have more directions in common than random matrices have (figure 4)",
-            "agrees" if shared > 2 * seeds_chance else "disagrees",
+            "agrees" if shared > 2 * seeds_chance else "not shown",
             f"φ(8, 8) {shared:.2f} of A, {mean(seeds, 'ΔW', 8, 8):.2f} of ΔW; random {seeds_chance:.3f}",
         ),
         Finding(

@@ -15,7 +15,6 @@ from ..errors import ConfigError, did_you_mean, listing
 
 if TYPE_CHECKING:
     from ..analysis.tables import Table
-    from .seeds import Difference
     from .work import Work
 
 PAPER = "Hu et al. 2021, arXiv 2106.09685"
@@ -69,11 +68,6 @@ class Finding:
     claim: str
     verdict: Verdict
     figures: str
-
-
-def verdict(holds: bool, apart: Difference) -> Verdict:
-    """Judge a claim about a difference: it agrees or disagrees only where the difference is above the seeds' noise."""
-    return "within noise" if not apart.above_noise else "agrees" if holds else "disagrees"
 
 
 class Experiment(Protocol):

@@ -1,12 +1,14 @@
 """A table's folder: what was measured so far, so that a killed table continues where it stopped.
 
-OUT/NAME/cells.json     the settings, and each finished part with the CPU seconds it took
+OUT/NAME/cells.json     the budget, and each finished part with a hash of its settings and the CPU seconds it took
     runs/               run folders, as `lorakit train` and `sweep` write them
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -43,13 +45,20 @@ class Work:
         """CPU seconds of all finished parts, over all starts."""
         return sum(cell["seconds"] for cell in self._cells.values())
 
-    def cell(self, key: str, compute: Callable[[], Value]) -> Value:
-        """Return the stored value of a part, or compute and store it. The value must be plain data."""
-        if key not in self._cells:
+    def cell(self, key: str, compute: Callable[[], Value], settings: Any) -> Value:
+        """Return the stored value of a part; or compute and store it, also where it was stored with other settings.
+
+        `settings`: plain data, all that the value depends on beside the code: a part is kept for these alone. Paths of
+        files stand for their contents. The value must be plain data.
+        """
+        own, stored = fingerprint(settings), self._cells.get(key)
+        if stored is None or stored.get("settings") != own:
+            if stored is not None:
+                self.say(f"  {key}: stored with other settings, measured again")
             began = time.process_time()
             value = compute()
             seconds = time.process_time() - began
-            self._cells[key] = {"value": value, "seconds": round(seconds, 2)}
+            self._cells[key] = {"value": value, "settings": own, "seconds": round(seconds, 2)}
             content = {"settings": self.settings, "cells": self._cells}
             write_text(self.folder / CELLS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
             self.say(f"  {key}: {seconds:.0f} CPU s")
@@ -58,6 +67,22 @@ class Work:
     def seconds_of(self, key: str) -> float:
         """CPU seconds that a finished part took."""
         return float(self._cells[key]["seconds"])
+
+
+def fingerprint(settings: Any) -> str:
+    """Hash plain data. A path of a file that exists counts as its content, so that a moved folder has the same hash."""
+
+    def content(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): content(own) for name, own in value.items()}
+        if isinstance(value, list | tuple):
+            return [content(own) for own in value]
+        if isinstance(value, str | Path) and os.sep in str(value) and Path(value).is_file():
+            return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        return value
+
+    text = json.dumps(content(settings), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf8")).hexdigest()[:16]
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

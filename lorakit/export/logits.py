@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..bases.limits import memory_of, resident
 from ..bases.load import load_config, load_model
+from ..bases.rope import record_of
 from ..checkpoint.base import open_base
 from ..errors import AdapterError, LorakitError
 from ..io.stream import read_header
@@ -116,7 +117,8 @@ def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, co
         no language model. Raises AdapterError if the adapter is not for this base.
     """
     try:
-        model = _load(base)
+        scaling = record_of(adapter.metadata)
+        model = _load(base, scaling)
         before = logits_of(model)
     except LorakitError as error:
         return str(error).splitlines()[0]
@@ -135,7 +137,7 @@ def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, co
             reference = logits_of(model)
         if copy is not None or not live:
             del model  # keep one model in memory
-            model = _load(base if copy is None else copy)
+            model = _load(base if copy is None else copy, scaling)
         apply(model, stored)
     except LorakitError as error:
         raise AdapterError(
@@ -222,8 +224,8 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise AdapterError(f"'{name}' is not a module of this {type(model).__name__}") from error
 
 
-def _load(base: Path) -> nn.Module:
-    return load_model(str(base), torch.float32, torch.device("cpu"))
+def _load(base: Path, scaling: str | None) -> nn.Module:
+    return load_model(str(base), torch.float32, torch.device("cpu"), rope_scaling=scaling)
 
 
 @torch.no_grad()

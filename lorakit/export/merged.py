@@ -18,6 +18,7 @@ import numpy as np
 
 from ..adapter.adapter import Adapter
 from ..bases.load import load_config, load_tokenizer
+from ..bases.rope import record_of
 from ..checkpoint.base import Base, open_base
 from ..checkpoint.changes import check_mergeable
 from ..checkpoint.merge import check_base
@@ -110,7 +111,8 @@ def export_merged(
     notes = [] if adapter is None else _left_out(adapter)
     if adapter is not None and not force_base:
         notes += check_base(opened, adapter, plan.renames[0])
-    config = load_config(str(opened.folder))
+    scaling = None if adapter is None else record_of(adapter.metadata)
+    config = load_config(str(opened.folder), rope_scaling=scaling)
     if plan.untied:
         config.tie_word_embeddings = False
     name = opened.folder.resolve().name + (" with adapter" if adapter is not None else "")

@@ -21,6 +21,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..bases.load import load_model
+from ..bases.rope import record_of
 from ..checkpoint.write import merged_rows
 from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
@@ -149,12 +150,15 @@ def logits_differ(
         ).eval()
     stored = logits_of(theirs)
     del theirs
-    ours = load_model(str(base), torch.float32, torch.device("cpu"))
+    scaling = None if adapter is None else record_of(adapter.metadata)
+    ours = load_model(str(base), torch.float32, torch.device("cpu"), rope_scaling=scaling)
     if adapter is not None:
         attach(ours, replace(adapter, embeddings={}), force=True)  # a GGUF file has no room for new tokens
     expected = logits_of(ours)
     del ours
-    rounded = logits_of(_rounded(load_model(str(base), torch.float32, torch.device("cpu")), tensors))
+    rounded = logits_of(
+        _rounded(load_model(str(base), torch.float32, torch.device("cpu"), rope_scaling=scaling), tensors)
+    )
     largest = expected.abs().max()
     return float((stored - expected).abs().max() / largest), float((stored - rounded).abs().max() / largest)
 

@@ -23,6 +23,7 @@ from ..errors import AdapterError, did_you_mean, listing
 from ..io.hub_errors import reason, unreachable
 from ..version import VERSION
 from . import diffusers, mlx, peft
+from .peft_files import beside
 from .peft_shards import SHARD
 
 if TYPE_CHECKING:
@@ -193,13 +194,15 @@ def choose(files: Mapping[str, int | None], name: HubName) -> tuple[list[str], s
     if _CONFIG in at:
         weights = next((w for w in _WEIGHTS if w in at), None)
         shards = [file for file in at if SHARD.fullmatch(file)]
+        names = {file.removeprefix(folder) for file in files if file.startswith(folder)}
+        others = [folder + file for file in beside(names)]
         if weights is None and shards:
-            return [folder + file for file in (_CONFIG, *shards, _OURS) if file in at], folder
+            return [*(folder + file for file in (_CONFIG, *shards, _OURS) if file in at), *others], folder
         if weights is None:
             raise AdapterError(
                 f"{name.repository}/{folder} has an {_CONFIG} and no weights: none of {', '.join(_WEIGHTS)}"
             )
-        return [folder + file for file in (_CONFIG, weights, _OURS) if file in at], folder
+        return [*(folder + file for file in (_CONFIG, weights, _OURS) if file in at), *others], folder
     file = _DIFFUSERS if _DIFFUSERS in at else _single(at, files, f"{name.repository}/{folder}".rstrip("/"))
     return [folder + file], folder + file
 

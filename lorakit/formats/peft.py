@@ -33,7 +33,7 @@ from ..adapter.update import Update
 from ..config import EXPERTS, LoraConfig
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
-from ..io.json_object import parse_json, read_json
+from ..io.json_object import read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, group_blocks
 from . import (
@@ -55,6 +55,7 @@ from .mlx import is_mlx_config
 from .peft_config import TASK, changed_base, checked, dumps, from_peft, loftq_base, own_task, to_peft
 from .peft_enable_lora import enabled_parts, merged_linear
 from .peft_experts import misread, note
+from .peft_files import read_ours
 from .peft_keys import CONFIG, PREFIX, sort
 from .peft_kind import PeftKind
 from .peft_plain import growth, plain_pair
@@ -111,11 +112,7 @@ def _read(path: Path, started: bool = False) -> Adapter:
     enabled = enabled_parts(values, where)
     tensors, header, weights = read_weights(folder)
     config, tensors = peft_ln_tuning.with_norms(config, tensors, PREFIX), peft_ln_tuning.renamed(tensors)
-    ours = (
-        read_json(folder / OURS)
-        if (folder / OURS).exists()
-        else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
-    )
+    ours = read_ours(folder, header, weights)
     if (quantization := loftq_base(values)) is not None:
         ours.setdefault(ONLY_ON, quantization)
     task = ours.pop(TASK, None)

@@ -31,7 +31,7 @@ from .peft_config import checked
 from .peft_kind import PeftKind, trained_biases
 
 ENCODER, FOLDER = "prompt_encoder.safetensors", "virtual_tokens"
-_ENCODER_KEY, _FOLDER_KEY = "prompt_encoder", "virtual_tokens"  # in lorakit.json
+ENCODER_KEY, FOLDER_KEY = "prompt_encoder", "virtual_tokens"  # in lorakit.json
 _PREFIX, _TOKENS = "base_model.", "prompt_embeddings"
 
 
@@ -132,7 +132,7 @@ class _Virtual(PeftKind):
         }
 
     def ours(self, adapter: Adapter) -> dict[str, Any]:
-        return {_ENCODER_KEY: ENCODER} if _own(adapter).encoder else {}
+        return {ENCODER_KEY: ENCODER} if _own(adapter).encoder else {}
 
     def beside(self, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
         encoder = _own(adapter).encoder
@@ -150,16 +150,16 @@ def parted(adapter: Adapter) -> tuple[Adapter, Adapter | None]:
     if not isinstance(own, VirtualTokens) or len(adapter.updates) == 1:
         return adapter, None
     updates = {m: u for m, u in adapter.updates.items() if m != BODY}
-    metadata = {**adapter.metadata, _FOLDER_KEY: FOLDER}
+    metadata = {**adapter.metadata, FOLDER_KEY: FOLDER}
     rest = replace(adapter, config=adapter.config.without_virtual_tokens(), updates=updates, metadata=metadata)
     return rest, Adapter(adapter.config.virtual_tokens_alone(own.kind), {BODY: own}, metadata=adapter.metadata)
 
 
 def joined(adapter: Adapter, folder: Path, read: Callable[[Path], Adapter]) -> Adapter:
     """Return the adapter with the virtual tokens that its folder has beside it. AdapterError if they are missing."""
-    if _FOLDER_KEY not in adapter.metadata:
+    if FOLDER_KEY not in adapter.metadata:
         return adapter
-    metadata = {name: value for name, value in adapter.metadata.items() if name != _FOLDER_KEY}
+    metadata = {name: value for name, value in adapter.metadata.items() if name != FOLDER_KEY}
     if not (folder / FOLDER).is_dir():
         raise AdapterError(
             f"{folder}: its adapter was trained with virtual tokens, and the folder '{FOLDER}' with them is not there\n"
@@ -196,7 +196,7 @@ def _own(adapter: Adapter) -> VirtualTokens:
 
 def _read_encoder(folder: Path, ours: dict[str, Any]) -> dict[str, Tensor]:
     """Read the encoder that lorakit.json names. Without its file, training goes on with the vectors themselves."""
-    name = ours.pop(_ENCODER_KEY, None)
+    name = ours.pop(ENCODER_KEY, None)
     if name is None:
         return {}
     if name != ENCODER or not (folder / ENCODER).is_file():

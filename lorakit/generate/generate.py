@@ -139,10 +139,11 @@ def check_prompts(
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """Return the model's max_position_embeddings, without those of virtual tokens; None if positions are relative."""
+    """Return the model's positions without those of virtual tokens; None if positions are relative."""
+    from ..bases.positions import usable_positions
     from ..layers.virtual.body import virtual_tokens_of
 
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = usable_positions(model.config)
     return None if positions is None else positions - virtual_tokens_of(model)
 
 

@@ -16,7 +16,7 @@ from ..adapter.tokens import Tokens
 from ..adapter.update import Update
 from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import PipelineModel, as_module
-from ..bases.rope import RECORD, SCALED, check_scaling
+from ..bases.rope import RECORD, SCALED, check_scaling, with_scaling
 from ..config import VIRTUAL, LoraConfig, virtual_kind
 from ..errors import AdapterError, ConfigError, StateError, TargetError
 from ..layers import fastpath, fused_qkv, peft_layers, saved
@@ -164,7 +164,15 @@ def _attach(
         )
     else:
         plan = _loaded(model, adapter, strict, force)
-    updates = _build(model, plan, child_name(name), trainable)
+        plan = replace(plan, metadata=with_scaling(model, plan.metadata, trainable))
+    for module in packed.values():  # before a start calls the base, as that of a prefix does
+        base_of(module).prepare(module)
+    try:
+        updates = _build(model, plan, child_name(name), trainable)
+    except BaseException:
+        for module in packed.values() if not state.adapters else ():
+            base_of(module).restore(module)
+        raise
     # From here on nothing can fail.
     if not state.adapters:
         state.required_grad = {n for n, p in base_parameters(model) if p.requires_grad}
@@ -173,8 +181,6 @@ def _attach(
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
     _register(model, state, name, plan, updates, trainable)
-    for module in packed.values():
-        base_of(module).prepare(module)
     set_active(model, state, {name: 1.0} if activate else state.active)
 
 

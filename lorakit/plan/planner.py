@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.positions import usable_positions
 from ..config import RunSettings
 from ..config.optimizers import state_bytes
 from ..methods import method_of
@@ -91,7 +92,7 @@ class Planner:
     @property
     def positions(self) -> int | None:
         """The model's number of positions, None if unlimited."""
-        return getattr(self.shell.model.config.get_text_config(), "max_position_embeddings", None)
+        return usable_positions(self.shell.model.config)
 
     @property
     def name(self) -> str:

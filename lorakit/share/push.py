@@ -4,10 +4,10 @@
     pushed.url, pushed.files
 
 Only the adapter's own files are uploaded: from PEFT's folder `adapter_config.json`, `adapter_model.safetensors`,
-`lorakit.json` and the card; from MLX's the config and the tensors; in other formats the single file. An adapter that
-does not load, or has NaN, is not uploaded. Local paths in a PEFT or MLX folder's metadata (a base or dataset in a local
-folder) are cut to their last component in the upload; the result lists these, and the paths that are left. The token is
-huggingface_hub's: HF_TOKEN, or the one stored by `hf auth login`.
+`lorakit.json`, what this names beside them and the card; from MLX's the config and the tensors; in other formats the
+single file. An adapter that does not load, or has NaN, is not uploaded. Local paths in a PEFT or MLX folder's metadata
+(a base or dataset in a local folder) are cut to their last component in the upload; the result lists these, and the
+paths that are left. The token is huggingface_hub's: HF_TOKEN, or the one stored by `hf auth login`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Prepare an adapter's files for upload: its own files only, checked, and without local paths.
 
-In PEFT's folder these are `adapter_config.json`, `adapter_model.safetensors` and `lorakit.json`, in MLX's the config
-and the tensors, in other formats the single file. Paths are removed from the folders' JSON and from the metadata in the
-tensor file's header; tensors are not changed. Single files are not changed either: their author's hashes may depend on
-them.
+In PEFT's folder these are `adapter_config.json`, `adapter_model.safetensors` and `lorakit.json`, and what this names
+beside them (virtual tokens, their encoder), in MLX's the config and the tensors, in other formats the single file.
+Paths are removed from the folders' JSON and from the metadata in the tensor file's header; tensors are not changed.
+Single files are not changed either: their author's hashes may depend on them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import AdapterError
-from ..formats import FOLDERS, TAKES_ALPHA, diffusers, load, mlx, peft
+from ..errors import AdapterError, LorakitError
+from ..formats import FOLDERS, TAKES_ALPHA, diffusers, load, mlx, peft_files
 from ..io.gguf_header import is_gguf, read_gguf
 from ..io.json_object import read_json
 from ..io.stream import StreamWriter, read_header
 from .paths import PathCleaner
 
-# A folder's config, its tensors, and the adapter's other files.
-FILES = {"peft": (peft.CONFIG, peft.WEIGHTS, peft.OURS), "mlx": (mlx.CONFIG, mlx.WEIGHTS)}
 SAFE = (".safetensors", ".gguf")
 
 
@@ -47,24 +45,30 @@ def files_of(path: Path, form: str) -> dict[str, Path]:
             )
         return {file.name: file}
     folder = path if path.is_dir() else path.parent
-    _, weights, *others = FILES[form]
+    weights = peft_files.WEIGHTS if form == "peft" else mlx.WEIGHTS
     if not (folder / weights).is_file():
         raise AdapterError(
             f"{folder} has no {weights}\n"
             f"  pickled tensors are not uploaded; convert them: lorakit convert {folder} OUT --to peft"
         )
-    for name in others:  # config and tensors are checked when loaded; any other JSON file could be anything
-        inside(folder / name, "remove it")
-    return {name: folder / name for name in FILES[form] if (folder / name).is_file()}
+    if form == "peft":
+        inside(folder / peft_files.OURS, "remove it")  # before it is read
+    try:
+        names = peft_files.own_files(folder) if form == "peft" else [mlx.CONFIG, mlx.WEIGHTS]
+    except LorakitError as error:
+        raise AdapterError(f"nothing was uploaded: {error}") from error
+    for name in names[2:]:  # config and tensors are checked when loaded; any other JSON file could be anything
+        inside(folder / name, "remove it", folder)
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def inside(file: Path, otherwise: str) -> None:
-    """Raise AdapterError for a symlink out of the file's folder: a downloaded adapter could link to any local file.
+def inside(file: Path, otherwise: str, folder: Path | None = None) -> None:
+    """Raise AdapterError for a symlink out of the adapter's folder: a downloaded adapter could link to any local file.
 
-    otherwise: another fix, for the message. Links inside huggingface_hub's cache are allowed
-    (models--OWNER--NAME/snapshots/COMMIT/FILE -> .../blobs/HASH).
+    otherwise: another fix, for the message. folder: the adapter's, if it is not the file's. Links inside
+    huggingface_hub's cache are allowed (models--OWNER--NAME/snapshots/COMMIT/FILE -> .../blobs/HASH).
     """
-    target, home = file.resolve(), file.parent.resolve()
+    target, home = file.resolve(), (folder or file.parent).resolve()
     caches = [p.parent for p in home.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
     allowed = [home, *(cache / "blobs" for cache in caches)]
     if file.is_file() and not any(target.is_relative_to(root) for root in allowed):
@@ -75,14 +79,31 @@ def inside(file: Path, otherwise: str) -> None:
 
 
 def check(files: Mapping[str, Path], path: Path, form: str, alpha: float | None, base: Path | None) -> None:
-    """Check that the files load and have no NaN or infinity. Raises AdapterError, which names files under `path`."""
-    first = next(iter(files.values()))
-    source, alpha = first.parent if form in FOLDERS else first, alpha if form in TAKES_ALPHA else None
+    """Check that these files load, without others beside them, and have no NaN or infinity.
+
+    Raises AdapterError, which names files under `path`.
+    """
+    alpha = alpha if form in TAKES_ALPHA else None
+    with ExitStack() as stack:
+        source = here = next(iter(files.values()))
+        if form in FOLDERS:
+            source = here = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorakit-push-")))
+            for name, file in files.items():
+                _link(file, source / name)
+        try:
+            load(source, alpha=alpha, base=base).check()
+        except AdapterError as error:
+            here, home = here if here.is_dir() else here.parent, path if path.is_dir() else path.parent
+            raise AdapterError(f"nothing was uploaded: {str(error).replace(str(here), str(home))}") from error
+
+
+def _link(file: Path, at: Path) -> None:
+    """Link a file, or copy it where links are not allowed (Windows)."""
+    at.parent.mkdir(exist_ok=True)
     try:
-        load(source, alpha=alpha, base=base).check()
-    except AdapterError as error:
-        home = path if path.is_dir() else path.parent
-        raise AdapterError(f"nothing was uploaded: {str(error).replace(str(first.parent), str(home))}") from error
+        at.symlink_to(file.resolve())
+    except OSError:
+        shutil.copyfile(file, at)
 
 
 def without_local_paths(files: dict[str, Path], base_model: str | None, stack: ExitStack) -> PreparedFiles:
@@ -112,6 +133,7 @@ def without_local_paths(files: dict[str, Path], base_model: str | None, stack: E
         return PreparedFiles(files, [], left)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorakit-push-")))
     for name, file in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         if name not in changed:
             shutil.copyfile(file, folder / name)
         elif name.endswith(".json"):

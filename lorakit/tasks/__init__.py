@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,6 @@ def task_of_adapter(peft_type: str | None, metadata: Mapping[str, Any]) -> str |
     return task_for(peft_type)
 
 
-def recognizing(row: Mapping[str, Any]) -> list[str]:
-    """Return the names of the tasks that a row of data with these columns is of, without a doubt."""
-    return [name for name in task_names() if task_of(name).recognizes(row)]
+def recognizing(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """Return the names of the tasks that data with such a row can be of. `rows`: its first rows, with this one."""
+    return [name for name in task_names() if task_of(name).recognizes(row, rows)]

@@ -192,8 +192,13 @@ def chat_options(own: Writing) -> ChatOptions:
     return ChatOptions(own.chat_template_kwargs, own.date)
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
-    return False  # the default, for rows that no other task recognizes
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+    """The default, for rows that no task recognizes. It says yes where an answer's label may make it a preference, so
+    that a run says which it is: undesirable answers are not to be imitated.
+    """
+    from ..data.preferences import may_be_preference
+
+    return may_be_preference(row, rows)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

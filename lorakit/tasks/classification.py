@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunSettings, part
-from ..data.columns import is_labelled, is_measure
+from ..data.columns import is_labelled, may_be_classes
 from .task import Base, Data
 from .text import headed
 from .text.headed import (  # noqa: F401 (names of the task)
@@ -105,9 +105,8 @@ def labels_shown(names: Sequence[str]) -> str:
     return f"{len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
-    label = row.get("label")
-    return is_labelled(row) and isinstance(label, str | int) and not is_measure(label)
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+    return is_labelled(row) and may_be_classes(each.get("label") for each in rows or [row])
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(data, about=about)
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     return "positive" in row and bool({"anchor", "query"} & row.keys())
 
 
@@ -190,9 +190,9 @@ def _check_kind(config: RunSettings, base: Any) -> None:
 
 def check(config: RunSettings, model: Any, items: Iterable[ContrastItem]) -> None:
     """Raise TrainError for a text longer than the model's positions, and for batches that would be divided."""
-    from ..generate.generate import positions_of
+    from .text.positions import left_by
 
-    positions, contrasted = positions_of(model), False
+    positions, contrasted = left_by(config, model), False
     for item in items:
         longest = max(map(len, item.texts))
         contrasted = contrasted or item.score is None

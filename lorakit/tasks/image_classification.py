@@ -124,7 +124,7 @@ def drawn(item: LabelledPicture, seed: int, epoch: int) -> LabelledPicture:
     return item.drawn(seed, epoch)
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     from ..data.pictures.labelled import is_labelled_picture
 
     return is_labelled_picture(row)

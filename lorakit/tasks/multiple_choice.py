@@ -103,7 +103,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(made, about={**made.about, **HEAD, "model_class": own_class})
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     choices, before = row.get("choices"), {"question", "context"} & row.keys()
     texts = choices.get("text") if isinstance(choices, Mapping) else choices
     return bool(before) and isinstance(texts, list) and "answer" in row and not OF_LANGUAGE_MODELS & row.keys()
@@ -138,9 +138,9 @@ def _has_own_class(base: Any) -> bool:
 
 
 def check(config: RunSettings, model: Any, items: Iterable[ChoiceItem]) -> None:
-    from ..generate.generate import positions_of
+    from .text.positions import left_by
 
-    positions = positions_of(model)
+    positions = left_by(config, model)
     longest = max(items, key=lambda item: item.longest)
     if positions is not None and longest.longest > positions:
         raise TrainError(

@@ -9,6 +9,7 @@ answers of a pair share a forward pass; the reference is computed before the fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -94,10 +95,13 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.preference_items import with_mismatches
     from .causal_lm import chat_options, chat_tokenizer
     from .preferences.objective import objective_of
+    from .text.held_out import held_out_notes
     from .text.lengths import check_limit, described
     from .text.vocabulary import check_vocabulary
 
     own = part(config, PreferenceSettings)
+    if own.answer_after is not None:
+        raise ConfigError("answer_after: preferences have their answers in columns\n  remove answer_after")
     check_limit(config)
     tokenizer, options = chat_tokenizer(own, processor), chat_options(own)
     dataset = _read(config, config.data, config.split, own.max_length, tokenizer)
@@ -108,11 +112,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     if isinstance(config.validation, str):
         validation = _read(config, config.validation, None, dataset.max_length, tokenizer)
         train, held_out = dataset.items, validation.items
-        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
-        if validation.dropped:
-            notes[f"of {config.validation} are longer than {dataset.max_length} tokens and are not evaluated"] = (
-                validation.dropped
-            )
+        limit, cut, dropped = dataset.max_length, validation.cut, validation.dropped
+        notes |= held_out_notes(config.validation, validation.notes, limit, cut, dropped)
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
     before_step = None
@@ -172,10 +173,10 @@ def _balance(items: Sequence[PreferenceItem], own: LossSettings) -> str:
     return f"{text}; {name}: {weight:.2g} would balance them"
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
-    from ..data.preferences import is_preference
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+    from ..data.preferences import is_preference, may_be_preference
 
-    return is_preference(row)
+    return is_preference(row) or may_be_preference(row, rows)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -297,14 +298,19 @@ def losses(model: Any, batch: dict[str, Any]) -> Tensor:
 def evaluate(base: Base, items: Sequence[PreferenceItem], batch_size: int) -> dict[str, float]:
     """Return the loss, the rewards, their margin and accuracy; for pairs how often the chosen answer is the likelier.
 
-    An item whose reference is not known, of rows that were not in the run, is compared with the base.
+    An item whose reference is not known, of rows that were not in the run, is compared with the base. A fully
+    fine-tuned model alone has no base to be compared with: its loss is NaN then, and it has no rewards.
     """
     from .preferences.measures import measures
-    from .preferences.reference import add_references
+    from .preferences.reference import add_references, is_its_own
 
     objective = _objective(base, items)
     if objective.loss.has_reference:
+        alone = is_its_own(base, items)
         add_references(base, items)
+        if alone:
+            found = measures(base.model, objective, items, batch_size, partial(collate, base=base))
+            return {"loss": math.nan} | {name: found[name] for name in ("likelihood_accuracy",) if name in found}
     kept = dict(base.kept)
     try:
         if objective.loss.answers == 1:

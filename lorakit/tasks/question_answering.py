@@ -105,6 +105,7 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     from ..bases.load_head import trunk_names
     from ..data.answers import read_questions
+    from .text.positions import positions_for
 
     own = part(config, QuestionAnsweringSettings)
 
@@ -116,7 +117,7 @@ def data(config: RunSettings, processor: Any) -> Data:
             window=own.window if first is None else first.max_length,
             stride=own.stride if first is None else first.about["stride"],
             no_answer=own.no_answer if first is None else first.about["no_answer"],
-            positions=headed.positions(config),
+            positions=positions_for(config),
         )
 
     made, _ = headed.read_parts(config, processor, read)
@@ -124,7 +125,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(made, about={**made.about, **({"key_mapping": names} if names else {})})
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     """Rows with SQuAD's answers. Those with an `answer` may be to generate."""
     if isinstance(row.get("paragraphs"), list):
         return True
@@ -195,8 +196,8 @@ def _losses(start: Tensor, end: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Span:
-    """A window's best answer. `first`, `last`: tokens; `log`: log p_start(first) + log p_end(last); `empty`: that of no
-    answer.
+    """A window's best answer. `first`, `last`: tokens; `log`: log p_start(first) + log p_end(last), minus infinity in a
+    window of spaces alone, which has none; `empty`: that of no answer.
     """
 
     first: int
@@ -209,13 +210,18 @@ def best_span(start: Tensor, end: Tensor, item: WindowItem) -> Span:
     """Return the best span of the context, of at most MAX_ANSWER tokens. `start`, `end`: log p of a window's tokens."""
     import torch
 
-    own = torch.tensor([i for i, span in enumerate(item.offsets) if span is not None and span[0] < span[1]])
+    own = torch.tensor(
+        [i for i, span in enumerate(item.offsets) if span is not None and span[0] < span[1]], dtype=torch.long
+    )
+    empty = float(start[0] + end[0])
+    if not len(own):
+        return Span(0, 0, -math.inf, empty)
     firsts, lasts = start[own].cpu(), end[own].cpu()
     scores = firsts[:, None] + lasts[None]  # [first, last]
     allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(MAX_ANSWER - 1)
     best = int(scores.masked_fill(~allowed, -math.inf).argmax())
     first, last = divmod(best, len(own))
-    return Span(int(own[first]), int(own[last]), float(scores[first, last]), float(start[0] + end[0]))
+    return Span(int(own[first]), int(own[last]), float(scores[first, last]), empty)
 
 
 def evaluate(base: Base, items: Sequence[WindowItem], batch_size: int) -> dict[str, float]:
@@ -244,7 +250,8 @@ def _answer(items: Sequence[WindowItem], spans: Mapping[int, Span], row: Sequenc
     """Return the best answer over the windows of a row."""
     best = max(row, key=lambda i: spans[i].log)
     empty = min(spans[i].empty for i in row)
-    if items[best].may_be_empty and empty > spans[best].log:
+    nothing = spans[best].log == -math.inf  # no token of the context is a word's
+    if nothing or (items[best].may_be_empty and empty > spans[best].log):
         return {"answer": "", "score": round(math.exp(empty), 6), "start": None, "end": None}
     first, last = (items[best].offsets[place] for place in (spans[best].first, spans[best].last))
     assert first is not None
@@ -258,9 +265,10 @@ def _answer(items: Sequence[WindowItem], spans: Mapping[int, Span], row: Sequenc
 
 def to_predict(config: RunSettings, processor: Any) -> list[QuestionItem]:
     from ..data.answers import WINDOW, Windows, read_unanswered
+    from .text.positions import positions_for
 
     own = part(config, QuestionAnsweringSettings)
-    window = min(WINDOW, headed.positions(config) or WINDOW) if own.window == "auto" else own.window
+    window = min(WINDOW, positions_for(config) or WINDOW) if own.window == "auto" else own.window
     rows = headed.rows_of(config, config.data, config.split)
     made = Windows(processor, window, min(own.stride, window // 3), own.no_answer is True)
     return read_unanswered(rows, own.columns, made)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunSettings, part
-from ..data.columns import is_labelled, is_measure
+from ..data.columns import is_labelled, may_be_measures
 from .task import Base, Data
 from .text import headed
 from .text.headed import (  # noqa: F401 (names of the task)
@@ -108,8 +108,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(made, shape=shape, notes=notes, about={**made.about, "num_labels": 1})
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
-    return is_labelled(row) and is_measure(row["label"])
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+    return is_labelled(row) and may_be_measures(each.get("label") for each in rows or [row])
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.dataset import held_out_of
     from ..data.pairs import read_pairs
     from ..data.read import read_rows
+    from .text.held_out import held_out_notes
     from .text.lengths import check_limit, described
 
     own = part(config, Seq2SeqSettings)
@@ -124,8 +125,8 @@ def data(config: RunSettings, processor: Any) -> Data:
         limits: dict[str, Any] = {"max_length": pairs.source.limit, "max_target_length": pairs.target.limit}
         other = read_pairs(read_rows(config.validation, columns=own.columns), processor, **limits, **how)
         train, held_out = pairs.items, other.items
-        if other.dropped:
-            notes[f"of {config.validation} are longer than the limits and are not evaluated"] = other.dropped
+        both = f"{pairs.source.limit} and {pairs.target.limit}"
+        notes |= held_out_notes(config.validation, other.notes, both, other.cut, other.dropped)
     else:
         train, held_out = held_out_of(pairs.items, config.validation)
     _check_ids(config, processor, [*train, *held_out])
@@ -147,7 +148,7 @@ def _check_ids(config: RunSettings, processor: Any, items: Sequence[PairItem]) -
     check_vocabulary(config, processor, [*items, *(replace(item, ids=item.target) for item in items)])
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     return False  # a decoder-only model learns the same rows: the base decides
 
 
@@ -183,9 +184,9 @@ def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
 
 
 def check(config: RunSettings, model: Any, items: Iterable[PairItem]) -> None:
-    from ..generate.generate import positions_of
+    from .text.positions import left_by
 
-    positions = positions_of(model)
+    positions = left_by(config, model)
     if positions is None:
         return
     for item in items:

@@ -61,7 +61,7 @@ class Spoken(Strict):
 
 
 class SpeechSettings(Spoken, Columns, Sampling):
-    pass
+    evaluated: ClassVar = {"sample_tokens"}  # word error rates are of transcripts
 
 
 settings = SpeechSettings
@@ -147,7 +147,7 @@ def _items(
     return items, notes
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     from ..data.sound.rows import is_spoken
 
     return is_spoken(row)
@@ -273,7 +273,8 @@ def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def evaluate(base: Base, items: Sequence[SpokenItem], batch_size: int) -> dict[str, float]:
-    """Return the loss per token, its perplexity, and the word error rate of transcripts unless sample_tokens is 0.
+    """Return the loss per token, its perplexity, and the word error rate of transcripts unless sample_tokens is 0, with
+    how many of them that limit cut off.
 
     Raises NotFiniteError if a row's loss is not finite.
     """
@@ -295,8 +296,9 @@ def evaluate(base: Base, items: Sequence[SpokenItem], batch_size: int) -> dict[s
     loss = total / sum(item.weight for item in items)
     measured = {"loss": loss, "perplexity": math.exp(loss) if loss < 709 else math.inf}  # exp(710): beyond float64
     if base.processor.tokens:
-        texts = [text for text, _ in _transcripts(base, items, batch_size, base.processor.tokens)]
-        measured["wer"] = word_error_rate([item.text or "" for item in items], texts)
+        made = _transcripts(base, items, batch_size, base.processor.tokens)
+        measured["wer"] = word_error_rate([item.text or "" for item in items], [text for text, _ in made])
+        measured["cut"] = sum(cut for _, cut in made)
     return measured
 
 

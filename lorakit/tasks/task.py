@@ -165,8 +165,11 @@ class Task(Protocol):
     def drawn(self, item: Any, seed: int, epoch: int) -> Any:
         """Return an item as an epoch sees it, such as with another crop: a function of the arguments alone."""
 
-    def recognizes(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of data with these columns is unambiguously of this task, so that it need not be named."""
+    def recognizes(self, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
+        """Whether data with such a row can be of this task. If no other task says so too, it need not be named.
+
+        `rows`: the data's first rows, with this one, for what one row cannot tell, such as whether labels are classes.
+        """
 
     def remembered(self, about: Mapping[str, Any], base: Any) -> dict[str, Any]:
         """Return the settings to evaluate a result with, so that they need not be given again.

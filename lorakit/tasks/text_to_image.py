@@ -179,7 +179,7 @@ def drawn(item: Any, seed: int, epoch: int) -> PictureRow:
     return item.in_epoch(seed, epoch)
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     return False
 
 

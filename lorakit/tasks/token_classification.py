@@ -101,7 +101,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     return replace(made, shape=f"{made.shape}; {labels_shown(first.names)}")
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     from ..data.tagged import ALIASES
 
     words, tags = (
@@ -109,7 +109,9 @@ def recognizes(row: Mapping[str, Any]) -> bool:
     )
     if not isinstance(words, list) or not isinstance(tags, list) or OF_LANGUAGE_MODELS & row.keys():
         return False
-    return len(words) == len(tags) > 0 and all(isinstance(word, str) for word in words)
+    # Of different lengths: the task's own error names the row, unless a language model could learn from the text.
+    alike = len(words) == len(tags) or "text" not in row
+    return alike and bool(words) and bool(tags) and all(isinstance(word, str) for word in words)
 
 
 # ------------------------------------------------------------------------------------- the base

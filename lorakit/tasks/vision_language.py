@@ -106,6 +106,7 @@ def data(config: RunSettings, processor: Visual) -> Data:
     from ..data.dataset import held_out_of
     from ..data.read import read_rows
     from .media.visual_rows import read_conversations
+    from .text.held_out import held_out_notes
     from .text.lengths import check_limit
 
     own = part(config, VisionLanguageSettings)
@@ -116,7 +117,7 @@ def data(config: RunSettings, processor: Visual) -> Data:
     if isinstance(config.validation, str):
         held = read_conversations(read_rows(config.validation), processor, own, ends, read.limit)
         train, held_out = read.items, held.items
-        notes = notes | {f"{config.validation}: {note}": count for note, count in held.notes.items()}
+        notes = notes | held_out_notes(config.validation, held.notes, read.limit, dropped=held.dropped)
     else:
         train, held_out = held_out_of(read.items, config.validation)
     facts = [("length", read.length)]
@@ -126,10 +127,10 @@ def data(config: RunSettings, processor: Visual) -> Data:
     return Data(train, held_out, shape, facts, {"template": "chat"}, notes)
 
 
-def recognizes(row: Mapping[str, Any]) -> bool:
+def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
     from ..data.pictures.messages import has_picture
 
-    return has_picture(row)
+    return any(has_picture(each) for each in rows or [row])
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

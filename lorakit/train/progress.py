@@ -162,7 +162,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
         ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
         *_reached(job),
-        *([("task", why)] if (why := reason(config, getattr(next(iter(job.train), None), "row", None))) else []),
+        *([("task", why)] if (why := reason(config, job.train)) else []),
         ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, {data.shape}"),
         *data.facts,
         (

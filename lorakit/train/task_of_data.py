@@ -1,4 +1,5 @@
-"""Take a run's task from its data where none is given: from the columns of the first row.
+"""Take a run's task from its data where none is given: from the columns of the first row, and from the labels of the
+first hundred, which say whether they are classes or measures.
 
     {"text": "...", "label": "..."}     classification
     {"tokens": [...], "tags": [...]}    token_classification
@@ -9,7 +10,8 @@ run that is resumed, or of the adapter that is started from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +45,33 @@ def with_task(config: TrainConfig) -> TrainConfig:
             "  lorakit image train FOLDER: to draw such pictures for their captions"
         )
     columns = getattr(config, "columns", {})
-    row = next(stream_rows(config.data, config.split, columns))
-    found = recognizing(renamed(row.values, columns))
+    rows = list(islice(stream_rows(config.data, config.split, columns), LOOKED_AT))
+    values = [renamed(row.values, columns) for row in rows]
+    found = recognizing(values[0], values)
     if len(found) > 1:
+        choices = " or ".join(f"--task {name} ({task_of(name).summary})" for name in found)
         raise ConfigError(
-            f"{row.where}: its columns ({listing(row.values, 20)}) are those of several tasks: {', '.join(found)}\n"
-            f"  say which one to train: --task {found[0]}"
+            f"{rows[0].where}: its columns ({listing(rows[0].values, 20)}) are those of several tasks: "
+            f"{', '.join(found)}\n  say which one to train: {choices}"
         )
     return config.replace(task=found[0]) if found else config
 
+
+LOOKED_AT = 100  # rows by which the task is told
 
 # Settings with which a run's rows are not those of one file of texts.
 _OTHER_DATA = ("mix", "slider_positive")
 
 
-def reason(config: TrainConfig, row: Any) -> str | None:
-    """Say which task a run has and why, for the start panel; None for the default. `row`: one of its rows, or None."""
+def reason(config: TrainConfig, items: Sequence[Any]) -> str | None:
+    """Say which task a run has and why, for the start panel; None for the default. `items`: of its data."""
     if config.task == DEFAULT:
         return None
-    values = getattr(row, "values", None)
-    names = listing(values, 4) if isinstance(values, Mapping) else ""
-    own = isinstance(values, Mapping) and config.task in recognizing(renamed(values, getattr(config, "columns", {})))
-    why = f"the rows have {names}" if own else "as given"
+    found = (getattr(getattr(item, "row", None), "values", None) for item in islice(items, LOOKED_AT))
+    rows = [values for values in found if isinstance(values, Mapping)]
+    known = [renamed(values, getattr(config, "columns", {})) for values in rows]
+    own = bool(known) and recognizing(known[0], known) == [config.task]
+    why = f"the rows have {listing(rows[0], 4)}" if own else "as given"
     return f"{config.task}: {task_of(config.task).summary} ({why})"
 
 

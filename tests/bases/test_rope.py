@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_lm
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 import lorakit as lk
-from lorakit.bases.load import load_config
+from lorakit.bases.load import embedded_folder, load_config
 from lorakit.bases.rope import RECORD, check_scaling, parsed, record_of, recorded, scaled, scaling_of
 from lorakit.checkpoint.long_context import with_scaling
 from lorakit.checkpoint.merge import merge_checkpoint
-from lorakit.errors import AdapterError, ConfigError
+from lorakit.errors import AdapterError, ConfigError, LorakitWarning
+from lorakit.export.export import export
+from lorakit.export.merged import export_merged
+from lorakit.train.sweep.sweep_config import expand
 
 IDS = torch.arange(2, 152)[None]  # more than the 96 positions of the tiny model
 
@@ -130,18 +135,66 @@ def test_a_merged_model_has_the_positions_in_its_config(base, stretched, tmp_pat
     assert config["rope_parameters"]["original_max_position_embeddings"] == 96
 
 
-def test_a_config_keeps_its_own_spelling(stretched):
-    old = {"rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 96}
-    assert with_scaling(old, [stretched]) == {
-        "rope_theta": 10000.0,
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 96},
-        "max_position_embeddings": 384,
-    }
-    again = with_scaling(with_scaling(old, [stretched]), [stretched])
-    assert again == with_scaling(old, [stretched])
-    nested = with_scaling({"text_config": old, "vision_config": {}}, [stretched])
-    assert nested["text_config"]["max_position_embeddings"] == 384
-    with pytest.raises(ConfigError, match="none that can be scaled"):
-        with_scaling({"n_positions": 96}, [stretched])
-    with pytest.raises(ConfigError, match="scaled by linear:2"):
-        with_scaling(old | {"rope_scaling": {"type": "linear", "factor": 2}}, [stretched])
+def test_a_config_keeps_its_own_spelling(base, stretched, tmp_path):
+    config = json.loads((Path(base) / "config.json").read_text())
+    old = {k: v for k, v in config.items() if k not in ("rope_parameters", "max_position_embeddings")}
+
+    def scaled_config(changed):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        return with_scaling(changed, tmp_path, [stretched])
+
+    made = scaled_config(old | {"rope_theta": 10000.0, "max_position_embeddings": 96})
+    assert made["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 96}
+    assert made["rope_theta"] == 10000.0
+    assert made["max_position_embeddings"] == 384
+    assert scaled_config(made) == made  # once is enough
+    early = scaled_config(old)  # the first Llamas' configs say neither theta nor positions
+    assert early["max_position_embeddings"] == 4 * LlamaConfig().max_position_embeddings
+    with pytest.raises(ConfigError, match="scaled already"):
+        scaled_config(made | {"rope_scaling": {"type": "linear", "factor": 2}})
+    with pytest.raises(ConfigError, match="no rotary positions"):
+        scaled_config({"model_type": "gpt2"})
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        with_scaling({}, tmp_path, [stretched])
+
+
+def test_combined_adapters_keep_the_record_they_share(stretched):
+    assert record_of((stretched + stretched).metadata) == "yarn:4"
+    plain = lk.Adapter(stretched.config, stretched.updates)
+    with pytest.raises(AdapterError, match="different rotary positions"):
+        lk.combine([stretched, plain], [0.5, 0.5])
+
+
+def test_training_on_with_other_positions_is_recorded_and_using_them_warned_of(base, stretched):
+    plain = lk.Adapter(stretched.config, stretched.updates)
+    model = lk.attach(lk.load_base(base, dtype="fp32", rope_scaling="linear:2"), plain, trainable=True)
+    assert record_of(lk.capture(model).metadata) == "linear:2"
+    with pytest.warns(LorakitWarning, match="scaled by linear:2, and the adapter was trained without"):
+        lk.attach(lk.load_base(base, dtype="fp32", rope_scaling="linear:2"), plain)
+
+
+def test_a_merged_gguf_has_the_scaling(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    export_merged(*on_embedded(), tmp_path / "m.gguf", verify=True)
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["llama.rope.scaling.type"].contents() == "yarn"
+    assert fields["llama.rope.scaling.factor"].contents() == 4.0
+
+
+def on_embedded():
+    """An adapter of the embedded model with positions scaled by 4, and the model's folder."""
+    model = lk.attach(lk.load_base("embedded", dtype="fp32", rope_scaling="yarn:4"), lk.LoraConfig(rank=2))
+    made = lk.capture(model)
+    updates = {m: u.map(lambda _, t: t + 0.01) for m, u in made.updates.items()}
+    return replace(made, updates=updates), str(embedded_folder())
+
+
+def test_an_exported_adapter_is_compared_on_the_scaled_base(base, stretched, tmp_path):
+    exported = export(stretched, tmp_path / "out", "vllm", fix=True, verify=True, base=base)
+    assert exported.logits is not None
+    assert any("rotary positions scaled by yarn:4" in note for note in exported.notes)
+
+
+def test_runs_of_a_sweep_have_one_base():
+    with pytest.raises(ConfigError, match="one base"):
+        expand({"data": "x.jsonl", "rope_scaling": ["yarn:2", "yarn:4"]})

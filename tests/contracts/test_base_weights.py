@@ -217,7 +217,12 @@ def test_every_kind_of_update_trains_on_it_and_leaves_its_bytes(name, variant):
     stored, _, module = own(name)
     plain = nn.Sequential(module)
     before, picture = tiny.bits(plain), tiny.picture(plain)
-    settings = {"tokens": {"trainable_tokens": list(range(OUT))}, "vera": {"rank": 64, "alpha": 32.0}}.get(variant, {})
+    settings = {
+        "bottleneck": {"alpha": 32.0},
+        "ia3": {"rank": 16, "alpha": 32.0},
+        "tokens": {"trainable_tokens": list(range(OUT))},
+        "vera": {"rank": 64, "alpha": 32.0},
+    }.get(variant, {})
     rate = {"vera": 0.1, "lokr": 0.03}.get(variant, 0.01)  # those with few parameters learn in larger steps
     if variant == "tokens" and name == "Conv1D":
         with pytest.raises(TargetError, match="has no row for each token"):

@@ -65,8 +65,8 @@ def test_an_answer_that_no_window_holds_is_left_out_with_a_note():
     long = ROW | {"answers": {"text": ["Lagos, and Ada in Abuja"], "answer_start": [12]}}
     found = read_questions(rows(ROW, long), tiny_lm.tokenizer(), window=36, stride=8)
     assert {item.row.number for item in found.items} == {1}
-    assert found.dropped == 1
-    assert any(note.startswith("have an answer that no window holds") for note in found.notes)
+    assert found.dropped == 0  # left out for its answer, with the note; not for its length
+    assert [count for note, count in found.notes.items() if note.startswith("have an answer that no window")] == [1]
 
 
 def test_windows_are_no_longer_than_384_or_the_models_positions():
@@ -125,6 +125,21 @@ def test_squads_own_files_are_questions_of_paragraphs():
     found = list(questions_of(rows(article)))
     assert [(row.values["question"], row.number) for row in found] == [("Who?", 1), ("Why?", 2)]
     assert [item.answers for item in read_questions(rows(article), tiny_lm.tokenizer()).items] == [("Ada",), ()]
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "message"),
+    [
+        ({"context": CONTEXT, "qas": [{"question": "Who?", "answers": None}]}, "row 1: no answers"),
+        ({"context": CONTEXT, "qas": [{"question": "Who?"}]}, "row 1: no answers"),
+        ({"context": CONTEXT, "qas": [{"question": "Who?", "answers": [None]}]}, r"row 1: its answers are \[None\]"),
+        ({"context": CONTEXT, "qas": None}, r"row 1: a paragraph has no list of questions \(qas\)"),
+        (None, r"row 1: a paragraph has no list of questions \(qas\)"),
+    ],
+)
+def test_a_paragraph_that_is_not_squads_is_named(paragraph, message):
+    with pytest.raises(DataError, match=message):
+        read_questions(rows({"paragraphs": [paragraph]}), tiny_lm.tokenizer())
 
 
 def test_a_batch_has_the_places_of_first_and_last_token():

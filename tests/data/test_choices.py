@@ -21,6 +21,11 @@ def row(**changes):
     return {"question": "What?", "choices": CHOICES, "answer": 0} | changes
 
 
+def test_a_digit_that_is_no_number_is_no_index():
+    with pytest.raises(DataError, match="row 1: its answer is '²'"):
+        read_choices(rows(row(answer="²")), tiny_lm.tokenizer())
+
+
 @pytest.mark.parametrize(
     ("answer", "label"),
     [(0, 0), (3, 3), ("1", 1), ("tea", 0), ("A", 0), ("D", 3), ("2", 2), ("B", 3)],  # the last two are texts of choices

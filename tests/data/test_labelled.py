@@ -33,6 +33,7 @@ def labelled(*labels):
         (["-1", "1", "0"], ["-1", "0", "1"], [0, 2, 1]),
         ([True, False], ["False", "True"], [1, 0]),
         ([" x ", "y"], ["x", "y"], [0, 1]),
+        ([1.0, 0.0, "1.00"], ["0", "1"], [1, 0, 1]),  # a table's column of whole numbers that has gaps
     ],
 )
 def test_labels_are_numbered_in_order(bytes_tokenizer, labels, names, numbers):
@@ -47,6 +48,22 @@ def test_given_names_keep_their_order_and_numbers_in_the_data_mean_them(bytes_to
         0,
     ]
     assert [i.label for i in read_labelled(labelled(1, 0, 1), bytes_tokenizer, names=["neg", "pos"]).items] == [1, 0, 1]
+
+
+def test_a_number_that_is_not_among_numbers_is_an_error_and_no_place_among_them(bytes_tokenizer):
+    with pytest.raises(DataError, match=r"row 2: the label '1' is none of 3(.|\n)*0, 2, 4"):
+        read_labelled(labelled(0, 1), bytes_tokenizer, names=["0", "2", "4"])
+    with pytest.raises(DataError, match="the label '²' is none of 2"):  # a digit, and no number
+        read_labelled(labelled("²"), bytes_tokenizer, names=["neg", "pos"])
+    assert read_labelled(labelled("²", "--1", "1"), bytes_tokenizer).names == ["--1", "1", "²"]
+
+
+@pytest.mark.parametrize("label", [3.8, "3.800", float("nan")])
+def test_a_number_between_whole_ones_is_no_class_unless_it_is_among_the_names(bytes_tokenizer, label):
+    with pytest.raises(DataError, match=r"rows.jsonl, row 2: its label is .*whole number\n.*--task regression.*labels"):
+        read_labelled(labelled(5, label), bytes_tokenizer)
+    names = ["2", str(label)]
+    assert [i.label for i in read_labelled(labelled(2, label), bytes_tokenizer, names=names).items] == [0, 1]
 
 
 def test_a_pair_stands_in_one_row_with_something_between(bytes_tokenizer):

@@ -39,6 +39,13 @@ def test_text_is_tokenized_as_it_was_in_pretraining():
     assert item.ids == tokenizer("Ada lives in Abuja")["input_ids"]
 
 
+def test_a_number_that_is_not_among_numbers_is_an_error_and_no_place_among_them():
+    data = rows({"tokens": ["a", "b"], "tags": [2, 1]})
+    with pytest.raises(DataError, match=r"row 1: the tag '1' is none of 3(.|\n)*0, 2, 4"):
+        read_tagged(data, tiny_lm.tokenizer(), names=["0", "2", "4"])
+    assert read_tagged(rows({"tokens": ["a", "b"], "tags": ["²", "1"]}), tiny_lm.tokenizer()).names == ["1", "²"]
+
+
 def test_names_are_those_of_the_data_o_first_or_given():
     tokenizer = tiny_lm.tokenizer()
     numbers = {"words": ["a", "b"], "ner_tags": [1, 0]}

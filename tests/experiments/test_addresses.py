@@ -11,9 +11,9 @@ from lorakit.experiments import addresses
 
 LIST = [
     {
-        "CityName": "臺北市",
+        "CityName": "甲木市",
         "AreaList": [
-            {"ZipCode": "100", "AreaName": "中正區", "RoadList": [{"RoadName": "中山南路"}, {"RoadName": "八德路１段"}]}
+            {"ZipCode": "010", "AreaName": "東桐區", "RoadList": [{"RoadName": "晨星路"}, {"RoadName": "雲海路２段"}]}
         ],
     }
 ]
@@ -23,10 +23,10 @@ def test_the_lists_form_is_read(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(json.dumps(LIST), encoding="utf-8-sig")  # the public list begins with a byte-order mark
     first, second = addresses.places(path)
-    assert first == ("臺北市", "中正區", "中山南路", "100")
+    assert first == ("甲木市", "東桐區", "晨星路", "010")
     assert addresses.row(second, 12) == {
-        "prompt": "100臺北市中正區八德路１段12號\n",
-        "completion": '{"city": "臺北市", "district": "中正區", "road": "八德路１段", "postal_code": "100"}',
+        "prompt": "010甲木市東桐區雲海路２段12號\n",
+        "completion": '{"city": "甲木市", "district": "東桐區", "road": "雲海路２段", "postal_code": "010"}',
     }
 
 
@@ -52,7 +52,7 @@ def test_tested_roads_are_not_in_training():
 
 
 def test_answers_are_scored_by_field_and_in_all():
-    right = addresses.row(addresses.Place("臺北市", "中正區", "中山南路", "100"), 1)
-    wrong = right["completion"].replace("中正區", "大安區")
+    right = addresses.row(addresses.Place("甲木市", "東桐區", "晨星路", "010"), 1)
+    wrong = right["completion"].replace("東桐區", "西桐區")
     scores = addresses.score([right["completion"], wrong, "no", "[1]"], [right] * 4)
     assert scores == {"json": 0.5, "city": 0.5, "district": 0.25, "road": 0.5, "postal_code": 0.5, "exact": 0.25}

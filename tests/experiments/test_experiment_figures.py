@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -12,7 +11,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
-from lorakit.experiments import amplification, e2e, few_data, gpt3, matrices, ranks, subspaces, suite
+from lorakit.experiments import amplification, e2e, few_data, gpt3, subspaces, suite
 from lorakit.experiments.nist import nist
 from lorakit.experiments.seeds import difference, show
 
@@ -26,9 +25,6 @@ def test_a_paired_difference_is_judged_by_its_interval():
     assert "(noise)" in own.show()
     sure = difference([1.1, 2.1, 3.1001], [1.0, 2.0, 3.0])
     assert sure.above_noise
-    assert suite.verdict(True, sure) == "agrees"
-    assert suite.verdict(False, sure) == "disagrees"
-    assert suite.verdict(True, own) == "within noise"
 
 
 def test_one_seed_says_nothing_about_noise():
@@ -115,28 +111,9 @@ def test_nist_prefers_informative_matches():
     references = [["the Blue Spice is a pub in the city centre", "a pub in the city centre , the Blue Spice"]] * 2
     right, wrong = "the Blue Spice is a pub in the city centre", "a a a a a the the the in"
     assert nist([right, right], references) > 2 * nist([wrong, wrong], references)
-    assert nist(["a", "b"], references) is None or nist(["a", "b"], references) >= 0
-
-
-def test_findings_call_a_difference_within_noise_by_its_name():
-    names = [*matrices.ATTENTION, *matrices.MLP]
-    equal = {"rows": [{"name": n, "rank": 1, "trainable": 9, "losses": [1.0, 1.1, 1.2]} for n in names]}
-    assert {f.verdict for f in matrices.findings(equal)[:3]} == {"within noise"}
-    q = next(row for row in equal["rows"] if row["name"] == "q")
-    q["losses"] = [2.0, 2.1, 2.21]
-    assert matrices.findings(equal)[2].verdict == "agrees"  # v is better than q
-
-
-def test_the_ranks_verdicts_follow_the_losses():
-    def result(one, large):
-        own = {1: one, 2: [1.0, 1.1], 4: [1.0, 1.1], 8: [1.0, 1.1], 64: large}
-        rows = [{"rank": r, "rate": 0.01, "trainable": r, "losses": v, "bleus": [1.0, 2.0]} for r, v in own.items()]
-        return {"rows": rows, "tuned": {"rate": 0.01, "edge": True, "tried": []}}
-
-    worse = result([3.0, 3.1001], [1.0, 1.2])
-    assert [f.verdict for f in ranks.findings(worse)][:2] == ["disagrees", "agrees"]
-    assert "at the edge" in ranks.tables(worse)[0].title
-    json.dumps(worse)
+    # five words, each once: log2(5 / 1) of information in each, and none in what must follow; no penalty for the length
+    assert nist(["a b c d e"], [["a b c d e"]]) == pytest.approx(math.log2(5))
+    assert nist(["a", "b"], references) is None  # shorter than the longest n-gram
 
 
 def test_a_method_that_cannot_train_the_base_is_listed_with_its_reason():

@@ -70,13 +70,41 @@ def test_a_killed_part_is_computed_again_and_a_finished_one_is_not(tmp_path):
         raise KeyboardInterrupt
 
     work = Work(tmp_path / "t", Budget(steps=1), lambda line: None)
-    assert work.cell("a", lambda: [1]) == [1]
+    assert work.cell("a", lambda: [1], {}) == [1]
     with pytest.raises(KeyboardInterrupt):
-        work.cell("b", killed)
+        work.cell("b", killed, {})
     again = Work(tmp_path / "t", Budget(steps=1), lambda line: None)
-    assert again.cell("a", killed) == [1]
-    assert again.cell("b", lambda: 2) == 2
+    assert again.cell("a", killed, {}) == [1]
+    assert again.cell("b", lambda: 2, {}) == 2
     assert again.seconds == pytest.approx(again.seconds_of("a") + again.seconds_of("b"))
+
+
+def test_a_part_that_was_stored_with_other_settings_is_measured_again(tmp_path):
+    said: list[str] = []
+    work = Work(tmp_path / "t", Budget(steps=1), said.append)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("1")
+    settings = {"rates": [1e-3, 2e-3], "data": str(rows)}
+    work.cell("tuning", lambda: "first", settings)
+    again = Work(tmp_path / "t", Budget(steps=1), said.append)
+    assert again.cell("tuning", lambda: "second", {**settings, "rates": [1e-3, 2e-3]}) == "first"
+    assert again.cell("tuning", lambda: "second", {**settings, "rates": [2e-3, 4e-3]}) == "second"
+    assert any("other settings" in line for line in said)
+    rows.write_text("2")
+    assert again.cell("tuning", lambda: "third", {**settings, "rates": [2e-3, 4e-3]}) == "third"
+    moved = tmp_path / "elsewhere.jsonl"
+    rows.rename(moved)
+    own = {**settings, "rates": [2e-3, 4e-3], "data": str(moved)}
+    assert again.cell("tuning", lambda: "fourth", own) == "third"
+
+
+def test_learning_rates_are_chosen_on_rows_that_are_neither_compared_nor_trained_on(tmp_path):
+    files = runs.e2e_files(tmp_path)
+    held_out, train = ((tmp_path / files[name]).read_text().splitlines() for name in ("validation", "data"))
+    tuning = runs.tuning_rows(tmp_path).read_text().splitlines()
+    assert len(tuning) == len(held_out) == runs.HELD_OUT
+    assert len(train) == runs.TRAIN
+    assert not set(tuning) & {*held_out, *train}
 
 
 def test_a_damaged_or_foreign_folder_is_named(tmp_path):

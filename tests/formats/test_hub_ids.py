@@ -111,6 +111,17 @@ def test_only_the_adapters_files_of_a_peft_repository_are_fetched(hub, peft, tmp
     assert formats.format_of("someone/adapter") == "peft"
 
 
+def test_virtual_tokens_and_their_encoder_are_fetched_with_the_adapter():
+    inner = [f"virtual_tokens/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")]
+    own = ["adapter_config.json", "adapter_model.safetensors", "lorakit.json", "prompt_encoder.safetensors", *inner]
+    others = ["virtual_tokens/notes.txt", "checkpoint-5/prompt_encoder.safetensors"]
+    for folder in ("", "last/"):
+        files = {folder + name: 5 for name in (*own, *others)}
+        chosen, opened = choose(files, HubName("someone/adapter", None, folder.rstrip("/") or None))
+        assert sorted(chosen) == [folder + name for name in own]
+        assert opened == folder
+
+
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, peft):
     old = hub.add("someone/adapter", {"README.md": b"nothing yet"})
     hub.add("someone/adapter", peft, branch="feature/x")

@@ -15,7 +15,7 @@ import torch
 
 import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
-from lorakit.errors import AdapterError, StateError, TargetError
+from lorakit.errors import AdapterError, ConfigError, StateError, TargetError
 from lorakit.layers.bases import quantized as quantized_modules
 
 CONFIG = lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj", "down_proj"])
@@ -204,6 +204,20 @@ def test_evaluation_cannot_repack_the_weights_while_adapters_are_attached(folder
     lk.detach(model)
     assert all(m.support_avx512bf16_for_cpu for m in switched)
     assert tiny.picture(model) == before
+
+
+def test_a_start_that_calls_the_base_cannot_repack_the_weights(folder):
+    """A prefix starts as keys and values that the base computes, in eval mode."""
+    model = quantized.in_4_bits(folder)
+    switched = list(quantized_modules(model).values())
+    for module in switched:
+        module.support_avx512bf16_for_cpu = True
+    with pytest.raises(ConfigError, match="token id 1000000"):
+        lk.attach(model, lk.LoraConfig(variant="prefix", virtual_tokens=2, prompt_text=[1_000_000]))
+    assert all(m.support_avx512bf16_for_cpu for m in switched)
+    lk.attach(model, lk.LoraConfig(variant="prefix", virtual_tokens=2))
+    assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in switched)
+    assert {name.rpartition(".")[2] for name in quantized.gradients(model)} == {"embeddings"}
 
 
 def test_weights_that_were_repacked_are_refused(folder):

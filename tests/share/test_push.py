@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from dataclasses import replace
 
 import hub_stub
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from sample_adapter import adapter, same
@@ -16,8 +18,10 @@ from sample_adapter import adapter, same
 import lorakit as lk
 from lorakit import formats
 from lorakit.errors import AdapterError, ConfigError, LorakitError
+from lorakit.formats.peft_prompts import ENCODER, FOLDER
 from lorakit.share import card_of, write
 from lorakit.share.push import push
+from lorakit.share.upload import check
 
 NAMES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json"]
 
@@ -65,6 +69,50 @@ def test_only_the_adapters_own_files_are_uploaded(hub, folder):
     assert sorted(push(folder, "someone/lora").files) == NAMES
     assert sorted(hub.files("someone/lora")) == [".gitattributes", *NAMES]
     assert not any(b"secret" in body for _, body in hub.bodies)
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
+def test_virtual_tokens_and_their_encoder_are_pushed_and_come_back(hub, tmp_path, name):
+    both = lk.LoraConfig(rank=2, targets=["q_proj"], prompt=name, virtual_tokens=3)
+    alone = lk.LoraConfig(variant=name, virtual_tokens=3)
+    encoder = [] if name == "prompt" else [ENCODER]
+    for config, extra in ((both, [f"{FOLDER}/{file}" for file in [*NAMES[1:], *encoder]]), (alone, encoder)):
+        adapter = lk.capture(lk.attach(tiny.llama(), config))
+        folder = tmp_path / ("both" if config is both else "alone")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT loads LoRA and virtual tokens one at a time
+            adapter.save(folder)
+        pushed = push(folder, f"someone/{folder.name}", base_model="someone/tiny")
+        assert sorted(pushed.files) == sorted([*NAMES, *extra])
+        there = lk.Adapter.load(f"someone/{folder.name}")
+        assert there.digest() == adapter.digest()
+        assert there.updates["base_model"].encoder.keys() == adapter.updates["base_model"].encoder.keys()
+
+
+def test_virtual_tokens_of_another_adapter_in_the_folder_are_not_uploaded(hub, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lk.capture(lk.attach(tiny.llama(), lk.LoraConfig(variant="p_tuning", virtual_tokens=3))).save(folder / FOLDER)
+    (folder / ENCODER).write_bytes(b"strange")
+    assert sorted(push(folder, "someone/lora").files) == NAMES
+
+
+def test_what_would_be_uploaded_is_checked_and_not_the_folder(folder):
+    files = {name: folder / name for name in NAMES[1:2]}  # without the tensors
+    with pytest.raises(AdapterError, match=f"nothing was uploaded: {folder} holds no weights"):
+        check(files, folder, "peft", None, None)
+
+
+def test_a_linked_folder_of_virtual_tokens_is_not_followed(hub, tmp_path):
+    config = lk.LoraConfig(rank=2, targets=["q_proj"], prompt="prompt", virtual_tokens=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lk.capture(lk.attach(tiny.llama(), config)).save(tmp_path / "adapter")
+    (tmp_path / "adapter" / FOLDER).rename(tmp_path / "elsewhere")
+    (tmp_path / "adapter" / FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match="leads out of its folder"):
+        push(tmp_path / "adapter", "someone/lora")
+    assert hub.repositories == {}
 
 
 def test_a_dry_run_sends_no_request_and_needs_no_token(hub, folder, monkeypatch):

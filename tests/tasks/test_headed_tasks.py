@@ -15,6 +15,8 @@ import tiny_tokenizers
 import torch
 
 import lorakit as lk
+from lorakit.data.answers import QuestionItem, Windows
+from lorakit.data.parse import Row
 from lorakit.tasks import recognizing, task_of
 from lorakit.tasks.task import Base
 from lorakit.train.progress import Progress
@@ -204,7 +206,7 @@ def test_predictions_are_those_of_the_model_in_words(make):
 def test_tasks_with_a_head_say_what_they_recognize():
     rows = {task: made[0] for task, made in ROWS.items()}
     for task, row in rows.items():
-        assert recognizing(row) == [task]
+        assert recognizing(row, ROWS[task]) == [task]
         assert not task_of(task).recognizes(row | {"messages": []})
     assert not task_of("question_answering").recognizes({"question": "Who?", "context": "Bo", "answer": "Bo"})
     assert not task_of("multiple_choice").recognizes({"question": "Who?", "answer": "Bo"})
@@ -229,10 +231,24 @@ class Finds(torch.nn.Module):
         super().__init__()
         self.token = token
 
-    def forward(self, input_ids, attention_mask, token_type_ids):
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
         logits = 20.0 * (input_ids == self.token)
         logits[:, 0] = 10.0  # no answer
         return SimpleNamespace(start_logits=logits, end_logits=logits)
+
+
+def test_a_window_of_spaces_alone_has_no_answer_and_is_no_crash():
+    """A byte is a token here, a space one too."""
+    tokenizer, task = tiny_lm.tokenizer(), task_of("question_answering")
+    row = Row({"question": "Who?", "context": f"Bo{' ' * 60}"}, "rows.jsonl", 1)
+    windows = Windows(tokenizer, 30, 4).of(row, "Who?", row.values["context"], ())
+    assert not any(span is not None and span[0] < span[1] for span in windows[-1].offsets)
+    (token,) = tokenizer("B", add_special_tokens=False)["input_ids"]
+    base = Base(Finds(token), tokenizer)
+    (found,) = task.predict(None, base, [QuestionItem(tuple(windows), row)], 4)
+    assert found["answer"] == "B"
+    (found,) = task.predict(None, base, [QuestionItem(tuple(windows[-1:]), row)], 4)
+    assert (found["answer"], found["start"], found["end"]) == ("", None, None)
 
 
 @pytest.mark.parametrize("window", [16, 20, 96])

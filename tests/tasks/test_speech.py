@@ -210,6 +210,12 @@ def test_train_eval_and_predict_on_the_command_line(whisper, tones, tmp_path, ca
     found = json.loads(capsys.readouterr().out)
     assert found["task"] == "speech"  # and its language: by the adapter
     assert found["results"][0]["wer"] > 0
+    assert run(["eval", *judge, "--json", "--max-new-tokens", "2"]) == 0
+    (short,) = json.loads(capsys.readouterr().out)["results"]
+    assert short["cut"] == short["rows"]  # two letters, and no end: the limit counts, and what it costs is said
+    assert short["wer"] != found["results"][0]["wer"]
+    assert run(["eval", *judge, "--json", "--no-text"]) == 0
+    assert "wer" not in json.loads(capsys.readouterr().out)["results"][0]
     bare = [{"audio": str(tones.parent / "00.wav"), "id": 7}]
     asked = tiny_lm.write_rows(tmp_path / "asked.jsonl", bare)
     assert run(["predict", str(asked), *judge[1:], "--max-new-tokens", "4"]) == 0

@@ -279,8 +279,13 @@ def test_a_processor_whose_inputs_are_put_together_otherwise_is_refused():
 def test_rows_are_recognized():
     assert task.recognizes(asking({"type": "image", "image": "a.png"}))
     assert task.recognizes({"image": "a.png", "prompt": "what?", "completion": "red"})
-    assert task.recognizes({"images": ["a.png"], "messages": [USER, ANSWER]})
+    seen = USER | {"content": "<image> hi"}
+    assert task.recognizes({"images": ["a.png"], "messages": [seen, ANSWER]})
     assert not task.recognizes({"messages": [USER, ANSWER]})
+    cover = {"image": "cover.png", "messages": [USER, ANSWER]}  # a column that says something of the text
+    assert not task.recognizes(cover)
+    assert not task.recognizes({"images": ["cover.png"], "messages": [USER, ANSWER]})
+    assert task.recognizes(cover, [cover, {"images": ["a.png"], "messages": [seen, ANSWER]}])
     assert not task.recognizes({"image": "a.png", "label": "red"})
     assert not task.recognizes({"image": "a.png", "text": "a red square"})
     assert not task.recognizes({"prompt": "a", "completion": "b"})

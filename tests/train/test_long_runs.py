@@ -49,6 +49,8 @@ def test_such_a_run_learns_and_its_result_is_used_with_its_positions(long_config
     )
     base, tuned = json.loads(capsys.readouterr().out)["results"]
     assert tuned["loss"] < base["loss"]
+    assert run(["predict", long_rows, "--model", config.model, "--adapter", str(result.adapter), "--limit", "1"]) == 0
+    capsys.readouterr()
     on = train(TrainConfig(data=long_rows, adapter=str(result.adapter), steps=2, out=str(tmp_path / "on")), QUIET)
     assert lk.Adapter.load(on.adapter).metadata["rope_scaling"] == "yarn:4"
 

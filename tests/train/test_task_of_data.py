@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_lm
 
 from lorakit.cli import run
+from lorakit.data.parse import Row
 from lorakit.errors import ConfigError
 from lorakit.tasks import task_of_adapter
 from lorakit.train import task_of_data
@@ -45,13 +47,65 @@ def test_the_task_is_that_of_the_first_rows_columns(row, columns, expected, tmp_
     assert with_task(config).task == expected
 
 
+@pytest.mark.parametrize(
+    "labels, expected",
+    [
+        ([5, 3.8, 1.25], "regression"),  # the first score of STS-B's is 5.000
+        (["5", "3.800"], "regression"),
+        ([1, 2, 0], "classification"),
+        (["good", 3.8], "classification"),  # which says that 3.8 is no class
+        ([0.0, 1.0], ["classification", "regression"]),  # as pandas writes 0 and 1 beside an empty cell
+        (["0.0", "1.0", "2"], ["classification", "regression"]),
+    ],
+)
+def test_labels_are_classes_or_measures_by_the_first_hundred_of_them(labels, expected, tmp_path):
+    rows = [{"text": f"so {i}", "label": labels[i % len(labels)]} for i in range(12)]
+    config = TrainConfig(data=str(tiny_lm.write_rows(tmp_path / "rows.jsonl", rows)), out=str(tmp_path / "run"))
+    if isinstance(expected, str):
+        assert with_task(config).task == expected
+        return
+    with pytest.raises(ConfigError, match=r"several tasks: classification, regression\n.*--task regression \(predict"):
+        with_task(config)
+
+
+@pytest.mark.parametrize("label", [0, 1, "0", "True", "false", 1.0])
+@pytest.mark.parametrize(
+    "answer", [{"prompt": "so", "completion": "as"}, {"messages": [{"role": "user", "content": "so"}]}]
+)
+def test_a_label_that_may_call_an_answer_undesirable_needs_a_task(label, answer, tmp_path):
+    """A language model would imitate the undesirable answers too."""
+    data = tiny_lm.write_rows(tmp_path / "rows.jsonl", [answer | {"label": label}, answer | {"label": 1}])
+    with pytest.raises(ConfigError, match=r"label\).*: causal_lm, preference\n(.|\n)*--task preference"):
+        with_task(TrainConfig(data=str(data), out=str(tmp_path / "run")))
+    other = tiny_lm.write_rows(tmp_path / "other.jsonl", [answer | {"label": label}, answer | {"label": "sports"}])
+    assert with_task(TrainConfig(data=str(other), out=str(tmp_path / "run"))).task == "causal_lm"
+
+
+def test_words_and_tags_of_different_numbers_are_that_tasks_error(model_folder, tmp_path, capsys):
+    data = tiny_lm.write_rows(tmp_path / "rows.jsonl", [{"tokens": ["Ada", "sees"], "tags": ["B-PER"]}])
+    assert run(["train", "--data", str(data), "--model", str(model_folder), "--out", str(tmp_path / "run")]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "row 1: 2 words, but 1 tags; expected one for each word" in said
+    elsewhere = tiny_lm.write_rows(
+        tmp_path / "text.jsonl", [{"text": "Ada sees", "tokens": ["Ada"], "tags": ["a", "b"]}]
+    )
+    assert with_task(TrainConfig(data=str(elsewhere), out=str(tmp_path / "run"))).task == "causal_lm"
+
+
+def test_the_panel_gives_the_rows_as_the_reason_where_the_first_one_alone_tells_nothing():
+    items = [SimpleNamespace(row=Row({"text": "so", "label": label}, "rows.jsonl", 1)) for label in (5, 3.8)]
+    config = TrainConfig(data="rows.jsonl", task="regression")
+    assert task_of_data.reason(config, items).endswith("(the rows have text, label)")
+    assert task_of_data.reason(config, items[:1]).endswith("(as given)")
+
+
 def test_a_task_that_is_given_counts(labelled, tmp_path):
     config = TrainConfig(data=str(labelled), task="causal_lm", out=str(tmp_path / "run"))
     assert with_task(config) is config
 
 
 def test_two_tasks_that_recognize_a_row_are_named(labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr(task_of_data, "recognizing", lambda row: ["classification", "regression"])
+    monkeypatch.setattr(task_of_data, "recognizing", lambda row, rows: ["classification", "regression"])
     with pytest.raises(ConfigError, match=r"row 1: its columns \(text, label\).*classification, regression\n.*--task"):
         with_task(TrainConfig(data=str(labelled), out=str(tmp_path / "run")))
 

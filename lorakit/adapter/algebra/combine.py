@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ...bases.rope import RECORD, recorded
 from ...errors import AdapterError, ConfigError, did_you_mean, listing
 from ..adapter import Adapter
 from ..dense import Dense
@@ -95,7 +96,7 @@ def combined(
     saved_weights = combine_values("saved weight", [a.saved for a in adapters], weights, saved)
     embeddings = combine_values("embedding", [a.embeddings for a in adapters], weights, saved)
     modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
-    only_on = needed_quantization(adapters)
+    only_on, scaling = needed_quantization(adapters), recorded(a.metadata for a in adapters)
     result: dict[str, Update] = {}
     reports = []
     for done, module in enumerate(modules, start=1):
@@ -120,6 +121,7 @@ def combined(
         if found[0] is not None and all(value == found[0] for value in found):
             metadata[fact] = found[0]
     metadata |= {} if only_on is None else {ONLY_ON: only_on}
+    metadata |= {} if scaling is None else {RECORD: scaling}
     prints = [a.metadata["fingerprint"] for a in adapters if a.metadata.get("fingerprint")]
     if prints:
         parts = {name: part for each in reversed(prints) for name, part in components_in(each).items()}

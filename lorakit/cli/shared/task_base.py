@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ...config import Quantization
 from ...errors import ConfigError
 from ...tasks import DEFAULT, task_of, task_of_adapter
+from ...tasks.text.lengths import NO_LIMIT
 from ...train.config import TrainConfig
 from ...train.config import task_named as canonical
 
 if TYPE_CHECKING:
     from ...adapter.adapter import Adapter
     from ...tasks.task import Base, Data
-
-NO_LIMIT = 1 << 30
 
 
 def task_named(requested: str | None, values: Mapping[str, Adapter], model: str) -> str:
@@ -63,7 +62,9 @@ def config_for(
     given: further settings, of which None is not given. Raises ConfigError for adapters that were trained with
     different settings.
     """
+    from ...bases.rope import recorded
     from ...bases.vocabulary import recorded_tokens
+    from ...tasks.text.positions import config_tokens, positions_for
 
     config = TrainConfig(
         data=data,
@@ -76,6 +77,9 @@ def config_for(
         **(quantization or Quantization()).model_dump(),
     )
     task = task_of(config.task)
+    scaling = recorded(value.metadata for value in values.values())
+    if scaling is not None and "rope_scaling" in task.settings.model_fields:
+        config = config.replace(rope_scaling=scaling)  # first, as it decides how long rows may be
     base_config = task.blueprint(config)
     settings: list[dict[str, Any]] = [
         task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()
@@ -85,9 +89,9 @@ def config_for(
             f"the adapters were trained with different settings of {name}: {settings}\n  evaluate them one at a time"
         )
     changes: dict[str, Any] = {}
-    for limit in {"max_length", "max_target_length"} & task.settings.model_fields.keys():
-        positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
-        changes[limit] = positions or NO_LIMIT
+    if limits := {"max_length", "max_target_length"} & task.settings.model_fields.keys():
+        virtual = max((config_tokens(value.config) for value in values.values()), default=0)
+        changes |= dict.fromkeys(limits, positions_for(config, base_config, virtual) or NO_LIMIT)
     if "on_long" in task.settings.model_fields:
         changes["on_long"] = "cut"  # nothing is trained on what is missing
     changes |= settings[0] if settings else task.remembered({}, base_config)

@@ -28,13 +28,18 @@ EXPECTED = "messages with pictures in them, or image (images), prompt and comple
 
 
 def has_picture(row: Mapping[str, Any]) -> bool:
-    """Whether a row of data is a conversation with a picture in it."""
+    """Whether a row of data is a conversation with a picture in it. A picture in a column beside messages that have no
+    place for it, such as a cover, is none.
+    """
     given = [row.get(name) for name in ("image", "images")]
     in_columns = [each for value in given for each in (value if isinstance(value, list) else [value])]
-    if any(map(_is_picture, in_columns)) and ("messages" in row or {"prompt", "completion"} <= row.keys()):
-        return True
+    has_column = any(map(_is_picture, in_columns))
     turns = row.get("messages")
     contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    if has_column and turns is None and {"prompt", "completion"} <= row.keys():
+        return True
+    if has_column and any(isinstance(content, str) and PLACE in content for content in contents):
+        return True
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return any(isinstance(part, Mapping) and part.get("type") in _PARTS for part in parts)
 

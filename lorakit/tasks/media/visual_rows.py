@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversations:
-    """`length`: the limit and its reason, for the start panel; `pictures`: how many the rows have."""
+    """`length`: the limit and its reason, for the start panel; `pictures`: how many the rows have; `dropped`: rows over
+    the limit.
+    """
 
     items: list[VisualItem]
     limit: int
     length: str
     pictures: int
     notes: dict[str, int]
+    dropped: int
 
 
 def read_conversations(
@@ -72,7 +75,7 @@ def read_conversations(
         )
     dropped = len(items) - len(kept)
     length = f"at most {limit} tokens, pictures included ({reason})" + (f", {dropped} dropped" if dropped else "")
-    return Conversations(kept, limit, length, sum(len(found) for _, found in made), notes | dict(said))
+    return Conversations(kept, limit, length, sum(len(found) for _, found in made), notes | dict(said), dropped)
 
 
 def read_asked(rows: Sequence[Row], visual: Visual, settings: VisionLanguageSettings) -> list[VisualItem]:

@@ -61,6 +61,12 @@ def add_references(base: Base, items: Iterable[PreferenceItem]) -> None:
         own[_key(item)] = tuple(next(found) for _ in _rows(item))
 
 
+def is_its_own(base: Base, items: Iterable[PreferenceItem]) -> bool:
+    """Whether a model without adapters would be compared with itself: some references are not known from before."""
+    own = _of(base)
+    return not adapters(base.model) and any(_key(item) not in own for item in items)
+
+
 def references_of(base: Base, items: Sequence[PreferenceItem]) -> list[tuple[float, ...]]:
     """Return the references of items: a value for each answer, and one for the mismatched row, if there is one.
 

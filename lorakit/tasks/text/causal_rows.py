@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from ...config import RunSettings, Strict
 from ...errors import DataError
 from ..task import Data
+from .held_out import held_out_notes
 from .lengths import described
 
 
@@ -68,11 +69,8 @@ def read_data(
     if isinstance(config.validation, str):
         validation = read(config.validation, None, first.max_length)
         train, held_out = items, validation.items
-        if validation.dropped:
-            notes[f"of {config.validation} are longer than {first.max_length} tokens and are not evaluated"] = (
-                validation.dropped
-            )
-        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
+        limit, cut, dropped = first.max_length, validation.cut, validation.dropped
+        notes |= held_out_notes(config.validation, validation.notes, limit, cut, dropped)
     else:
         train, held_out = held_out_of(items, config.validation)
     shape, mixed = first.shape, None

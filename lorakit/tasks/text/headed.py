@@ -76,6 +76,7 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
     read(rows, first): makes a set of rows; `first`: that of the training rows, None for itself.
     """
     from ...data.dataset import held_out_of
+    from .held_out import held_out_notes
     from .lengths import check_limit, described
     from .vocabulary import check_vocabulary
 
@@ -86,30 +87,24 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
     first = read(rows_of(config, config.data, config.split), None)
     counts = {"dropped": first.dropped, "cut": first.cut, "split": first.split}
     length = described(first.lengths, first.max_length, first.max_length_reason, counts, config)
+    notes = dict(first.notes)
     if isinstance(config.validation, str):
-        train, held_out = first.items, read(rows_of(config, config.validation), first).items
+        other = read(rows_of(config, config.validation), first)
+        train, held_out = first.items, other.items
+        notes |= held_out_notes(config.validation, other.notes, first.max_length, other.cut, other.dropped)
     else:
         train, held_out = held_out_of(first.items, config.validation)
     check_vocabulary(config, processor, [*train, *held_out])
     shape = f"shape {first.shape}"
-    return Data(train, held_out, shape, [("length", length)], first.about, first.notes), first
+    return Data(train, held_out, shape, [("length", length)], first.about, notes), first
 
 
 def longest_input(config: RunSettings) -> int | None:
     """Return the most tokens of a row to predict: `max_length`, or else the model's positions; None: no limit."""
+    from .positions import positions_for
+
     limit = part(config, Lengths).max_length
-    return positions(config) if limit == "auto" else int(limit)
-
-
-def positions(config: RunSettings) -> int | None:
-    """Return how many positions the base has, by its config alone; None if it does not say."""
-    base = blueprint(config).get_text_config()
-    found = getattr(base, "max_position_embeddings", None)
-    # RoBERTa's positions begin after the padding token's id.
-    return found - base.pad_token_id - 1 if found is not None and base.model_type in _AFTER_PADDING else found
-
-
-_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
+    return positions_for(config) if limit == "auto" else int(limit)
 
 
 def names_of(about: Mapping[str, Any], base: Any) -> list[str]:

@@ -9,6 +9,7 @@ from ...config import RunSettings
 from ...errors import ConfigError, DataError
 
 MOST_UNASKED = 0.01  # share of the tokens that may be left out without `on_long`
+NO_LIMIT = 1 << 30  # a max_length that no text reaches
 
 
 def described(lengths: Sequence[int], limit: int, reason: str, counts: Mapping[str, int], config: RunSettings) -> str:
@@ -30,19 +31,25 @@ def described(lengths: Sequence[int], limit: int, reason: str, counts: Mapping[s
         )
     rows = "".join(f", {count} {action}" for action, count in counts.items() if count)
     cost = f" ({100 * share:.2g} % of the tokens)" if lost else ""
-    return f"at most {limit} tokens ({reason}){rows}{cost}"
+    most = "of any length" if limit >= NO_LIMIT else f"at most {limit} tokens ({reason})"
+    return f"{most}{rows}{cost}"
 
 
 def check_limit(config: RunSettings) -> None:
     """Raise ConfigError if `max_length` exceeds the model's positions. Only the model's config is read."""
     from .base import blueprint
+    from .positions import config_tokens, positions_for
 
     limit: Any = getattr(config, "max_length", "auto")
     if limit == "auto":
         return
-    positions = getattr(blueprint(config).get_text_config(), "max_position_embeddings", None)
+    base = blueprint(config)
+    positions, own = positions_for(config, base), config_tokens(config)
     if positions is not None and limit > positions:
+        rotary = getattr(base.get_text_config(), "rope_parameters", None) is not None
+        scaling = f", or scale its rotary positions: rope_scaling: yarn:{-(-limit // positions)}" if rotary else ""
         raise ConfigError(
-            f"max_length: {limit} is more than the {positions} positions of {config.model}\n"
-            f"  give {positions} or less, or scale its rotary positions: rope_scaling: yarn:{-(-limit // positions)}"
+            f"max_length: {limit} is more than the {positions} positions of {config.model}"
+            f"{f' beside {own} virtual tokens' if own else ''}\n"
+            f"  give {positions} or less{scaling}"
         )
