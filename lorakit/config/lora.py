@@ -174,7 +174,8 @@ class LoraConfig(LoraSettings, BottleneckShape, Ia3Settings):
         if variant == self.variant:
             return self
         fields = _OF_KINDS[self.variant].model_fields if self.variant in _OF_KINDS else {}
-        return super(LoraConfig, self.replace(**{n: field.default for n, field in fields.items()})).of_variant(variant)
+        cleared: Self = self.replace(**{name: field.default for name, field in fields.items()})
+        return super(LoraConfig, cleared).of_variant(variant)
 
     def without_virtual_tokens(self) -> LoraConfig:
         """Return the settings of the adapter without its virtual tokens."""

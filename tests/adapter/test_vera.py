@@ -18,7 +18,7 @@ from lorakit.adapter.algebra.edit import as_lora
 from lorakit.adapter.vera import Vera
 from lorakit.analysis.inspect import describe_adapter
 from lorakit.checkpoint import merge_checkpoint
-from lorakit.errors import AdapterError, TargetError
+from lorakit.errors import AdapterError, ConfigError, TargetError
 from lorakit.export import export
 from lorakit.formats.convert import convert
 
@@ -128,14 +128,14 @@ def test_what_needs_the_sizes_says_how_to_get_them(from_peft, tmp_path):
 
 
 def test_settings_that_it_has_not_are_refused():
-    for settings, said in (
-        ({"rank_pattern": {"q_proj": 2}}, "one rank"),
-        ({"alpha_pattern": {"q_proj": 2.0}}, "no scale"),
-        ({"alpha": 8.0}, "no scale"),
-        ({"rslora": True}, "no scale"),
-        ({"packed": {"q_proj": [True, False]}}, "packed"),
+    for settings, error, said in (
+        ({"rank_pattern": {"q_proj": 2}}, TargetError, "one rank"),
+        ({"alpha_pattern": {"q_proj": 2.0}}, ConfigError, "alpha_pattern has no effect: variant='vera' has no scale"),
+        ({"alpha": 8.0}, ConfigError, "alpha has no effect: variant='vera' has no scale"),
+        ({"rslora": True}, ConfigError, "rslora has no effect: variant='vera' has no scale"),
+        ({"packed": {"q_proj": [True, False]}}, TargetError, "packed"),
     ):
-        with pytest.raises(TargetError, match=said):
+        with pytest.raises(error, match=said):
             lk.attach(tiny.llama(), CONFIG.replace(**settings))
     with pytest.raises(TargetError, match="a convolution"):
         lk.attach(nn.Sequential(nn.Conv1d(2, 2, 1)), CONFIG.replace(targets=["0"]))
