@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import task_of
 from ..tasks.text.settings import Lengths
-from ..train.config import TrainConfig
+from ..train.config import METHODS, TrainConfig
 from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -25,21 +25,9 @@ if TYPE_CHECKING:
     from ..plan.packed import Packing
     from ..plan.planner import Planner
 
-# The settings that affect memory. A --config file may have the others too.
-_SETTINGS = (
-    "adapter",
-    "rank",
-    "dropout",
-    "bias",
-    "targets",
-    "exclude",
-    "layers",
-    "layers_pattern",
-    "strict_targets",
-    "rank_pattern",
-    "save_modules",
-    "packed",
-    "trainable_tokens",
+# The settings that affect memory: all of a method, which say what is trained, and these of the run and its task. A
+# --config file may have the others too.
+_OF_RUNS = (
     "add_tokens",
     "task",
     "labels",
@@ -60,9 +48,9 @@ _SETTINGS = (
     "rope_scaling",
     "memory",
     "optimizer",
-    "components",
     "trust_remote_code",
 )
+_SETTINGS = {*_OF_RUNS, *(name for method in METHODS for name in method_of(method).settings.model_fields)}
 _COMPARED = ("full", "lora")  # shown beside the run's own method
 _LENGTHS = (256, 1024, 4096, 16384)
 _LENGTH = 1024  # tokens, if none is given: no data is read
@@ -138,7 +126,7 @@ def _plan(
                 planners[quantized.name] = quantized
     own = _own(planners, settings)
     if longest:
-        _show_longest(planners, settings, limit.total if limit else None, own.positions, json_output)
+        _show_longest(planners, settings, limit.total if limit else None, own, json_output)
         return
     dtype = own.settings.dtype
     if not json_output:
@@ -208,29 +196,36 @@ def _plan(
 
 
 def _show_longest(
-    planners: Mapping[str, Planner], settings: TrainConfig, memory: int | None, positions: int | None, as_json: bool
+    planners: Mapping[str, Planner], settings: TrainConfig, memory: int | None, own: Planner, as_json: bool
 ) -> None:
-    """Print the longest row that fits into `memory` bytes. `positions`: the base's, None if unlimited."""
+    """Print the longest row that fits into `memory` bytes. `own`: the planner of the run that was asked for."""
     from rich.console import Console
 
-    from ..plan.longest import beyond, longest_rows, table
+    from ..plan.longest import beyond, longest_rows, refusals, table
     from ..plan.units import show_bytes
 
     if memory is None:
         raise ConfigError("--longest: how much memory there is, is not known\n  give it: --memory 24GB")
     if not as_json:
         print("simulating steps on shapes, which takes a few seconds ...", file=sys.stderr, flush=True)
-    found = longest_rows(planners.values(), memory)
+    found, positions = longest_rows(planners.values(), memory), own.positions
     if as_json:
-        rows = [{"method": each.name, "way": each.way, "tokens": each.tokens} for each in found]
+        rows = [
+            {"method": each.name, "way": each.way, "tokens": each.tokens, "refused": each.refused} for each in found
+        ]
         print(json.dumps({"model": settings.model, "memory": memory, "positions": positions, "longest": rows}))
         return
     say(f"{settings.model}, one row at once within {show_bytes(memory)}:\n")
-    Console().print(table(found, {name: planner.title for name, planner in planners.items()}))
+    titles = {name: planner.title for name, planner in planners.items()}
+    Console().print(table(found, titles))
+    for line in refusals(found):
+        say(f"\n{line}")
     if (more := beyond(found, positions, settings.model)) is not None:
         say(f"\n{more}")
-    run = f"lorakit train --data YOUR.jsonl --model {quote(settings.model)} --micro-batch 1"
-    print(f"next: {run} --gradient-checkpointing --offload-activations")
+    method = "" if settings.method == METHODS[0] else f" --method {settings.method}"
+    run = f"lorakit train --data YOUR.jsonl --model {quote(settings.model)}{method} --micro-batch 1"
+    saves = not any(each.refused for each in found if each.name == own.name)
+    print(f"next: {run}{' --gradient-checkpointing --offload-activations' if saves else ''}")
 
 
 def _check_method(settings: TrainConfig, stored: str) -> None:

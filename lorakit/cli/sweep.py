@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
+from ..train.sweep.sweep_task import for_data
 from .shared.names import check_names
 from .shared.next import after_training, command
 from .shared.output import output, say
@@ -45,12 +46,13 @@ def _sweep(
     if "data" not in values:
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it")
     plan = expand(values, max_runs)
+    first = next(iter(plan.runs.values()))
+    check_names(first.model, first.data)
+    plan = for_data(plan, values, max_runs)
     if dry_run:
         _list(plan, json_output)
         return
 
-    first = next(iter(plan.runs.values()))
-    check_names(first.model, first.data)
     with ExitStack() as until_shown:
         until_shown.enter_context(starting("loading the base and the data", quiet))
         from ..train.sweep.sweep import sweep as start

@@ -169,6 +169,13 @@ class LoraConfig(LoraSettings, BottleneckShape, Ia3Settings):
                     raise ValueError(f"{name} has an effect with variant='{variant}' only; remove it, or give that")
         return self
 
+    def of_variant(self, variant: str) -> Self:
+        """Return the settings of updates of another kind, without those that only the kind so far has."""
+        if variant == self.variant:
+            return self
+        fields = _OF_KINDS[self.variant].model_fields if self.variant in _OF_KINDS else {}
+        return super(LoraConfig, self.replace(**{n: field.default for n, field in fields.items()})).of_variant(variant)
+
     def without_virtual_tokens(self) -> LoraConfig:
         """Return the settings of the adapter without its virtual tokens."""
         kept = self.model_fields_set - {"prompt", *VirtualTokenSettings.model_fields}

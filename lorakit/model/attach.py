@@ -17,7 +17,7 @@ from ..adapter.update import Update
 from ..adapter.virtual_tokens import BODY
 from ..bases.pipeline import PipelineModel, as_module
 from ..bases.rope import RECORD, SCALED, check_scaling, with_scaling
-from ..config import NONE, VIRTUAL, LoraConfig, virtual_kind
+from ..config import VIRTUAL, LoraConfig, virtual_kind
 from ..errors import AdapterError, ConfigError, StateError, TargetError
 from ..layers import fastpath, fused_qkv, peft_layers, saved
 from ..layers.bases import base_of, quantized
@@ -39,6 +39,7 @@ from ..layers.updates.update import LiveUpdate, live
 from ..layers.virtual.body import body_of
 from . import save_pretrained
 from .activate import set_active, use_saved
+from .effects import check_effects
 from .embeddings import embeddings_for, put_in_place
 from .expert_updates import stacked
 from .fit import check_pooled, fresh_saved, modules_for, saved_for
@@ -157,6 +158,7 @@ def _attach(
     for module_name, module in packed.items():
         base_of(module).check(module, module_name, trainable)
     if isinstance(adapter, LoraConfig):
+        check_effects(adapter)
         plan = _begun(
             model, state, _fresh(model, adapter if strict else adapter.replace(strict_targets=False)), sources
         )
@@ -214,7 +216,7 @@ class _Plan:
                 update.begin(module, self.started.factors[name], self.started.subtracted)
         else:
             value = self.values[name]
-            update = live(value.variant).of(module, name, value, self.config.dropout, trainable)
+            update = live(value.variant).of(module, name, value, self.config, trainable)
         beside = tokens_of(self.config, name) or (name == BODY and self.config.prompt)  # beside factors A and B
         if trainable and self.config.freeze_a and not beside:
             update.freeze_a(module, name)
@@ -230,8 +232,6 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     if tokens:
         config = config.replace(trainable_tokens={m: list(ids) for m, ids in tokens.items()})
     virtual = {} if virtual_kind(config) is None else {BODY: body_of(model)}
-    if config.variant in VIRTUAL:
-        _check_no_targets(config)
     targets = Targets({}) if config.variant in VIRTUAL else find_targets(model, config)
     config = live(config.variant).settled(config, names, targets.modules)
     own = targets.modules if config.variant != "tokens" else {}
@@ -253,33 +253,6 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     if SCALED in model.__dict__:
         metadata[RECORD] = model.__dict__[SCALED]
     return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
-
-
-def _check_no_targets(config: LoraConfig) -> None:
-    """Raise ConfigError for settings of updates of modules, where there are virtual tokens alone."""
-    fields = LoraConfig.model_fields
-    given = [
-        name
-        for name in (
-            "targets",
-            "exclude",
-            "layers",
-            "rank",
-            "alpha",
-            "dropout",
-            "rslora",
-            "rank_pattern",
-            "packed",
-            "init",
-        )
-        if getattr(config, name) != fields[name].get_default(call_default_factory=True)
-        and (name, getattr(config, name)) != ("targets", NONE)
-    ]
-    if given:
-        raise ConfigError(
-            f"LoraConfig.{given[0]} has no effect: variant='{config.variant}' trains virtual tokens alone\n"
-            f"  remove {', '.join(given)}; LoRA with virtual tokens is prompt='{config.variant}' instead of variant"
-        )
 
 
 def _begun(model: nn.Module, state: State, plan: _Plan, sources: Sources) -> _Plan:

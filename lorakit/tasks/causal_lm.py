@@ -56,6 +56,7 @@ DEFAULT_PROMPTS = 2
 
 class Answers(Strict):
     rows: ClassVar = {"train_on", "turns"}
+    anew: ClassVar = {"train_on", "turns"}
 
     train_on: Literal["completion", "all"] = Field(
         "completion", description="train on the answers only, or on all tokens"

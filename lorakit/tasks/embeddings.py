@@ -59,6 +59,7 @@ class Vectors(Strict):
     """How texts become vectors, and vectors a loss."""
 
     rows: ClassVar = {"pooling", "query_prefix", "passage_prefix", "score_range"}
+    anew: ClassVar = {"contrast_temperature"}
 
     pooling: Literal["mean", "last", "cls"] = Field(
         "mean", description="a text's vector: the mean of its tokens' states, that of its end token, or the first one's"
@@ -90,7 +91,7 @@ summary = "turn texts into vectors: similar texts, search (contrastive)"
 unit = "rows"
 shares = False  # a row's loss depends on its run's other rows
 uses_all = False  # an encoder's pooler is adapted, and not used
-_RECORDED = ("pooling", "query_prefix", "passage_prefix", "score_range")
+_RECORDED = ("pooling", "contrast_temperature", "query_prefix", "passage_prefix", "score_range")
 RECALLS = (1, 5, 10)
 
 

@@ -74,6 +74,8 @@ traced = False
 shares = False
 uses_all = False  # DINOv2 has a mask token that only its pretraining uses
 
+_RECORDED = ("background", "animated")  # what the model saw of a picture's transparent parts and frames
+
 # Settings of every run that a run on pictures does not use.
 _UNUSED = ("compile", "add_tokens", "trainable_tokens")
 
@@ -117,7 +119,8 @@ def data(config: RunSettings, processor: Any) -> Data:
     augmenting = [f"crops of at least {own.random_crop:g} of the area"] if own.random_crop < 1 else []
     augmenting += ["mirrored with probability 1/2"] if own.flip else []
     facts = [("pictures", read.sizes), ("augmented", ", ".join(augmenting) or "no (flip, random_crop)")]
-    return Data(train, held_out, shape, facts, {"labels": names}, notes)
+    about = {"labels": names} | {name: getattr(own, name) for name in _RECORDED}
+    return Data(train, held_out, shape, facts, about, notes)
 
 
 def drawn(item: LabelledPicture, seed: int, epoch: int) -> LabelledPicture:
@@ -134,7 +137,7 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
     from .text.headed import names_of
 
     names = names_of(about, base)
-    return {"labels": names} if names else {}
+    return {name: about[name] for name in _RECORDED if name in about} | ({"labels": names} if names else {})
 
 
 # ------------------------------------------------------------------------------------- the base

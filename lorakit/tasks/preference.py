@@ -63,6 +63,7 @@ class PreferenceSettings(LossSettings, Lengths, LongContext, Packing, Writing, C
 
 # Settings of `Writing` that this task does not have -> why.
 _NOT_HERE = {
+    "answer_after": "answers are columns of their own",
     "train_on": "the loss is of the answers",
     "turns": "the loss is of the answers; turns of the prompt are context",
 }

@@ -66,6 +66,7 @@ shares = False
 uses_all = False  # a batch without pictures gives a trained vision tower no gradient
 
 DEFAULT_PROMPTS = 2
+_RECORDED = ("background", "animated", "train_on", "turns")
 # What transformers calls the language model in a vision-language model; everything else is left as it is.
 OUTSIDE = r"(?!(?:.*\.)?(?:language_model|text_model)\.).*"
 _BY_TEXT = ("input_ids", "attention_mask", "labels")  # a batch's tensors that are not the pictures'
@@ -124,7 +125,8 @@ def data(config: RunSettings, processor: Visual) -> Data:
     if getattr(config, "exclude", None) == OUTSIDE:
         facts.append(("adapted", "the language model; its vision tower stays as it is (exclude)"))
     shape = f"conversations with {read.pictures:,} pictures"
-    return Data(train, held_out, shape, facts, {"template": "chat"}, notes)
+    about = {"template": "chat"} | {name: getattr(own, name) for name in _RECORDED}
+    return Data(train, held_out, shape, facts, about, notes)
 
 
 def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> bool:
@@ -134,7 +136,7 @@ def recognizes(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
-    return {}
+    return {name: about[name] for name in _RECORDED if name in about}
 
 
 # ------------------------------------------------------------------------------------- the base

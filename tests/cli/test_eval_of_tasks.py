@@ -153,7 +153,7 @@ def test_stored_files_stay_out_of_predictions():
 
 
 def test_a_fully_fine_tuned_model_is_not_judged_against_itself(lorakit, tmp_path):
-    """Its loss would be that of a model that learnt nothing, 0.6931; how often it prefers the chosen answer is known."""
+    """Its loss would be 0.6931, of a model that learnt nothing; how often it prefers the chosen answer is known."""
     model = tiny_lm.save(tmp_path / "model")
     rows = [{"prompt": f"{n}?", "chosen": f"{n}!", "rejected": "no"} for n in tiny_lm.NAMES]
     data = tiny_lm.write_rows(tmp_path / "rows.jsonl", rows)

@@ -66,6 +66,19 @@ def test_a_config_is_enough_and_the_three_methods_stand_side_by_side(lorakit, co
     assert "next: lorakit train" in out
 
 
+def test_every_setting_of_every_method_can_be_given(lorakit, config_only):
+    from lorakit.cli.plan import _SETTINGS
+    from lorakit.methods import method_names, method_of
+
+    assert {name for method in method_names() for name in method_of(method).settings.model_fields} <= _SETTINGS
+    given = ["--method", "bottleneck", "--bottleneck", "pfeiffer", "--bottleneck-size", "8", "--drop-layers", "1"]
+    own = [word for flag in zip(SMALL[::2], SMALL[1::2], strict=True) if flag[0] != "--rank" for word in flag]
+    code, out, error = lorakit("plan", "--model", config_only, "--memory", "2GB", "--json", *own, *given)
+    assert code == 0, error
+    trained = {each["method"]: each["trained"] for each in json.loads(out)["estimates"]}
+    assert trained["bottleneck"] == 3 * (2 * 64 * 8 + 64 + 8)
+
+
 def test_json_gives_the_numbers_of_the_table(lorakit, config_only):
     code, out, _ = lorakit(
         "plan", "--model", config_only, "--memory", "1500MB", "--json", *SMALL, "--targets", "q_proj,k_proj"

@@ -323,7 +323,9 @@ def test_models_that_cannot_have_them_are_refused_and_left_as_they_were(kind):
 
 @pytest.mark.parametrize("kind", VIRTUAL)
 def test_settings_of_module_updates_are_refused(kind):
-    for given in ({"targets": ["q_proj"]}, {"rank": 4}, {"dropout": 0.1}, {"rslora": True}):
+    places = ({"targets": ["q_proj"]}, {"components": ["unet"]}, {"strict_targets": False})
+    shapes = ({"rank": 4}, {"dropout": 0.1}, {"rslora": True}, {"alpha_pattern": {"q_proj": 3.0}}, {"lora_plus": 4.0})
+    for given in (*places, *shapes):
         with pytest.raises(ConfigError, match=f"LoraConfig.{next(iter(given))} has no effect"):
             lk.attach(small("llama"), lk.LoraConfig(variant=kind, **given))
     with pytest.raises(TargetError, match="nothing to freeze"):

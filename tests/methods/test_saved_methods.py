@@ -73,6 +73,13 @@ def test_the_same_can_be_had_by_a_config_in_python(tiny_gpt2):
     assert trained(tiny_gpt2) == trained(attached(tiny.gpt2(), "bitfit"))
 
 
+def test_settings_of_modules_have_no_effect_where_none_is_adapted(tiny_gpt2):
+    for given in ({"rank": 4}, {"dropout": 0.1}, {"lora_plus": 4.0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(given))} has no effect: targets='none' adapts no module"):
+            lk.attach(tiny_gpt2, lk.LoraConfig(targets="none", bias="all", **given))
+    assert not hasattr(tiny_gpt2, "_lorakit")
+
+
 def test_merged_into_the_base_it_stays(tiny_gpt2):
     before = {name: p.detach().clone() for name, p in tiny_gpt2.named_parameters()}
     ours = attached(tiny_gpt2, "bitfit")

@@ -122,6 +122,47 @@ def test_a_run_goes_on_from_an_encoder_with_all_its_tensors(make_config, tmp_pat
     assert job.config.virtual_tokens == 3
 
 
+def test_a_run_goes_on_with_the_dropout_of_its_encoder(make_config, tmp_path):
+    lstm = {"method": "p_tuning", "prompt_encoder": "lstm", "encoder_dropout": 0.3, "virtual_tokens": 3}
+    first = train(make_config(**lstm, steps=1).replace(out=str(tmp_path / "first")), QUIET)
+    job = set_up(
+        make_config(method="p_tuning", adapter=str(first.adapter), steps=1).replace(out=str(tmp_path / "next"))
+    )
+    assert job.config.encoder_dropout == 0.3
+    assert job.model.base_model.get_submodule(f"lora_{job.adapter}").encoder.lstm_head.dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    "given, encoder, factor, said",
+    [
+        ({"method": "prefix"}, "mlp", 80 / 80, "3 virtual tokens (prefix)"),
+        ({"method": "p_tuning"}, "mlp", 10.0, "3 virtual tokens (p_tuning)"),
+        ({"prompt": "prefix"}, "mlp", 80.0, "3 virtual tokens (prefix)"),
+    ],
+)
+def test_tokens_that_come_without_their_encoder_are_trained_at_their_own_rate(
+    make_config, tmp_path, given, encoder, factor, said
+):
+    config = make_config(**given, prompt_encoder=encoder, encoder_size=5, virtual_tokens=3, steps=1)
+    first = train(config.replace(out=str(tmp_path / "first")), QUIET)
+    for file in first.adapter.rglob(ENCODER):
+        file.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the encoder is missing
+        same = {"learning_rate": "auto", **{name: value for name, value in given.items() if name == "method"}}
+        job = set_up(make_config(**same, adapter=str(first.adapter), steps=1).replace(out=str(tmp_path / "next")))
+        if config.method == "prefix":
+            contradicting = make_config(**same, adapter=str(first.adapter), prompt_encoder=encoder, steps=1)
+            with pytest.raises(ConfigError, match="prompt_encoder: the adapter has 'none', given is 'mlp'"):
+                set_up(contradicting.replace(out=str(tmp_path / "contradicting")))
+    tokens = {name: p for name, p in trained_of(job).items() if name.endswith("embeddings")}
+    assert len(tokens) == 1
+    assert {value for name, value in job.rate_factors(trained_of(job)).items() if name in tokens} == {
+        ("virtual" if factor != 1 else "", factor)
+    }
+    assert job.method.trained(job.config).endswith(said)
+
+
 def test_an_encoder_has_its_own_rate_where_the_runs_is_auto(make_config):
     for rate, factor in (("auto", ("encoder", 0.05)), (1e-2, ("", 1.0))):
         job = set_up(make_config(method="prefix", prompt_encoder="mlp", learning_rate=rate))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from lorakit.cli import run
-from lorakit.plan.longest import WAYS, Longest, beyond, longest_rows
+from lorakit.plan.longest import WAYS, Longest, beyond, longest_rows, refusals, table
+from lorakit.plan.shell import PlanError
 from lorakit.train.config import TrainConfig
 from lorakit.train.memory import planner_for
 
@@ -58,6 +61,31 @@ def test_the_command_prints_it(capsys):
     assert run(["plan", "--longest", "--memory", "800MB", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["longest"]
     assert {row["way"] for row in rows} == {way for way, *_ in WAYS}
+
+
+def test_what_a_method_cannot_do_is_said_and_the_others_are_shown():
+    config = TrainConfig(data="-", precision="bf16", method="prefix")
+    found = longest_rows([planner_for(config, torch.bfloat16, torch.device("cpu"))], MEMORY)
+    assert [row.refused is None for row in found] == [True, False, False]
+    assert found[0].tokens > 512
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(found, {"prefix": "prefix"}))
+    assert [line.split()[-1] for line in console.file.getvalue().splitlines()[1:]] == [
+        f"{found[0].tokens:,}",
+        "refused",
+        "refused",
+    ]
+    (line,) = refusals(found)
+    assert line.startswith("refused: gradient checkpointing with prefix tuning: transformers drops")
+
+
+def test_a_step_that_never_runs_is_an_error(monkeypatch, planner):
+    def fails(*_):
+        raise PlanError("it does not run")
+
+    monkeypatch.setattr(type(planner), "estimate", fails)
+    with pytest.raises(PlanError, match="does not run"):
+        longest_rows([planner], MEMORY)
 
 
 def test_unknown_memory_is_an_error(capsys):

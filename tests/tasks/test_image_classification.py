@@ -277,7 +277,8 @@ def test_broken_pictures_are_named_together_and_can_be_left_out(tmp_path, make):
 def test_rows_name_pictures_beside_them(tmp_path, make):
     path = tiny_vision.write_rows(tmp_path / "rows", 24)
     by_rows, by_folder = set_up(make(data=path)), set_up(make(data=path.parent, out=f"{make().out}-2"))
-    assert by_rows.data.about == by_folder.data.about == {"labels": NAMES}
+    assert by_rows.data.about == by_folder.data.about
+    assert by_rows.data.about == {"labels": NAMES, "background": "white", "animated": "refuse"}
     assert {i.content: i.label for i in by_rows.train} == {i.content: i.label for i in by_folder.train}
     table = tmp_path / "rows" / "own.csv"
     table.write_text(

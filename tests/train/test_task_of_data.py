@@ -16,6 +16,8 @@ from lorakit.train import task_of_data
 from lorakit.train.config import TrainConfig
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.sweep.sweep_config import expand
+from lorakit.train.sweep.sweep_task import for_data
 from lorakit.train.task_of_data import with_task
 from lorakit.train.train import train
 
@@ -97,6 +99,36 @@ def test_the_panel_gives_the_rows_as_the_reason_where_the_first_one_alone_tells_
     config = TrainConfig(data="rows.jsonl", task="regression")
     assert task_of_data.reason(config, items).endswith("(the rows have text, label)")
     assert task_of_data.reason(config, items[:1]).endswith("(as given)")
+
+
+def test_a_sweep_has_the_task_of_its_data(labelled, tmp_path):
+    values = {"data": str(labelled), "rank": [2, 4], "out": str(tmp_path / "sweep")}
+    with pytest.raises(
+        ConfigError, match=r"(?s)classification trains a head.*rows of .*labelled.jsonl; --task causal_lm"
+    ):
+        for_data(expand(values), values)
+    given = values | {"task": "causal_lm"}
+    plan = expand(given)
+    assert for_data(plan, given) is plan
+
+    pairs = str(tiny_lm.write_rows(tmp_path / "pairs.jsonl", [{"prompt": "so", "chosen": "as", "rejected": "at"}]))
+    values = {"data": pairs, "rank": [2, 4], "out": str(tmp_path / "sweep")}
+    plan = for_data(expand(values), values)
+    assert {config.task for config in plan.runs.values()} == {"preference"}
+    assert plan.settings["task"] == "preference"
+    text = str(tiny_lm.write_rows(tmp_path / "text.jsonl", [{"text": "so"}]))
+    plain = values | {"data": text}
+    assert {config.task for config in for_data(expand(plain), plain).runs.values()} == {"causal_lm"}
+    both = values | {"data": [pairs, text]}
+    with pytest.raises(ConfigError, match=r"pairs.jsonl has rows for the task preference, .*text.jsonl for causal_lm"):
+        for_data(expand(both), both)
+
+
+def test_the_command_sweep_does_not_train_a_language_model_on_labelled_rows(labelled, model_folder, tmp_path, capsys):
+    flags = ["--data", str(labelled), "--model", str(model_folder), "--out", str(tmp_path / "sweep"), "--rank", "2,4"]
+    assert run(["sweep", *flags]) == 2
+    assert "task: classification trains a head" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_task_that_is_given_counts(labelled, tmp_path):

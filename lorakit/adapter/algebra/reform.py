@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...config import LoraConfig, variants
+from ...config import VIRTUAL, LoraConfig, variants
 from ...module_names import matches
 from ..adapter import Adapter
 from ..lora import Factors, factors_of
@@ -30,9 +30,16 @@ def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any
         return replace(adapter, config=config, updates=dict(updates), **changes)
     config = config if virtual is not None else config.without_virtual_tokens()
     config = describing(config, factors_of(updates), [m for m in updates if m != BODY])
+    return replace(adapter, config=config.of_variant(_variant(config, updates)), updates=dict(updates), **changes)
+
+
+def _variant(config: LoraConfig, updates: Mapping[str, Update]) -> str:
+    """Return the kind of these updates, beside which there may be trained tokens, as `LoraConfig.variant` names it."""
     kinds = {u.variant for m, u in updates.items() if m != BODY}
-    variant = next(iter(kinds)) if len(kinds) == 1 and kinds <= set(variants()) else "lora"
-    return replace(adapter, config=config.replace(variant=variant), updates=dict(updates), **changes)
+    if config.variant in VIRTUAL and kinds <= {"tokens"}:
+        return config.variant
+    kinds -= {"tokens"} if len(kinds) > 1 else set()
+    return next(iter(kinds)) if len(kinds) == 1 and kinds <= set(variants()) else "lora"
 
 
 def _scaled_by_rank(f: Factors) -> Factors:

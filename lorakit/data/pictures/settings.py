@@ -14,6 +14,7 @@ class Decoding(Strict):
     """How picture files become RGB."""
 
     rows: ClassVar = {"background", "animated", "broken"}
+    anew: ClassVar = {"background", "animated"}
 
     background: str = Field("white", description="colour behind transparent parts: a name or #rrggbb")
     animated: Literal["refuse", "first"] = Field(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...adapter.bottleneck import Bottleneck
 from ...config import LoraConfig
-from ...errors import AdapterError, TargetError
+from ...errors import AdapterError, ConfigError, TargetError
 from ..layer import mixin_and_base
 from ..linear import Conv1DLayer, LinearLayer
 from .update import LiveUpdate, check_not_packed, device_of, master_dtype
@@ -44,6 +44,8 @@ class BottleneckAdapter(LiveUpdate):
     up_bias: Tensor
     norm: Tensor | None
     norm_bias: Tensor | None
+    lacks = ("alpha", "rslora", "alpha_pattern", "lora_plus")
+    lacking = "has no alpha and no factors A and B; bottleneck_scale is its factor"
 
     def __init__(self, tensors: Mapping[str, Tensor], activation: str, factor: float, dropout: float, trainable: bool):
         super().__init__()
@@ -57,10 +59,10 @@ class BottleneckAdapter(LiveUpdate):
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         check_not_packed(name, config, "a bottleneck adapter")
-        if config.rslora or config.alpha_of(name) != LoraConfig.model_fields["alpha"].default:
-            raise TargetError(
-                "a bottleneck adapter has no alpha (LoraConfig.rslora, alpha, alpha_pattern)\n"
-                "  remove these settings; bottleneck_scale is its factor"
+        if config.reduction is not None and config.rank_of(name) != LoraConfig.model_fields["rank"].default:
+            raise ConfigError(
+                f"LoraConfig.rank has no effect: reduction ({config.reduction:g}) gives each bottleneck its size\n"
+                "  remove one of the two"
             )
         size = layer.lora_sizes()[1]
         rank = max(1, round(size / config.reduction)) if config.reduction is not None else config.rank_of(name)
@@ -75,7 +77,7 @@ class BottleneckAdapter(LiveUpdate):
         return cls(made, config.activation, config.bottleneck_scale, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Bottleneck, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Bottleneck, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         size = layer.lora_sizes()[1]
         if value.up.shape[0] != size:
@@ -85,7 +87,7 @@ class BottleneckAdapter(LiveUpdate):
             )
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         tensors = {n: t.detach().to(device, dtype, copy=True) for n, t in value.tensors().items()}
-        return cls(tensors, value.activation, value.factor, dropout, trainable)
+        return cls(tensors, value.activation, value.factor, config.dropout, trainable)
 
     def value(self, layer: LoraLayer) -> Bottleneck:
         own = {name: None if p is None else p.detach() for name, p in self._parameters.items()}

@@ -84,7 +84,7 @@ class DoraFactors(LiveUpdate):
         return update
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Dora, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Dora, config: LoraConfig, trainable: bool) -> Self:
         inner = value.inner
         if isinstance(inner, Factors) and inner.A.shape[0] != inner.B.shape[1]:
             raise AdapterError(
@@ -96,7 +96,7 @@ class DoraFactors(LiveUpdate):
                 f"'{name}' is a DoRA with a magnitude for each input of a convolution's kernel, which cannot be "
                 "attached to a live model\n  merge it into the base's files: lorakit merge"
             )
-        held = live(inner.variant).of(layer, name, inner, dropout, trainable)
+        held = live(inner.variant).of(layer, name, inner, config, trainable)
         dtype = master_dtype(layer) if trainable else None
         return cls(held, value.magnitude.detach().to(device_of(layer), dtype, copy=True), value.by_output, trainable)
 

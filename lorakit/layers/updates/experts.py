@@ -41,13 +41,13 @@ class LiveExperts(LiveUpdate):
         return cls(A, B, config.alpha_of(name), config.rslora, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: ExpertFactors, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: ExpertFactors, config: LoraConfig, trainable: bool) -> Self:
         why = layer.lora_fits(value.A, value.B) if layer.lora_kind == "experts" else "this is no weight of experts"
         if why:
             raise AdapterError(f"the adapter's factors do not fit '{name}' ({type(layer).__name__}): {why}")
         dtype = master_dtype(layer) if trainable else None
         A, B = (t.detach().to(_device(layer), dtype, copy=True) for t in (value.A, value.B))
-        return cls(A, B, value.alpha, value.rslora, dropout, trainable)
+        return cls(A, B, value.alpha, value.rslora, config.dropout, trainable)
 
     def value(self, layer: LoraLayer) -> ExpertFactors:
         transposed = bool(layer.is_transposed)

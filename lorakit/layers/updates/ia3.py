@@ -35,6 +35,8 @@ class Ia3Factors(LiveUpdate):
     """One adapter's factors of one module. `feedforward`: whether they scale its inputs."""
 
     rank = 1
+    lacks = ("rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern", "lora_plus")
+    lacking = "trains factors of inputs and outputs alone"
 
     def __init__(self, vector: Tensor, feedforward: bool, trainable: bool):
         super().__init__()
@@ -67,20 +69,12 @@ class Ia3Factors(LiveUpdate):
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         check_not_packed(name, config, "(IA)³")
-        defaults = LoraConfig.model_fields
-        own = {field: getattr(config, field) for field in ("rank", "alpha", "dropout", "rslora")}
-        given = [field for field, value in own.items() if value != defaults[field].default]
-        if given or config.rank_pattern or config.alpha_pattern:
-            raise TargetError(
-                f"(IA)³ of '{name}' has factors alone (LoraConfig.{given[0] if given else 'rank_pattern'}): no rank, "
-                "alpha or dropout\n  remove these settings"
-            )
         feedforward = any(ends_with(name, entry) for entry in config.feedforward or ())
         size = _sizes(layer)[0 if feedforward else 1]
         return cls(torch.ones(size, dtype=master_dtype(layer), device=device_of(layer)), feedforward, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Ia3, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Ia3, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         if value.layout(base_of(layer).shape(layer), conv1d=layer.lora_transposed) is not layer.lora_transposed:
             size_in, size_out = _sizes(layer)

@@ -71,13 +71,13 @@ class LohaFactors(LiveUpdate):
         return cls(factors, base_of(layer).shape(layer), rank, alpha, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Loha, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Loha, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         check_fits(layer, name, value, "LoHa")
         shape = base_of(layer).shape(layer)
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
-        return cls(factors, shape, value.rank, value.alpha, dropout, trainable)
+        return cls(factors, shape, value.rank, value.alpha, config.dropout, trainable)
 
     def value(self, layer: LoraLayer) -> Loha:
         factors = {name: p.detach() for name, p in self._parameters.items() if p is not None}

@@ -72,13 +72,13 @@ class LokrFactors(LiveUpdate):
         return cls(factors, shape, alpha, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Lokr, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Lokr, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         check_fits(layer, name, value, "LoKr")
         shape = base_of(layer).shape(layer)
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
-        return cls(factors, shape, value.alpha, dropout, trainable)
+        return cls(factors, shape, value.alpha, config.dropout, trainable)
 
     def value(self, layer: LoraLayer) -> Lokr:
         return self._value()

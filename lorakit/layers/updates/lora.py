@@ -70,7 +70,7 @@ class LoraFactors(LiveUpdate):
         return cls(A, B, config.alpha_of(name), config.rslora, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Factors, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Factors, config: LoraConfig, trainable: bool) -> Self:
         A, B, alpha = value.A, value.B, value.alpha
         if value.parts is not None:
             compact = compact_packed(B, value.parts) if getattr(layer, "lora_parts", None) == value.parts else None
@@ -86,7 +86,7 @@ class LoraFactors(LiveUpdate):
             )
         dtype = master_dtype(layer) if trainable else None
         A, B = (t.detach().to(device_of(layer), dtype, copy=True) for t in (A, B))
-        return cls(layer.lora_laid_out(A), B, alpha, value.rslora, dropout, trainable)
+        return cls(layer.lora_laid_out(A), B, alpha, value.rslora, config.dropout, trainable)
 
     def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
         with torch.no_grad():

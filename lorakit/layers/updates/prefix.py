@@ -13,15 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...config import LoraConfig
 from ...errors import StateError, TargetError
 from ...ops.autocast import is_casting
 from ..bases import base_of
-from ..init.batches import undisturbed
 from ..virtual.body import CACHES, BodyLayer, Call, is_decoder, names_of
-from ..virtual.start import start_ids
+from ..virtual.start import base_alone, start_ids
 from ..virtual.tokens import VirtualUpdate
 
 
@@ -71,11 +70,12 @@ class PrefixTokens(VirtualUpdate):
         cache = DynamicCache()  # not by the config, whose sliding windows would drop the first tokens
         name = next(name for name in CACHES if name in names_of(type(layer).lora_probed))
         given = {"input_ids": ids[None].to(options["device"]), "use_cache": True, name: cache}
-        with undisturbed(layer), torch.no_grad():
+        with base_alone(layer):
             layer(**given)
         kept: list[Any] = cache.layers[:layers]
         states = [t for each in kept for t in (each.keys, each.values)]  # each [1, heads, n, size]
-        return torch.cat([t[0].transpose(0, 1).flatten(1) for t in states], 1).to(**options, copy=True)  # [n, width]
+        flat = [t[0].transpose(0, 1).flatten(1).to(**options) for t in states]  # from each layer's device
+        return torch.cat(flat, 1)  # [n, width]
 
     def put_in(self, layer: BodyLayer, call: Call) -> bool:
         checkpointed = layer.training and torch.is_grad_enabled()
@@ -99,8 +99,8 @@ class PrefixTokens(VirtualUpdate):
             states.to(dtype).view(self.rank, layers * 2, heads, -1).permute(1, 2, 0, 3)
         )  # [layers·2, heads, n, size]
         states = states[:, None].expand(-1, call.rows, -1, -1, -1)
-        for index in range(layers):
-            call.cache.update(states[2 * index], states[2 * index + 1], index)
+        for index, device in enumerate(_devices(layer, layers, states.device)):
+            call.cache.update(states[2 * index].to(device), states[2 * index + 1].to(device), index)
         return True
 
     def taken_out(self, output: Any, call: Call) -> Any:
@@ -108,6 +108,21 @@ class PrefixTokens(VirtualUpdate):
         if call.uses_cache:
             return output
         return type(output)(**{name: value for name, value in output.items() if name not in CACHES})
+
+
+def _devices(body: nn.Module, layers: int, default: torch.device) -> list[torch.device]:
+    """Return where each layer of the body computes: a model may be spread over devices."""
+    blocks = next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == layers), None)
+    return [default] * layers if blocks is None else [_device(block, default) for block in blocks]
+
+
+def _device(block: nn.Module, default: torch.device) -> torch.device:
+    hooks = (module.__dict__.get("_hf_hook") for module in block.modules())  # accelerate's, which move weights too
+    device = next((own for hook in hooks if (own := getattr(hook, "execution_device", None)) is not None), None)
+    if device is not None:
+        return torch.device(device)
+    weight = next(block.parameters(), None)
+    return default if weight is None else weight.device
 
 
 Live = PrefixTokens

@@ -18,7 +18,7 @@ from ...config.virtual_tokens import VirtualKind
 from ...errors import TargetError
 from ..bases import base_of
 from ..virtual.body import BodyLayer, Call, names_of
-from ..virtual.start import start_ids
+from ..virtual.start import base_alone, start_ids
 from ..virtual.tokens import VirtualUpdate
 
 
@@ -43,13 +43,15 @@ class PromptTokens(VirtualUpdate):
     @classmethod
     def start(cls, layer: BodyLayer, config: LoraConfig, options: Mapping[str, Any]) -> Tensor:
         n, (_, dim, _, _) = config.virtual_tokens, cls.sizes(layer)
-        weight = base_of(layer.lora_embedding()).dense(layer.lora_embedding())
         ids = start_ids(layer, config)
-        if weight.is_meta:
+        if options["device"].type == "meta":
             return torch.empty(n, dim, **options)
         if ids is None:
             return torch.randn(n, dim, **options)
-        return weight[ids.to(weight.device)].to(**options, copy=True)
+        embedding = layer.lora_embedding()
+        with base_alone(embedding):  # the module rather than rows of its weight, which some multiply (Gemma by √dim)
+            own: Tensor = embedding(ids[None].to(options["device"]))[0]
+        return own.to(**options, copy=True)  # [n, dim]
 
     def put_in(self, layer: BodyLayer, call: Call) -> bool:
         own = call.inputs.get("inputs_embeds")

@@ -62,7 +62,7 @@ class TokenRows(LiveUpdate):
         return cls(ids, original.to(master_dtype(layer), copy=True), original, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Tokens, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Tokens, config: LoraConfig, trainable: bool) -> Self:
         size, dim = _vocabulary(layer, name), base_of(layer).shape(layer)[1]
         if value.weight.shape[1] != dim:
             raise AdapterError(

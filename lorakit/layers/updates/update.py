@@ -67,6 +67,8 @@ class LiveUpdate(Own):
     averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
     captured_as: str | None = None  # the kind that its value is, if that is another
     tied = False  # whether it is the update of another module, whose weight this one shares
+    lacks: tuple[str, ...] = ()  # settings of `LoraConfig` that have no effect on a new update of its kind
+    lacking = ""  # why, after its name: "trains factors alone"
     starts = False  # whether it can start from given factors A and B (`begin`)
 
     @classmethod
@@ -85,8 +87,11 @@ class LiveUpdate(Own):
         raise NotImplementedError
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
-        """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
+    def of(cls, layer: LoraLayer, name: str, value: Any, config: LoraConfig, trainable: bool) -> Self:
+        """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit.
+
+        `config`: the adapter's, for what acts in training only and is not in a value (dropout).
+        """
         raise NotImplementedError
 
     @classmethod

@@ -40,6 +40,9 @@ class ScaledPair(NamedTuple):
 class VeraVectors(LiveUpdate):
     """One adapter's vectors of one linear."""
 
+    lacks = ("rslora", "alpha", "alpha_pattern")
+    lacking = "has no scale"
+
     def __init__(self, d: Tensor, b: Tensor, projection: Projection, size_in: int, dropout: float, trainable: bool):
         super().__init__()
         self.d = nn.Parameter(d, requires_grad=trainable)
@@ -59,8 +62,6 @@ class VeraVectors(LiveUpdate):
                 f"'{name}' has rank {config.rank_of(name)} (LoraConfig.rank_pattern), and VeRA's modules share random "
                 f"matrices of one rank, {config.rank}\n  remove rank_pattern"
             )
-        if config.rslora or config.alpha_of(name) != LoraConfig.model_fields["alpha"].default:
-            raise TargetError("VeRA has no scale (LoraConfig.rslora, alpha, alpha_pattern)\n  remove these settings")
         size_in, size_out = layer.lora_sizes()
         dtype, device = master_dtype(layer), device_of(layer)
         d = torch.full((config.rank,), config.vera_start, dtype=dtype, device=device)
@@ -68,7 +69,7 @@ class VeraVectors(LiveUpdate):
         return cls(d, b, Projection(config.vera_seed), size_in, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Vera, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Vera, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         size_in, size_out = layer.lora_sizes()
         A = value.projection.A
@@ -83,7 +84,7 @@ class VeraVectors(LiveUpdate):
             )
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         d, b = (t.detach().to(device, dtype, copy=True) for t in (value.d, value.b))
-        return cls(d, b, value.projection, size_in, dropout, trainable)
+        return cls(d, b, value.projection, size_in, config.dropout, trainable)
 
     @classmethod
     def join(cls, updates: Sequence[Self]) -> None:

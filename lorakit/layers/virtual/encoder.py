@@ -10,7 +10,7 @@ E: [n, dim] is trained too. All n tokens are computed at once: forward() -> [n, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from ...errors import AdapterError
 
 
 class Encoder(nn.Module):
+    network: ClassVar[str] = "mlp"
+
     def __init__(self, n: int, dim: int, options: Mapping[str, Any]):
         super().__init__()
         self.embedding = nn.Embedding(n, dim, **options)
@@ -57,6 +59,8 @@ class PromptMlp(Encoder):
 
 
 class PromptLstm(Encoder):
+    network = "lstm"
+
     def __init__(self, n: int, dim: int, hidden: int, layers: int, dropout: float, options: Mapping[str, Any]):
         super().__init__(n, dim, options)
         # torch warns of a dropout without a second layer to be between
@@ -95,7 +99,9 @@ def encoder_from(
     kind: VirtualKind, tensors: Mapping[str, Tensor], dropout: float, options: Mapping[str, Any]
 ) -> Encoder:
     """Build the network that has these weights, whose sizes they show. Raises AdapterError if they make none."""
-    with torch.random.fork_rng(devices=[]):  # loading must not change what is drawn next
+    target, options = torch.device(options["device"]), {**options, "device": torch.device("cpu")}
+    # Loading must not change what is drawn next, so the start, which is overwritten, is made on the CPU.
+    with torch.random.fork_rng(devices=[]):
         try:
             n, dim = tensors["embedding.weight"].shape
             first = "transform.0.weight" if kind == "prefix" else "mlp_head.0.weight"
@@ -108,11 +114,11 @@ def encoder_from(
                 encoder = new_encoder(
                     kind, "mlp", n, dim, tensors[last].shape[0], tensors[first].shape[0], 0, 0.0, options
                 )
-            if not encoder.embedding.weight.is_meta:  # `lorakit plan` has shapes alone
+            if target.type != "meta":  # `lorakit plan` has shapes alone
                 encoder.load_state_dict(dict(tensors))
         except (KeyError, ValueError, RuntimeError) as error:
             raise AdapterError(
                 f"the encoder of the virtual tokens has other tensors than {kind}'s: {error}\n"
                 "  remove its file and its name in lorakit.json to go on with the virtual tokens alone"
             ) from None
-    return encoder
+    return encoder.to(target)

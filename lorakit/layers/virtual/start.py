@@ -7,13 +7,17 @@ Liang (2021, section 7.4) the keys and values of real words for prefix tuning.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...config import LoraConfig
 from ...errors import ConfigError
 from ..bases import base_of
+from ..init.batches import undisturbed
+from ..layer import LoraLayer
 from .body import BodyLayer
 
 
@@ -35,3 +39,17 @@ def start_ids(layer: BodyLayer, config: LoraConfig) -> Tensor | None:
     if beyond:
         raise ConfigError(f"prompt_text: the token id {beyond[0]} is not one of the base's {vocabulary:,}")
     return torch.tensor((list(text) * math.ceil(n / len(text)))[:n])
+
+
+@contextmanager
+def base_alone(module: nn.Module) -> Iterator[None]:
+    """Compute as the base does, without the adapters that are active: in eval mode and without gradients."""
+    active = [(layer, layer.lora_active) for layer in module.modules() if isinstance(layer, LoraLayer)]
+    try:
+        for layer, _ in active:
+            layer.lora_active = ()
+        with undisturbed(module), torch.no_grad():
+            yield
+    finally:
+        for layer, own in active:
+            layer.lora_active = own

@@ -30,6 +30,11 @@ class VirtualUpdate(LiveUpdate):
     kind: ClassVar[VirtualKind]
     in_front: ClassVar[bool]  # whether they are inputs of the body, in front of the tokens' own
     counted = "tokens"
+    lacks = (
+        *("targets", "components", "exclude", "layers", "layers_pattern", "strict_targets", "packed", "init"),
+        *("rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern", "lora_plus"),
+    )
+    lacking = "trains virtual tokens alone"
     encoder: Encoder | None
     embeddings: nn.Parameter | None
 
@@ -67,6 +72,11 @@ class VirtualUpdate(LiveUpdate):
 
     # What all share
 
+    @property
+    def network(self) -> str:
+        """The encoder that computes them in training: "none", "mlp" or "lstm"."""
+        return "none" if self.encoder is None else self.encoder.network
+
     def virtual(self) -> Tensor:
         """Return the vectors, [n, width], with a gradient in training."""
         return self.encoder() if self.encoder is not None else self.embeddings  # type: ignore[return-value]
@@ -86,7 +96,7 @@ class VirtualUpdate(LiveUpdate):
         return cls(None, encoder.requires_grad_(trainable), trainable, {})
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Any, config: LoraConfig, trainable: bool) -> Self:
         body = _body(layer, name, cls.kind)
         cls.check_body(body)
         _, width, layers, heads = cls.sizes(body)
@@ -98,7 +108,7 @@ class VirtualUpdate(LiveUpdate):
             )
         options = _options(body)
         if trainable and value.encoder:
-            encoder = encoder_from(cls.kind, value.encoder, dropout, options)
+            encoder = encoder_from(cls.kind, value.encoder, config.encoder_dropout, options)
             return cls(None, encoder, trainable, {})
         options = options if trainable else {"device": options["device"]}
         embeddings = value.embeddings.detach().to(**options, copy=True)

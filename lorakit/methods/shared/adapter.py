@@ -87,6 +87,9 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
         for name in (_RESOLVED | ({"rank", "alpha"} if "init" in recipe else set())) & fixed.keys():
             default = LoraConfig.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
+    if "prompt_encoder" in fixed and _is_bare_prefix(adapter):
+        fixed |= {"prompt_encoder": "none", "encoder_size": None}
+        spellings = {name: value for name, value in spellings.items() if name not in ("prompt_encoder", "encoder_size")}
     if added := recorded_tokens(adapter.metadata):
         fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
     if scaling := record_of(adapter.metadata):
@@ -95,6 +98,14 @@ def start_from(config: RunSettings, fixes: Collection[str], kind: str | None = N
     own = adapter.config
     about = about if isinstance(about, Mapping) else {}
     return Start(source, fixed, spellings, own.task, own.base, own.revision, about, adapter.metadata)
+
+
+def _is_bare_prefix(adapter: Adapter) -> bool:
+    """Whether the adapter has a prefix without an encoder, as in PEFT's files also where its config says one."""
+    from ...adapter.virtual_tokens import BODY, VirtualTokens
+
+    own = adapter.updates.get(BODY)
+    return isinstance(own, VirtualTokens) and own.kind == "prefix" and not own.encoder
 
 
 def _check_kind(adapter: Adapter, source: str, method: str, kind: str) -> None:

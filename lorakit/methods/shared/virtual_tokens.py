@@ -13,12 +13,16 @@ from .adapter import Earlier, attach_adapter, start_from
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...layers.virtual.tokens import VirtualUpdate
+
 # Learning rates as multiples of LoRA's, by kind and encoder: the best of 0.001, 0.003, ..., 1 in 30 steps on E2E with
 # the embedded model, whose LoRA has 0.0037 there (docs/methods.md).
+# P-tuning goes on without an encoder from PEFT's files, which have none: it trains the vectors then, as prompt tuning.
 FACTORS: dict[tuple[VirtualKind, str], float] = {
     ("prefix", "none"): 80.0,
     ("prefix", "mlp"): 4.0,
     ("prompt", "none"): 10.0,
+    ("p_tuning", "none"): 10.0,
     ("p_tuning", "mlp"): 1.0,
     ("p_tuning", "lstm"): 1.0,
 }
@@ -76,29 +80,29 @@ def rate_factors(model: Any, config: RunSettings, name: str) -> dict[nn.Paramete
     """Return the parameters of another encoder than the default, with the rate that suits it if the run's is auto."""
     kind = virtual_kind(config)
     assert kind is not None
-    ratio = _factor(config, kind) / FACTORS[kind, encoder_of(kind, VirtualTokenSettings())]
+    update = _update(model, name)
+    ratio = FACTORS[kind, update.network] / FACTORS[kind, encoder_of(kind, VirtualTokenSettings())]
     if config.learning_rate != "auto" or ratio == 1:
         return {}
-    return dict.fromkeys(_parameters(model, name), ("encoder", ratio))
+    return dict.fromkeys(update.parameters(), ("virtual" if update.encoder is None else "encoder", ratio))
 
 
 def rate_factors_beside(model: Any, config: RunSettings, name: str) -> dict[nn.Parameter, tuple[str, float]]:
     """Return the parameters of virtual tokens beside LoRA, with their rate as a multiple of LoRA's."""
     kind = virtual_kind(config)
-    return {} if kind is None else dict.fromkeys(_parameters(model, name), ("virtual", _factor(config, kind)))
+    if kind is None:
+        return {}
+    update = _update(model, name)
+    return dict.fromkeys(update.parameters(), ("virtual", FACTORS[kind, update.network]))
 
 
-def _factor(config: RunSettings, kind: VirtualKind) -> float:
-    return FACTORS[kind, encoder_of(kind, part(config, VirtualTokenSettings))]
-
-
-def _parameters(model: Any, name: str) -> list[nn.Parameter]:
+def _update(model: Any, name: str) -> VirtualUpdate:
     from ...adapter.virtual_tokens import BODY
     from ...bases.pipeline import as_module
     from ...layers.layer import child_name
 
-    update: nn.Module = getattr(as_module(model).get_submodule(BODY), child_name(name))
-    return list(update.parameters())
+    update: VirtualUpdate = getattr(as_module(model).get_submodule(BODY), child_name(name))
+    return update
 
 
 def alone(config: RunSettings) -> tuple[str, str]:
@@ -116,5 +120,7 @@ def described(config: RunSettings) -> str:
     kind, own = virtual_kind(config), part(config, VirtualTokenSettings)
     assert kind is not None
     network = encoder_of(kind, own)
-    how = kind if network == "none" else f"{kind}, {network}"
+    # P-tuning's config has no way to say that an adapter came without its encoder.
+    unsaid = network == "none" or (kind == "p_tuning" and part(config, Earlier).adapter is not None)
+    how = kind if unsaid else f"{kind}, {network}"
     return f"{own.virtual_tokens} virtual tokens ({how})"

@@ -108,9 +108,13 @@ def longest_input(config: RunSettings) -> int | None:
 
 
 def names_of(about: Mapping[str, Any], base: Any) -> list[str]:
-    """Return the label names of a result, or those of its base; empty if they are only LABEL_0, LABEL_1, ..."""
-    names = about.get("labels") or [base.id2label[label] for label in sorted(base.id2label)]
-    return [] if list(names) == [f"LABEL_{label}" for label in range(len(names))] else list(names)
+    """Return the label names of a result, or those of its base; empty if a base's are only LABEL_0, LABEL_1, ..., which
+    transformers writes where there are none.
+    """
+    if about.get("labels"):
+        return list(about["labels"])
+    names = [base.id2label[label] for label in sorted(base.id2label)]
+    return [] if names == [f"LABEL_{label}" for label in range(len(names))] else names
 
 
 # ------------------------------------------------------------------------------------- the base

@@ -15,6 +15,7 @@ from rich.text import Text
 from ...analysis.tables import Table as NamedTable
 from ..bar import Bar
 from ..run_folder import HELD_OUT, evaluated
+from ..task_of_data import reason
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -158,6 +159,7 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
     rows = [
         ("model", f"{job.config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
         ("device", f"{job.parallel.device}, {threads_of(job.parallel.device)}"),
+        *([("task", why)] if (why := reason(job.config, job.train)) else []),
         *(("data", f"{name}: {train:,} rows to train on, {held:,} held out") for name, train, held in data),
         ("runs", f"{len(runs)}, trained together on one base, {sum(r.job.steps for r in runs):,} steps in all"),
         ("folder", folder),

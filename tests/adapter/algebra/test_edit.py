@@ -80,6 +80,31 @@ def test_prune_and_select_are_each_others_rest():
     assert value.select(["q", "embed"]).updates.keys() == only.updates.keys()
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"variant": "ia3", "targets": "ia3", "save_modules": ["norm"]}, "lora"),
+        ({"variant": "bottleneck", "activation": "gelu", "rank": 4, "save_modules": ["norm"]}, "lora"),
+        ({"variant": "adalora", "adalora_rank": 2, "rank": 4, "save_modules": ["norm"]}, "lora"),
+        ({"variant": "bottleneck", "activation": "gelu", "rank": 4, "trainable_tokens": [1, 2]}, "tokens"),
+        ({"variant": "prompt", "virtual_tokens": 2, "trainable_tokens": [1, 2]}, "prompt"),
+        ({"rank": 4, "prompt": "prompt", "virtual_tokens": 2, "trainable_tokens": [1, 2]}, "tokens"),
+    ],
+)
+def test_without_the_updates_of_its_kind_the_settings_of_the_kind_are_gone_too(settings, kept, tiny_llama):
+    value = lk.capture(lk.attach(tiny_llama, lk.LoraConfig(**settings)))
+    rest = select(value, r"model\.(norm|embed_tokens)|base_model")
+    assert (rest.config.variant, rest.config.activation, rest.config.feedforward) == (kept, "relu", None)
+
+
+def test_beside_tokens_an_adapter_stays_of_its_kind(tiny_llama):
+    settings = {"variant": "bottleneck", "targets": "houlsby", "activation": "gelu", "rank": 4}
+    value = lk.capture(lk.attach(tiny_llama, lk.LoraConfig(**settings, trainable_tokens=[1, 2])))
+    rest = prune(value, ["o_proj"])
+    assert (rest.config.variant, rest.config.activation) == ("bottleneck", "gelu")
+    assert prune(value, ["embed_tokens"]).config.variant == "bottleneck"
+
+
 def test_a_pattern_that_names_nothing_is_an_error():
     with pytest.raises(TargetError, match="no module of this adapter matches 'qvk'; did you mean 'qkv'"):
         prune(adapter(), ["q", "qvk"])

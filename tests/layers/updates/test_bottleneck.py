@@ -17,11 +17,12 @@ from lorakit.formats import losses
 from lorakit.methods import method_of
 from lorakit.train.config import TrainConfig
 
-RUN = {"data": "rows.jsonl", "model": "a base", "method": "bottleneck", "bottleneck_size": 3}
+RUN = {"data": "rows.jsonl", "model": "a base", "method": "bottleneck"}
 
 
 def attached(model: nn.Module, **settings) -> nn.Module:
-    config = TrainConfig(**RUN | settings)
+    size = {} if "reduction" in settings else {"bottleneck_size": 3}
+    config = TrainConfig(**RUN | size | settings)
     method_of("bottleneck").attach(model, config, "default", "CAUSAL_LM")
     return tiny.randomise_factors(model)
 
@@ -103,8 +104,11 @@ def test_what_it_does_not_have_is_said(settings, said, tiny_llama):
 
 
 def test_settings_and_layers_that_are_not_its_own_are_refused(tiny_llama):
-    with pytest.raises(TargetError, match="no alpha"):
-        lk.attach(tiny_llama, lk.LoraConfig(variant="bottleneck", alpha=8))
+    for given in ({"alpha": 8}, {"rslora": True}, {"alpha_pattern": {"o_proj": 8}}, {"lora_plus": 4}):
+        with pytest.raises(ConfigError, match=f"LoraConfig.{next(iter(given))} has no effect: .* has no alpha"):
+            lk.attach(tiny_llama, lk.LoraConfig(variant="bottleneck", **given))
+    with pytest.raises(ConfigError, match=r"rank has no effect: reduction \(8\)"):
+        lk.attach(tiny_llama, lk.LoraConfig(variant="bottleneck", rank=5, reduction=8))
     with pytest.raises(TargetError, match=r"'model.embed_tokens' is a Embedding; a bottleneck adapter stands behind"):
         lk.attach(tiny_llama, lk.LoraConfig(variant="bottleneck", targets=["embed_tokens"]))
     with pytest.raises(ConfigError, match="reduction has an effect with variant='bottleneck' only"):

@@ -18,7 +18,26 @@ def in_front(model, ids: list[int]) -> torch.Tensor:
     return model(input_ids=torch.cat([front, ROW], 1)).logits[:, len(ids) :]
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def gemma():
+    """Gemma 3, whose embedding multiplies its rows by √width."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=tiny.VOCAB, num_key_value_heads=1, max_position_embeddings=32, sliding_window=32, **sizes
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, gemma])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 @pytest.mark.parametrize(
     "n, used", [(3, TEXT), (2, TEXT[:2]), (7, [*TEXT, *TEXT, TEXT[0]])], ids=["its length", "cut", "repeated"]

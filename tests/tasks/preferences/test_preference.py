@@ -270,7 +270,7 @@ def test_a_result_says_which_loss_it_was_trained_with(make):
 
 
 def test_what_the_task_does_not_have_is_refused(make, make_config, tmp_path):
-    for setting, value in (("train_on", "all"), ("turns", "last")):
+    for setting, value in (("train_on", "all"), ("turns", "last"), ("answer_after", "A:")):
         with pytest.raises(ConfigError, match=f"{setting}: task: preference does not have it"):
             set_up(make(**{setting: value}))
     with pytest.raises(ConfigError, match=r"orpo_lambda: 1.0: loss: auto does not have it"):
