@@ -59,7 +59,7 @@ class Sides(Strict):
     rows: ClassVar = {"max_target_length", "source_prefix", "source_language", "target_language"}
 
     max_target_length: int | Auto = Field(
-        "auto", description="longest target in tokens, for encoder-decoders; max_length is the source's there"
+        "auto", description="longest target in tokens (seq2seq); max_length is the source's there"
     )
     source_prefix: str = Field("", description="text before every source, such as 'summarize: ' for T5")
     source_language: str | None = Field(None, description="the sources' language, for tokenizers that have several")
