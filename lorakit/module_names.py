@@ -20,7 +20,7 @@ from typing import Any
 # and the like.
 _LANGUAGE_TRUNK = re.compile(
     r"transformer\.(h|wte|wpe|word_embeddings(_layernorm)?|embedding|ln_f|norm_f|output_layer|layer\.\d+|encoder\.layers"
-    r"|embed_tokens|layers\.\d+\.((self_attn|mlp)\.\w+|(input|post_attention)_layernorm)$"
+    r"|embed_tokens|layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.down_proj|(input|post_attention)_layernorm)$"
     r"|blocks\.\d+\.((attn\.(Wqkv|out_proj)|ffn\.(up|down)_proj|norm_[12])$|norm_attn_norm))(\.|$)"
 )
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?\.|\\?-)+")

@@ -43,6 +43,9 @@ FLAGS = [
     "0",
 ]
 
+# The same for methods without a rank.
+WITHOUT_RANK = FLAGS[2:]
+
 
 def tokenizer(chat_template: str | None = None):
     """One token a byte."""

@@ -28,5 +28,5 @@ def usable_positions(base: Any) -> int | None:
     """Return the most tokens of a sequence; None if positions are relative or not limited. `base`: the config."""
     text = base.get_text_config()
     rows: int | None = getattr(text, "max_position_embeddings", None)
-    after = text.model_type in _AFTER_PADDING and text.pad_token_id is not None
+    after = getattr(text, "model_type", None) in _AFTER_PADDING and text.pad_token_id is not None
     return rows - text.pad_token_id - 1 if rows is not None and after else rows

@@ -14,7 +14,6 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
-from ..train.sweep.sweep_task import for_data
 from .shared.names import check_names
 from .shared.next import after_training, command
 from .shared.output import output, say
@@ -48,13 +47,15 @@ def _sweep(
     plan = expand(values, max_runs)
     first = next(iter(plan.runs.values()))
     check_names(first.model, first.data)
-    plan = for_data(plan, values, max_runs)
-    if dry_run:
-        _list(plan, json_output)
-        return
-
     with ExitStack() as until_shown:
-        until_shown.enter_context(starting("loading the base and the data", quiet))
+        until_shown.enter_context(starting(f"loading {'' if dry_run else 'the base and '}the data", quiet))
+        from ..train.sweep.sweep_task import for_data
+
+        plan = for_data(plan, values, max_runs)
+        if dry_run:
+            until_shown.close()
+            _list(plan, json_output)
+            return
         from ..train.sweep.sweep import sweep as start
         from ..train.sweep.sweep_progress import SweepProgress
 

@@ -81,7 +81,7 @@ class AdapterRecord:
     def image(self) -> bool:
         """Whether the base is an image model."""
         names = [m.name for m in self.facts.modules if m.name.startswith(IMAGE_PARTS)]
-        return self.format == "cloneofsimo" or any(not is_language_trunk(name) for name in names)
+        return self.format == "cloneofsimo" or (bool(names) and not any(is_language_trunk(name) for name in names))
 
     @property
     def plain_lora(self) -> bool:

@@ -123,7 +123,7 @@ def test_quantized_again_it_is_written_or_refused_by_the_share_kept(lorakit, fol
 
 def test_full_fine_tuning_of_it_is_refused(lorakit, folders, data, tmp_path):
     flags = ["--method", "full", "--model", folders[1], "--data", data, "--out", tmp_path / "run"]
-    code, _, error = lorakit("train", *flags, *tiny_lm.FLAGS)
+    code, _, error = lorakit("train", *flags, *tiny_lm.WITHOUT_RANK)
     assert code == 2
     assert "method: full trains all weights, and 14 of this base are quantized" in error
     assert "load the unquantized base, or use --method lora" in error
@@ -288,7 +288,8 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_loaded(lorakit, fl
 
 def test_what_cannot_be_quantized_is_refused(lorakit, folders, model, data, tmp_path):
     run = ["train", "--data", data, "--out", tmp_path / "run", *tiny_lm.FLAGS, "--quantize", "nf4"]
-    code, _, error = lorakit(*run, "--model", folders[0], "--method", "full")
+    full = ["train", "--data", data, "--out", tmp_path / "run", *tiny_lm.WITHOUT_RANK, "--quantize", "nf4"]
+    code, _, error = lorakit(*full, "--model", folders[0], "--method", "full")
     assert code == 2
     assert "method: full trains all weights" in error
     code, _, error = lorakit(*run, "--model", folders[0], "--compile")

@@ -97,7 +97,10 @@ def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
 def _check_for_text(path: str, adapter: Adapter) -> None:
     """Raise AdapterError if an adapter is for a pipeline: its modules are in components such as "unet"."""
     from ...bases.pipeline import component_of
+    from ...module_names import is_language_trunk
 
+    if any(is_language_trunk(name) for name in adapter.updates):
+        return  # whose other modules may be called as a pipeline's are
     components = {component_of(name) for name in adapter.updates} - {None}
     if components:
         raise AdapterError(
