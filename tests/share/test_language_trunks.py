@@ -8,6 +8,7 @@ from transformers import AutoModel
 
 import lorakit as lk
 from lorakit.analysis.heatmap import grids
+from lorakit.cli.shared.loading import _check_for_text
 from lorakit.errors import AdapterError
 from lorakit.formats import diffusers, format_of
 from lorakit.module_names import is_language_trunk
@@ -64,7 +65,12 @@ def test_so_are_those_of_a_class_for_question_answering(family):
         model = getattr(transformers, f"{family}ForQuestionAnswering")(config)
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
     assert sum(name.startswith("transformer.") for name in names) == 8
-    assert all(is_language_trunk(name) for name in names if name != "qa_outputs"), names
+    shared = {"transformer.layers.0.mlp.gate_proj", "transformer.layers.0.mlp.up_proj"}  # ERNIE-Image's are called so
+    assert {name for name in names if not is_language_trunk(name)} == {"qa_outputs", *shared}
+    adapter = lk.capture(
+        lk.attach(getattr(transformers, f"{family}ForQuestionAnswering")(config), lk.LoraConfig(rank=2))
+    )
+    _check_for_text("adapter", adapter)  # by its other names it is a language model's
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,8 @@ def test_every_method_saves_what_evaluates_the_same_again(make, task, method):
 def test_predictions_are_those_of_the_model_in_words(make):
     """Tags and answers as texts, in the rows' order."""
     for task in ("token_classification", "question_answering", "multiple_choice", "classification", "regression"):
-        config = make(task, "bert", steps=60, eval_every=60, validation=0)
+        steps = 180 if task == "multiple_choice" else 60  # with a few dozen it hangs on the machine's rounding
+        config = make(task, "bert", steps=steps, eval_every=steps, validation=0)
         job = set_up(config)
         train(config, QUIET)
         result = lk.Adapter.load(f"{config.out}/adapter")
