@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.bases.limits import resident
 from lorakit.config import LoraConfig
+from lorakit.errors import TrainError
 from lorakit.model.attach import attach
 from lorakit.ops import IGNORE_INDEX
 from lorakit.plan import step as step_file
@@ -215,8 +216,8 @@ def test_a_step_that_asks_for_numbers_is_an_error_that_says_so():
         training_step(made, batch(), asks, False)
 
 
-def test_an_encoder_decoder_cannot_be_planned_and_the_error_says_so():
-    with pytest.raises(PlanError, match="cannot be estimated"):
+def test_an_encoder_decoder_is_not_planned_as_a_language_model():
+    with pytest.raises(TrainError, match="use --task seq2seq"):
         planned_of(tiny.t5().config, torch.float32, lora(rank=4))
 
 

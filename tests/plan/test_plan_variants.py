@@ -24,7 +24,7 @@ KINDS |= {name: {"init": name} for name in starts() if name != "loftq"}  # which
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_and_an_evaluation_of_it_are_planned(kind):
-    base, settings = config_of("llama"), LoraConfig(rank=4, **KINDS[kind])
+    base, settings = config_of("llama"), LoraConfig(**({} if kind == "ia3" else {"rank": 4}), **KINDS[kind])
 
     def attached(model: Any) -> object:
         return attach(model, settings, batches=[] if kind in ("eva", "lora_ga") else None)
