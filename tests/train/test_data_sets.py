@@ -89,7 +89,7 @@ def test_what_cannot_be_mixed_is_an_error(make_config, others, tmp_path):
         train(make_config(mix={str(tmp_path / "nowhere.jsonl"): 0.5}), QUIET)
     labelled = [{"text": n, "label": label} for n in tiny_lm.NAMES for label in ("a", "b")]
     data = tiny_lm.write_rows(tmp_path / "labelled.jsonl", labelled)
-    with pytest.raises(ConfigError, match="classification does not have it"):
+    with pytest.raises(ConfigError, match="streaming has no effect with task: classification"):
         train(make_config(task="classification", data=data, streaming=True), QUIET)
 
 
