@@ -268,7 +268,7 @@ def test_a_slider_is_trained_without_pictures(make):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "full"}, "method: full: task text_to_image trains adapters"),
+        ({"method": "full", "rank": 16}, "method: full: task text_to_image trains adapters"),
         ({"compile": True}, "compile: task text_to_image does not have it"),
         ({"prior_count": 3}, "prior_count: say what to draw"),
         ({"new_tokens": {"<dog>": ""}}, "'<dog>' is in none of 7 captions"),

@@ -84,6 +84,10 @@ def test_settings_that_change_nothing_that_is_computed_may_change(begun, config,
         "sample_negative": "y",
         "sample_seed": 4,
         "cache": "none",
+        "sample_temperature": 0.5,
+        "sample_top_p": 0.9,
+        "sample_beams": 1,
+        "offload_activations": False,  # the run does not checkpoint
     }
     assert changes.keys() == FREE
     own = {name: value for name, value in changes.items() if belongs(name, "lora", "causal_lm")}
