@@ -100,8 +100,6 @@ def data(config: RunSettings, processor: Any) -> Data:
     from .media.pictures import read_labelled_pictures
 
     own = part(config, ImageClassificationSettings)
-    if getattr(config, "mix", None) or getattr(config, "streaming", None):
-        raise ConfigError("mix, streaming: image_classification does not have them\n  give one data set")
     read = read_labelled_pictures(config.data, config.split, own, processor, own.labels)
     if len(read.names) < 2:
         raise ConfigError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from ..config import Auto, Quantization, RunSettings, Strict, at_least_one, part
-from ..errors import ConfigError, NotFiniteError, TrainError
+from ..errors import NotFiniteError, TrainError
 from .task import Asked, Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
     blueprint,
@@ -108,9 +108,6 @@ def data(config: RunSettings, processor: Any) -> Data:
     from .text.lengths import check_limit, described
 
     own = part(config, Seq2SeqSettings)
-    for name in ("mix", "streaming"):
-        if getattr(config, name, None):
-            raise ConfigError(f"{name}: seq2seq does not have it\n  remove {name}; one data set, in memory")
     check_limit(config)
     how: dict[str, Any] = {"columns": own.columns, "prefix": own.source_prefix, "on_long": own.on_long}
     pairs = read_pairs(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...config import Quantization, RunSettings, part
-from ...errors import ConfigError, NotFiniteError, TrainError
+from ...errors import NotFiniteError, TrainError
 from ..task import Base, Data, Item
 from .base import (  # noqa: F401 (names of the tasks)
     MARGIN,
@@ -80,9 +80,6 @@ def read_parts(config: RunSettings, processor: Any, read: Callable[..., RowSet])
     from .lengths import check_limit, described
     from .vocabulary import check_vocabulary
 
-    for name in ("mix", "streaming"):
-        if getattr(config, name, None):
-            raise ConfigError(f"{name}: {config.task} does not have it\n  remove {name}; one data set, in memory")
     check_limit(config)
     first = read(rows_of(config, config.data, config.split), None)
     counts = {"dropped": first.dropped, "cut": first.cut, "split": first.split}
