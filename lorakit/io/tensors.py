@@ -64,7 +64,7 @@ def refuse_placeholder(path: Path) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Decide by the first 9 bytes: a length and "{", or the start of a pickle. If neither, the suffix decides.
+    """Decide by the first 9 bytes: a length within the file and "{", or the start of a pickle; else by the suffix.
 
     Raises AdapterError for what only stands in a file's place.
     """
@@ -74,7 +74,7 @@ def _is_safetensors(path: Path) -> bool:
             head = file.read(9)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-    if head[8:] == b"{":
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return True
     return path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80"))
 
