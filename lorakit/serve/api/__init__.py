@@ -1,0 +1,1 @@
+"""HTTP in the forms of OpenAI's API: requests to work for an engine, pieces to answers."""

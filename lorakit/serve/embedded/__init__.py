@@ -1,0 +1,1 @@
+"""The embedded engine: many adapters mixed in one batch of a model in this process."""

@@ -1,0 +1,37 @@
+"""What an engine cannot do, as errors that the API turns into statuses."""
+
+from __future__ import annotations
+
+from ..errors import LorakitError
+
+
+class Busy(LorakitError):
+    """All slots and places in the queue are taken. `retry_after`: seconds after which to ask again."""
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooLong(LorakitError, ValueError):
+    """The prompt and its answer have more tokens than the context holds."""
+
+
+class UnknownAdapter(LorakitError, LookupError):
+    """No adapter is loaded under this key or name."""
+
+
+class Cannot(LorakitError, ValueError):
+    """The engine cannot do what is asked. `what`: the setting, such as "mix" or "logprobs"."""
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message)
+        self.what = what
+
+
+class EngineFailed(LorakitError, RuntimeError):
+    """The engine broke while it computed. `heals`: whether asking again can succeed."""
+
+    def __init__(self, message: str, heals: bool = True):
+        super().__init__(message)
+        self.heals = heals

@@ -1,0 +1,1 @@
+"""Who may ask for what, and how much: hosts, keys, bounds, allowed roots."""

@@ -1,0 +1,24 @@
+"""The bounds on what one request may ask for, and on how many may be open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Each is refused with an error that names it; `waiting` with 429 and Retry-After."""
+
+    body: int = 1_000_000  # bytes of a request
+    nesting: int = 32  # levels of its JSON
+    messages: int = 1_000
+    answers: int = 8  # `n`
+    stops: int = 16
+    stop_characters: int = 256  # of one stop text
+    bias: int = 1_024  # entries of `logit_bias`
+    tools: int = 128
+    schema: int = 65_536  # characters of a JSON schema
+    prompt_tokens: int | None = None  # None: what the context holds
+    answer_tokens: int | None = None  # the most `max_tokens`; None: what the context holds
+    waiting: int = 256  # requests waiting for a slot
+    seconds: float = 600.0  # of one request, waiting included
