@@ -1,7 +1,7 @@
 """Penalties for tokens that an answer, or its prompt, has already.
 
     repetition (Keskar et al. 2019, CTRL; also of the prompt's tokens):  logit / r if it is positive, else logit · r
-    then presence and frequency (OpenAI; only of the answer's tokens):   logit − presence · [count > 0] − frequency · count
+    then presence p and frequency f (OpenAI; of the answer's tokens):    logit − p · [count > 0] − f · count
 
 Each answer keeps a list of its distinct tokens and their counts as arrays that grow, so that a step gathers and
 scatters a few hundred logits for all rows together rather than going over the vocabulary for each row.

@@ -8,7 +8,7 @@ min_p, top_k and top_p (`truncation`), then the draw. Log probabilities that are
 
 A row is computed from its own logits, settings and random numbers alone, so its answer does not depend on the other
 rows of the batch. A draw takes one uniform number u and returns the first token whose cumulative probability exceeds u
-(inverse transform sampling): one number a token, where the Gumbel trick would take one for each token of the vocabulary.
+(inverse transform sampling); the Gumbel trick would take a number for each token of the vocabulary.
 """
 
 from __future__ import annotations
@@ -170,14 +170,14 @@ def _logprobs(logits: Tensor, ids: Tensor, rows: Sequence[Picking]) -> list[Toke
 
 
 def _unusable(row: Picking) -> EngineFailed:
-    if row.adjusts:
-        return EngineFailed(
-            "no token can follow: the logits are not finite, or logit_bias and the schema leave no token of this "
-            "model's vocabulary\n  check the adapter's weights; ask again without logit_bias or the schema to tell which",
-            heals=False,
-        )
-    return EngineFailed(
+    """Return the error of a row without a finite score."""
+    failed = None if row.grammar is None else row.grammar.error()
+    if failed is not None:
+        return failed
+    message = (
         "the model's logits for the next token are NaN or infinite\n"
-        "  an adapter's weights or scale are too large for this precision: check it with the base alone, or use float32",
-        heals=False,
+        "  the adapter's weights or its scale are too large for this precision: try a lower scale, or float32"
     )
+    if row.grammar is not None or row.bias is not None:
+        message += "\n  or: logit_bias and the schema leave no token that could follow"
+    return EngineFailed(message, heals=False)

@@ -8,6 +8,7 @@ tokens whose probabilities, of those that are left, add up to at least top_p.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from ..engine import Sampling
 
 # A nucleus is looked for among this many likeliest tokens first; only rows whose nucleus is larger are sorted.
 HEAD = 128
+
+_Value = TypeVar("_Value", int, float)
 
 
 def keep_likely(weights: Tensor, settings: Sequence[Sampling]) -> Tensor:
@@ -28,8 +31,8 @@ def keep_likely(weights: Tensor, settings: Sequence[Sampling]) -> Tensor:
     return _on_rows(weights, [one.top_p for one in settings], 1.0, _top_p)
 
 
-def _on_rows[T: (int, float)](
-    weights: Tensor, values: Sequence[T], off: T, keep: Callable[[Tensor, Sequence[T]], Tensor]
+def _on_rows(
+    weights: Tensor, values: Sequence[_Value], off: _Value, keep: Callable[[Tensor, Sequence[_Value]], Tensor]
 ) -> Tensor:
     """Apply `keep` to the rows whose value is not `off`."""
     rows = [at for at, value in enumerate(values) if value != off]
@@ -54,7 +57,7 @@ def _top_p(weights: Tensor, top_p: Sequence[float]) -> Tensor:
     inside = _nucleus(values, mass)
     kept = torch.zeros_like(weights).scatter(-1, order, inside)
     larger = inside[:, -1] > 0  # even the last of the head is in the nucleus, so more of them may be
-    if HEAD < vocab and larger.any():
+    if vocab > HEAD and larger.any():
         values, order = weights[larger].sort(dim=-1, descending=True)
         kept[larger] = torch.zeros_like(values).scatter(-1, order, _nucleus(values, mass[larger]))
     return kept
