@@ -1,1 +1,1 @@
-"""The embedded engine: many adapters mixed in one batch of a model in this process."""
+"""The engine that runs the model in this process: one thread owns it, and every step serves all rows at once."""
