@@ -7,6 +7,7 @@ more. So there is one batch, unless lengths differ much.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ class Batches:
                 if slots.rows[at].fed >= _limit(number):
                     self._move(slots, at)
         used = list(self)
-        for small, big in zip(used, used[1:], strict=False):
+        for small, big in itertools.pairwise(used):
             if self._joins(small, big):
                 while small.rows:
                     self._move(small, len(small.rows) - 1, big)

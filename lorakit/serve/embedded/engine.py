@@ -1,8 +1,8 @@
 """`EmbeddedEngine`: the event loop's side of the engine in this process. What the model computes is in `loop`.
 
-    tiers = Tiers(model, tokenizer, device=32)
-    engine = EmbeddedEngine(model, base="embedded", tiers=tiers, prefixes=Prefixes(1 << 30), grammars=Grammars(tokenizer))
-    facts = await engine.start()
+tiers = Tiers(model, tokenizer, device=32)
+engine = EmbeddedEngine(model, base="embedded", tiers=tiers, prefixes=Prefixes(1 << 30), grammars=Grammars(tokenizer))
+facts = await engine.start()
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class EmbeddedEngine:
             raise Cannot("the prompt is empty\n  expected at least one token", "prompt")
         if not 0 <= min(ids) <= max(ids) < self.facts.vocabulary:
             wrong = next(i for i in ids if not 0 <= i < self.facts.vocabulary)
-            raise Cannot(f"the prompt has the token {wrong}; the base has tokens 0 to {self.facts.vocabulary - 1}", "prompt")
+            raise Cannot(
+                f"the prompt has the token {wrong}; the base has tokens 0 to {self.facts.vocabulary - 1}", "prompt"
+            )
         if sampling.max_tokens < 1:
             raise Cannot(f"max_tokens is {sampling.max_tokens}; expected at least 1", "max_tokens")
         if len(ids) + sampling.max_tokens > self.facts.context:

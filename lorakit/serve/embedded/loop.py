@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import logging
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import LorakitError
-from ..engine import Finish, Piece, TokenLogprob
+from ..engine import Finish, Piece
 from ..errors import EngineFailed
 from ..ticket import Ticket, deliver
 from .batches import Batches
@@ -57,9 +56,7 @@ class Counters:
 class Loop:
     """Serves requests until `close`. The event loop's thread calls `give`, `call`, `wake`, `cancel_all`, `close`."""
 
-    def __init__(
-        self, runner: Runner, tiers: Tiers, prefixes: Prefixes, *, rows: int, to: asyncio.AbstractEventLoop
-    ):
+    def __init__(self, runner: Runner, tiers: Tiers, prefixes: Prefixes, *, rows: int, to: asyncio.AbstractEventLoop):
         self.runner, self.tiers, self.prefixes, self.max_rows = runner, tiers, prefixes, rows
         self.counters = Counters()
         self.failed: EngineFailed | None = None  # why the thread has ended; it ends by itself only so
@@ -179,9 +176,7 @@ class Loop:
                     still.append(request)
                     continue
                 self.runner.check(request.choice)
-                request.picking = Picking(
-                    request.work.sampling, request.work.ids, request.matcher, self.runner.device
-                )
+                request.picking = Picking(request.work.sampling, request.work.ids, request.matcher, self.runner.device)
             except LorakitError as error:
                 self._finish(request, error)
                 continue
@@ -247,52 +242,37 @@ class Loop:
         """Compute the next token of each row, and send it."""
         try:
             logits = self.runner.step(slots)
-            # One reduction finds NaN and inf; -inf alone is a token that the model rules out.
-            finite = logits.amax(-1).isfinite().tolist()
-            requests = list(itertools.compress(slots.rows, finite))
-            if len(requests) < len(finite):
-                logits = logits[torch.tensor(finite, device=logits.device)]
-            picked = pick(logits, [request.picking for request in requests]) if requests else []
+            picked = pick(logits, [request.picking for request in slots.rows])
         except Exception as error:
             broken = list(slots.rows)
             slots.reset()
             self._broke(broken, error)
             return
         self.counters.last_step = time.monotonic()
-        for request in list(itertools.compress(slots.rows, (not fine for fine in finite))):
-            self._end_broken(slots, request)
-        for request, took in zip(requests, picked, strict=True):
-            self._took(slots, request, took)
+        for request, new in zip(list(slots.rows), picked, strict=True):
+            self._took(slots, request, new)
 
     def _took(self, slots: Slots, request: Request, picked: Picked) -> None:
         """Add what was picked for a row to its answer."""
-        request.ids.append(picked.id)
-        new = picked.finish != "stop"
-        logprobs: tuple[TokenLogprob, ...] = (picked.logprob,) if new and picked.logprob is not None else ()
-        cached = request.cached if request.answered == 1 else 0
-        piece = Piece((picked.id,) if new else (), logprobs, picked.finish, cached)
-        self.counters.answer_tokens += new
+        if picked.error is not None:
+            at = slots.rows.index(request)
+            slots.clear_row(at)  # the values may be NaN, see `slots`
+            slots.remove(at)
+            self._finish(request, picked.error)
+            return
+        fed = len(request.ids)
+        new = () if picked.id is None else (picked.id,)
+        request.ids.extend(new)
+        logprobs = () if picked.logprob is None else (picked.logprob,)
+        piece = Piece(new, logprobs, picked.finish, request.cached if fed == request.prompt else 0)
+        self.counters.answer_tokens += len(new)
         if picked.finish is None:
             self._out.append((request.ticket, piece))
             return
         at = slots.rows.index(request)
-        self._keep(request, request.ids[:-1], slots.read(at, request.fed))
+        self._keep(request, request.ids[:fed], slots.read(at, fed))
         slots.remove(at)
         self._finish(request, piece)
-
-    def _end_broken(self, slots: Slots, request: Request) -> None:
-        """End a row whose logits are not finite."""
-        at = slots.rows.index(request)
-        slots.clear_row(at)
-        slots.remove(at)
-        self._finish(
-            request,
-            EngineFailed(
-                "the model computed values that are not finite (NaN or infinity) for this request\n"
-                "  check the adapter's weights and its scale; in float16, load the base in bfloat16 or float32",
-                heals=False,
-            ),
-        )
 
     # ------------------------------------------------------------------------------------------------- ends
 

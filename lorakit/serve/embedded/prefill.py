@@ -96,7 +96,7 @@ class Group:
             first = start.length + self.fed
             row = start.request.ids[first : min(first + width, start.request.fed)]
             ids.append(row + start.request.ids[-1:] * (width - len(row)))  # on the right: no token before it sees it
-        runner.prefill(self.slots, ids, [start.length + self.fed for start in self.starts])
+        runner.prefill(self.slots, ids)
         self.fed += width
         return width * len(ids)
 

@@ -34,7 +34,7 @@ class Request:
 
     @property
     def fed(self) -> int:
-        """The number of tokens whose keys and values are in its row's slot."""
+        """The number of tokens that are fed before the next step: all but the last."""
         return len(self.ids) - 1
 
     @property

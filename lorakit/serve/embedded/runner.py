@@ -75,14 +75,13 @@ class Runner:
         """Return slots without a row, for up to so many."""
         return Slots(self.layers, rows, self.context)
 
-    def prefill(self, slots: Slots, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        """Feed tokens to the rows of `slots`, from the positions `starts` on. ids: equally many for each, padded."""
-        self._feed(self.body, slots, ids, starts)
+    def prefill(self, slots: Slots, ids: Sequence[Sequence[int]]) -> None:
+        """Feed tokens to the rows of `slots`. ids: equally many for each, padded on the right."""
+        self._feed(self.body, slots, ids)
 
     def step(self, slots: Slots) -> Tensor:
         """Feed each row its last token. Return the logits of the next, [rows, vocab] in float32."""
-        requests = slots.rows
-        out = self._feed(self.model, slots, [[r.ids[-1]] for r in requests], [r.fed for r in requests])
+        out = self._feed(self.model, slots, [[request.ids[-1]] for request in slots.rows])
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
@@ -101,9 +100,9 @@ class Runner:
         if choice and (problem := self._routable[choice]) is not None:
             raise Cannot(problem, "mix" if len(choice) > 1 else "scale")
 
-    def _feed(self, part: Any, slots: Slots, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Any:
+    def _feed(self, part: Any, slots: Slots, ids: Sequence[Sequence[int]]) -> Any:
         width = len(ids[0])
-        slots.begin(starts, width)
+        slots.begin(width)
         tokens = torch.tensor(ids, device=self.device)
         positions = slots.index(self.device)[1]
         fresh = slots.longest == width
@@ -113,7 +112,9 @@ class Runner:
         if part is self.model and self._keeps_logits:
             inputs["logits_to_keep"] = 1
         with self._routed([request.choice for request in slots.rows]):
-            return part(input_ids=tokens, use_cache=True, **inputs)
+            out = part(input_ids=tokens, use_cache=True, **inputs)
+        slots.end()
+        return out
 
     def _routed(self, choices: Sequence[Choice]) -> AbstractContextManager[None]:
         state = self.model.__dict__.get(STATE)
@@ -130,7 +131,8 @@ class Runner:
         allowed = 1e-3 if self.dtype == torch.float32 else 0.05  # of the largest logit; a wrong mask changes it by more
         with torch.inference_mode():
             try:
-                self.prefill(slots, [row.ids[:-1] + [0] * (8 - len(row.ids)) for row in slots.rows], [0, 0])
+                self.prefill(slots, [row.ids[:-1] + [0] * (8 - len(row.ids)) for row in slots.rows])
+                slots.lengths = [row.fed for row in slots.rows]  # without the padding
                 for _ in range(2):
                     logits = self.step(slots)
                     with self._routed([BASE]):

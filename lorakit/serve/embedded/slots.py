@@ -25,12 +25,15 @@ FIRST_ROWS, FIRST_POSITIONS = 4, 128
 
 
 class Slots:
-    """The rows of a batch and their caches. `rows`: the requests, in the order of the slots."""
+    """The rows of a batch and their caches.
+
+    rows: the requests, in the order of the slots. lengths: the positions that each has.
+    """
 
     def __init__(self, layers: int, max_rows: int, max_positions: int):
         self.rows: list[Request] = []
         self.max_rows, self.max_positions = max_rows, max_positions
-        self.starts: list[int] = []  # of the tokens that are fed now, a row
+        self.lengths: list[int] = []  # without the tokens that are fed now
         self.width = 0  # tokens that are fed now, for each row
         self._index: tuple[Tensor, Tensor] | None = None
         self.layers = [SlotLayer(self) for _ in range(layers)]
@@ -39,27 +42,32 @@ class Slots:
     @property
     def longest(self) -> int:
         """The most positions that any row has after the tokens that are fed now."""
-        return min(max(self.starts, default=0) + self.width, self.max_positions)
+        return min(max(self.lengths, default=0) + self.width, self.max_positions)
 
     @property
     def aligned(self) -> bool:
         """Whether the tokens that are fed now stand at the same positions in all rows."""
-        return len(set(self.starts)) <= 1
+        return len(set(self.lengths)) <= 1
 
     @property
     def position_bytes(self) -> int:
         """The bytes of a row's keys and values at one position; 0 before the first row was computed."""
         return sum(b.shape[1] * b.shape[3] * b.element_size() for b in self._allocated())
 
-    def begin(self, starts: Sequence[int], width: int) -> None:
-        """Prepare to feed `width` tokens to each row, from its position in `starts` on."""
-        self.starts, self.width, self._index = list(starts), width, None
+    def begin(self, width: int) -> None:
+        """Prepare to feed `width` tokens to each row."""
+        self.width, self._index = width, None
+
+    def end(self) -> None:
+        """Count the tokens that were fed as each row's own."""
+        self.lengths = [length + self.width for length in self.lengths]
+        self.width = 0
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the rows [rows, 1] and positions [rows, width] that the tokens that are fed now go to."""
         if self._index is None:
-            starts = torch.tensor(self.starts, device=device)[:, None]
-            rows = torch.arange(len(self.starts), device=device)[:, None]
+            starts = torch.tensor(self.lengths, device=device)[:, None]
+            rows = torch.arange(len(self.lengths), device=device)[:, None]
             positions = starts + torch.arange(self.width, device=device)
             # Padding behind a row that ends near the context's end goes to the last position, which no prompt fills.
             self._index = rows, positions.clamp_(max=self.max_positions - 1)
@@ -74,6 +82,7 @@ class Slots:
                 layer.buffers[0][at, :, :length] = keys[:, :length]
                 layer.buffers[1][at, :, :length] = values[:, :length]
         self.rows.append(request)  # last, as memory may be short above
+        self.lengths.append(length)
 
     def read(self, at: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Return the first positions of a row, for each layer: views, until the next step writes into them."""
@@ -82,10 +91,9 @@ class Slots:
     def remove(self, at: int) -> None:
         """Drop a row. The last row takes its slot."""
         last = len(self.rows) - 1
-        request = self.rows.pop()
+        request, length = self.rows.pop(), self.lengths.pop()
         if at < last:
-            self.rows[at] = request
-            length = request.fed
+            self.rows[at], self.lengths[at] = request, length
             for buffer in self._allocated():
                 buffer[at, :, :length] = buffer[last, :, :length]
         if not self.rows:
@@ -104,6 +112,7 @@ class Slots:
     def reset(self) -> None:
         """Drop all rows and buffers."""
         self.rows.clear()
+        self.lengths.clear()
         for layer in self.layers:
             layer.buffers = ()
             layer.is_initialized = False
@@ -136,7 +145,7 @@ class SlotLayer(CacheLayerMixin):
         self.fit(key_states, value_states, rows, end)
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             if slots.aligned:
-                buffer[:rows, :, slots.starts[0] : end] = new
+                buffer[:rows, :, slots.lengths[0] : end] = new
             else:
                 at, positions = slots.index(new.device)
                 buffer[at, :, positions] = new.transpose(1, 2)  # [rows, width, heads, head_dim]
@@ -156,14 +165,13 @@ class SlotLayer(CacheLayerMixin):
         # Zeros, not empty: masked positions must be finite. A CPU allocates memory that was never written to lazily.
         self.buffers = tuple(new.new_zeros(rows, new.shape[1], positions, new.shape[3]) for new in (keys, values))
         self.is_initialized = True
-        for at, request in enumerate(self.slots.rows[: len(old[0]) if old else 0]):
+        for at, length in enumerate(self.slots.lengths[: len(old[0]) if old else 0]):
             for buffer, before in zip(self.buffers, old, strict=True):
-                length = min(request.fed, before.shape[2])
                 buffer[at, :, :length] = before[at, :, :length]
 
     def get_seq_length(self) -> int:
         """Return the positions before the tokens that are fed now, of the longest row."""
-        return max(self.slots.starts, default=0)
+        return max(self.slots.lengths, default=0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many positions the keys of this step have, and the first one's: 0."""
