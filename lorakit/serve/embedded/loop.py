@@ -26,6 +26,7 @@ from .batches import Batches
 from .picking import Picked, Picking, pick
 from .prefill import Group, Start, grouped
 from .request import Request
+from .runner import Flattened
 from .slots import KeysValues, Slots
 
 if TYPE_CHECKING:
@@ -207,6 +208,9 @@ class Loop:
             group = self._groups.popleft()
             try:
                 left -= group.advance(self.runner, min(left, CHUNK_ALONE))
+            except Flattened:
+                self._groups.extend(group.again(self.runner))
+                continue
             except Exception as error:
                 self._broke(group.requests, error)
                 continue

@@ -48,6 +48,7 @@ def grouped(runner: Runner, starts: Sequence[Start]) -> list[Group]:
         last = groups[-1] if groups else None
         if (
             last is None
+            or runner.one_by_one
             or (last[0].length > 0) != (start.length > 0)
             or start.missing > PADDING * last[0].missing + PADDING_FREE
         ):
@@ -77,6 +78,10 @@ class Group:
     def requests(self) -> list[Request]:
         """Those whose prompts these are."""
         return [start.request for start in self.starts]
+
+    def again(self, runner: Runner) -> list[Group]:
+        """Return groups for the same prompts, as the runner takes them now."""
+        return grouped(runner, self.starts)
 
     def drop(self, ended: Collection[Request]) -> None:
         """Drop the requests that have ended; those of others are no matter."""

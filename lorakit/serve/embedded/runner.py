@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,13 +29,22 @@ from .slots import Slots
 if TYPE_CHECKING:
     from ..engine import Choice
 
+Per = Literal["row", "token"]
 # Where a model's positions have no end of their own.
 DEFAULT_CONTEXT = 8192
 _ELSEWHERE = "  use it with `lorakit generate`, or serve it with --engine vllm"
 
 
+class Flattened(Exception):
+    """The model hands the tokens of all rows to an adapted module in one axis."""
+
+
 class Runner:
-    """A model in evaluation mode. `context`: positions for prompt and answer; `vocabulary`: its tokens."""
+    """A model in evaluation mode. `context`: positions for prompt and answer; `vocabulary`: its tokens.
+
+    one_by_one: prompts must be prefilled one at a time, with a choice for each token, as the model hands the tokens of
+    all rows to an adapted module in one axis (shared experts of Qwen2-MoE). It is found out when that happens.
+    """
 
     def __init__(self, model: Any, context: int | None = None):
         """Check that the model can be decoded in slots. Raises LorakitError if not."""
@@ -68,6 +77,7 @@ class Runner:
         self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._cache_names = {part: cache_name(part) for part in (self.model, self.body)}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.one_by_one = False
         self._routable: dict[Choice, str | None] = {}
         self._try()
 
@@ -76,12 +86,26 @@ class Runner:
         return Slots(self.layers, rows, self.context)
 
     def prefill(self, slots: Slots, ids: Sequence[Sequence[int]]) -> None:
-        """Feed tokens to the rows of `slots`. ids: equally many for each, padded on the right."""
-        self._feed(self.body, slots, ids)
+        """Feed tokens to the rows of `slots`. ids: equally many for each, padded on the right.
+
+        Raises Flattened where the model can only be given one row, and `one_by_one` was not set; it is now.
+        """
+        choices = [request.choice for request in slots.rows]
+        try:
+            if self.one_by_one:
+                self._feed(self.body, slots, ids, choices * len(ids[0]), per="token")
+            else:
+                self._feed(self.body, slots, ids, choices)
+        except StateError as error:
+            if self.one_by_one:
+                raise
+            self.one_by_one = True
+            raise Flattened(str(error)) from error
 
     def step(self, slots: Slots) -> Tensor:
         """Feed each row its last token. Return the logits of the next, [rows, vocab] in float32."""
-        out = self._feed(self.model, slots, [[request.ids[-1]] for request in slots.rows])
+        choices = [request.choice for request in slots.rows]
+        out = self._feed(self.model, slots, [[request.ids[-1]] for request in slots.rows], choices)
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
@@ -100,7 +124,9 @@ class Runner:
         if choice and (problem := self._routable[choice]) is not None:
             raise Cannot(problem, "mix" if len(choice) > 1 else "scale")
 
-    def _feed(self, part: Any, slots: Slots, ids: Sequence[Sequence[int]]) -> Any:
+    def _feed(
+        self, part: Any, slots: Slots, ids: Sequence[Sequence[int]], choices: Sequence[Choice], per: Per = "row"
+    ) -> Any:
         width = len(ids[0])
         slots.begin(width)
         tokens = torch.tensor(ids, device=self.device)
@@ -111,16 +137,16 @@ class Runner:
             inputs["attention_mask"] = masks(self.kinds, positions, slots.longest, self.how, self.dtype)
         if part is self.model and self._keeps_logits:
             inputs["logits_to_keep"] = 1
-        with self._routed([request.choice for request in slots.rows]):
+        with self._routed(choices, per):
             out = part(input_ids=tokens, use_cache=True, **inputs)
         slots.end()
         return out
 
-    def _routed(self, choices: Sequence[Choice]) -> AbstractContextManager[None]:
+    def _routed(self, choices: Sequence[Choice], per: Per = "row") -> AbstractContextManager[None]:
         state = self.model.__dict__.get(STATE)
         if state is None or not state.adapters:
             return nullcontext()
-        return route(self.model, [_named(choice) for choice in choices])
+        return route(self.model, [_named(choice) for choice in choices], per=per)
 
     def _try(self) -> None:
         """Raise LorakitError unless rows of different lengths get the logits that each gets alone, without a cache."""
@@ -131,7 +157,7 @@ class Runner:
         allowed = 1e-3 if self.dtype == torch.float32 else 0.05  # of the largest logit; a wrong mask changes it by more
         with torch.inference_mode():
             try:
-                self.prefill(slots, [row.ids[:-1] + [0] * (8 - len(row.ids)) for row in slots.rows])
+                self.prefill(slots, [row.ids[:-1] + row.ids[-1:] * (8 - len(row.ids)) for row in slots.rows])
                 slots.lengths = [row.fed for row in slots.rows]  # without the padding
                 for _ in range(2):
                     logits = self.step(slots)
