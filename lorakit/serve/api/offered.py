@@ -52,7 +52,7 @@ REFUSED = {
     "use_beam_search": "answers are sampled; use `n` for several",
     "min_tokens": "give the end token a negative `logit_bias` instead",
     "continue_final_message": "use /v1/completions with the text to go on from",
-    "chat_template": "an adapter's own chat template is used; another is given when the server starts (--chat-template)",
+    "chat_template": "adapters bring their own; the base's is given when the server starts (--chat-template)",
     "documents": "write them into the messages",
 }
 
