@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 import traceback
+from typing import TextIO
 
 from .guard.shield import Broken
 from .observe import Seen
@@ -19,9 +20,9 @@ LOG = logging.getLogger("lorakit.serve")
 _PATH_LENGTH = 200
 
 
-def configure(access: bool = True) -> None:
-    """Send our log and uvicorn's warnings to stderr. access: a line for each request too."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure(access: bool = True, stream: TextIO | None = None) -> None:
+    """Send our log and uvicorn's warnings to `stream`, or stderr. access: a line for each request too."""
+    handler = logging.StreamHandler(stream or sys.stderr)
     form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     form.converter = time.gmtime
     handler.setFormatter(form)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .engine import Stats
 
 MAX_ADAPTERS = 100
-OTHER = "other"
+OTHER, MIX = "other", "mix"
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS"})
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # name, whether it only grows, the field of `Stats`, help
@@ -70,7 +70,7 @@ class Metrics:
         if seen.first is not None:
             self._first.labels(path).observe(seen.first)
         if seen.adapter is not None:
-            self._by_adapter.labels(self._label(seen.adapter.rpartition("@")[0] or seen.adapter)).inc()
+            self._by_adapter.labels(self._label(seen.adapter)).inc()
 
     def page(self) -> tuple[bytes, str]:
         """Return the page and its content type."""
@@ -78,7 +78,9 @@ class Metrics:
 
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
-    def _label(self, name: str) -> str:
+    def _label(self, adapter: str) -> str:
+        """Return the label of an adapter as an answer names it: without the hash; all mixes have one label."""
+        name = MIX if "+" in adapter else adapter.rpartition("@")[0] or adapter
         if name not in self._adapters and len(self._adapters) >= MAX_ADAPTERS:
             return OTHER
         self._adapters.add(name)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AFTER_DRAIN = 5.0  # seconds for cancelled answers to be sent to their end, and for the engine to free what it holds
+AFTER_DRAIN = 3.0  # seconds for cancelled answers to be sent to their end, and for the engine to free what it holds
 CONNECTIONS = 4_096  # open at once; more are answered with 503
 UNREAD_SECONDS = 60  # a client that takes nothing for this long has its connection closed by the system
 HEADER_BYTES = 65_536

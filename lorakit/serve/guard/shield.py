@@ -39,6 +39,8 @@ def shielded(app: App, report: Callable[[str, BaseException], None], seconds: fl
             await app(scope, receive, sending)
         except Broken:
             raise
+        except asyncio.CancelledError:  # the server is stopping, and this answer took too long
+            raise Broken(name) from None
         except Exception as error:
             report(name, error)
             if started:
@@ -51,4 +53,4 @@ def shielded(app: App, report: Callable[[str, BaseException], None], seconds: fl
 
 
 class Broken(Exception):
-    """An answer that ended in the middle: it was reported already, or its reader does not read."""
+    """An answer that ended early: it was reported already, its reader does not read, or the server is stopping."""
