@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -126,19 +127,20 @@ def serve(
         **settings_of_engine,
     )
     service: list[Service] = []
-    try:
-        with starting(f"loading {base}"):
-            asyncio.run(
-                run(
-                    listener,
-                    lambda: start(settings, service.append),
-                    drain=drain,
-                    ready=lambda: _say_ready(service[0], url_of(listener), bool(guard.keys.use)),
-                )
-            )
-    except StoppedError as stopped:
-        print(f"lorakit: {stopped}", file=sys.stderr)
-        raise typer.Exit(130 if stopped.signal == "SIGINT" else 0) from None
+    with ExitStack() as until_ready:
+        until_ready.enter_context(starting(f"loading {base}"))
+
+        def ready() -> None:
+            until_ready.close()
+            _say_ready(service[0], url_of(listener), bool(guard.keys.use))
+
+        try:
+            asyncio.run(run(listener, lambda: start(settings, service.append), drain=drain, ready=ready))
+        except StoppedError as stopped:
+            until_ready.close()
+            interrupted = stopped.signal == "SIGINT"
+            print(f"lorakit: stopped by {'Ctrl-C' if interrupted else stopped.signal}", file=sys.stderr)
+            raise typer.Exit(130 if interrupted else 0) from None
 
 
 def _say_ready(service: Service, url: str, needs_key: bool) -> None:

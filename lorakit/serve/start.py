@@ -119,7 +119,7 @@ async def _in_thread(function: Callable[[], T]) -> T:
     def run() -> None:
         try:
             outcome: tuple[T | None, BaseException | None] = function(), None
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: whoever waits must hear of it
             outcome = None, error
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
