@@ -21,6 +21,7 @@ from starlette.responses import Response
 from ...errors import AdapterError, ConfigError, DataError, LorakitError, StateError, choices, did_you_mean, expectation
 from ..errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
 from .offered import missing
+from .replies import Json
 
 log = logging.getLogger("lorakit.serve")
 
@@ -53,6 +54,9 @@ def body(message: str, status: int, param: str | None = None, code: str | None =
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+INTERNAL = body("the server failed; its log says why", 500, None, "internal_error")
+
+
 def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Return status, body and headers for an error. What is not an error of the caller's is logged, and not shown."""
     text = str(error)
@@ -81,15 +85,13 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         case ConfigError() | DataError() | StateError():
             return 400, body(text, 400), {}
     log.error("a request failed", exc_info=error)
-    return 500, body("the server failed; its log says why", 500, None, "internal_error"), NO_RETRY
+    return 500, INTERNAL, NO_RETRY
 
 
-def response(error: Exception) -> Response:
+def response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error's response."""
-    from .replies import Json
-
-    status, content, headers = described(error)
-    return Json(content, status, headers)
+    status, content, own = described(error)
+    return Json(content, status, {**own, **(headers or {})})
 
 
 def install(app: FastAPI) -> None:
@@ -98,18 +100,22 @@ def install(app: FastAPI) -> None:
     async def failed(_: Request, error: Exception) -> Response:
         return response(error)
 
+    async def broken(_: Request, error: Exception) -> Response:
+        # Starlette raises it again, for the server to log.
+        return Json(INTERNAL, 500, NO_RETRY)
+
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return response(validation(error.errors(), error.body))
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return response(_of_http(request, error))
+        return response(_of_http(request, error), error.headers)
 
     app.add_exception_handler(LorakitError, failed)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(Exception, broken)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
@@ -136,7 +142,9 @@ def validation(problems: Sequence[Mapping[str, Any]], given: object) -> ApiError
     fields: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
     for problem in problems:
         fields.setdefault(tuple(_field(problem, given)), []).append(problem)
-    path, items = min(fields.items(), key=lambda entry: len(entry[0]))
+    # Of a union, the member whose problem lies deepest is the one that was meant.
+    start = next(iter(fields))[:1]
+    path, items = max((entry for entry in fields.items() if entry[0][:1] == start), key=lambda entry: len(entry[0]))
     param = ".".join(str(part) for part in path) or None
     if items[0]["type"] == "missing":
         return ApiError(f"{param} is missing", param)
