@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ log = logging.getLogger("lorakit.serve")
 
 # The request's field behind each ability that an engine may lack.
 FIELDS = {"mix": "model", "scale": "lorakit.scale", "schema": "response_format", "repetition": "repetition_penalty"}
+# Errors of the renderer begin with the place in the request that is wrong, such as messages[2].content.
+FIELD_AT_START = re.compile(r"(messages|prompt|tools|tool_choice|response_format|chat_template_kwargs)\b[\w.$\[\]]*")
 NO_RETRY = {"x-should-retry": "false"}
 SHOWN = 60  # characters of a wrong value in a message
 
@@ -83,7 +86,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         case AdapterError():
             return 400, body(text, 400, "model", "adapter_refused"), {}
         case ConfigError() | DataError() | StateError():
-            return 400, body(text, 400), {}
+            field = FIELD_AT_START.match(text)
+            return 400, body(text, 400, field and field[0]), {}
     log.error("a request failed", exc_info=error)
     return 500, INTERNAL, NO_RETRY
 
