@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,19 +60,28 @@ async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> R
 
     build: Callable[[ServeSettings], Built] = import_module(f".{settings.engine}.build", __package__).build
     built = await _in_thread(lambda: build(settings))
-    facts = await built.engine.start()
-    registry: Registry | None = None
+    facts = replace(await built.engine.start(), base=settings.name)  # an engine may call it by its path
+    closing: list[Callable[[], Awaitable[None]]] = []
+
+    async def stop(drain: float) -> None:
+        """Let running answers end within `drain` seconds; then nothing holds what the other parts have."""
+        await built.engine.stop(drain)
+        for close in reversed(closing):
+            await close()
+
     try:
         registry = _registry(settings, built.engine, facts)
+        closing.append(registry.close)
         await registry.start()
         renderer = Renderer(built.tokenizer, built.ends, template=settings.chat_template)
+        closing.append(renderer.close)
         service = Service(built.engine, facts, registry, renderer, settings.guard.limits)
         app = _app(settings, service)
     except BaseException:
-        await _stop(built.engine, registry, 0)
+        await stop(0)
         raise
     notice(service)
-    return Running(app, lambda drain: _stop(built.engine, registry, drain))
+    return Running(app, stop)
 
 
 def _registry(settings: ServeSettings, engine: Engine, facts: Facts) -> Registry:
@@ -94,13 +103,6 @@ def _registry(settings: ServeSettings, engine: Engine, facts: Facts) -> Registry
     for name, path in settings.adapters.items():
         registry.add(name, path)
     return registry
-
-
-async def _stop(engine: Engine, registry: Registry | None, drain: float) -> None:
-    """Let running answers end within `drain` seconds; then nothing holds an adapter, and the registry can close."""
-    await engine.stop(drain)
-    if registry is not None:
-        await registry.close()
 
 
 def _app(settings: ServeSettings, service: Service) -> Any:
