@@ -1,4 +1,4 @@
-"""A greedy answer of the engine is what `generate` gives with that request's adapters alone, whatever else is running."""
+"""A greedy answer is what `generate` gives with that request's adapters alone, whatever else is running."""
 
 from __future__ import annotations
 
