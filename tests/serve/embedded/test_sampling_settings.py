@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lorakit.serve.embedded.settings import check_sampling
+from lorakit.serve.embedded.sampling_settings import check_sampling
 from lorakit.serve.engine import Sampling
 from lorakit.serve.errors import Cannot
 
