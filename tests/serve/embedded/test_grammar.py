@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -321,3 +322,22 @@ def test_the_least_recently_used_grammars_are_dropped(monkeypatch):
     assert len(first & set(grammars._known)) == 1
     grammars.matcher(texts[0])
     assert len(first & set(grammars._known)) == 1  # it was still there
+
+
+def test_the_event_loop_goes_on_while_a_schema_is_compiled_and_known_schemas_do_not_wait(monkeypatch):
+    grammars = Grammars(tiny_lm.tokenizer())
+    grammars.matcher("{}")
+    slow, real = threading.Event(), subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: slow.wait(20) and real(*args, **options))
+
+    async def scenario():
+        waiting = asyncio.create_task(grammars.compiled('{"const": 5}'))
+        await asyncio.sleep(0.05)
+        known = await asyncio.wait_for(grammars.compiled("{}"), 5)
+        assert not waiting.done()
+        slow.set()
+        return known, await waiting
+
+    known, compiled = asyncio.run(scenario())
+    assert len(allowed(known, 258)) > len(allowed(compiled, 258))
+    grammars.close()
