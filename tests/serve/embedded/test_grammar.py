@@ -110,6 +110,61 @@ def test_an_empty_schema_is_any_json(tokenizer, grammars):
         json.loads(tokenizer.decode(ids))
 
 
+SCHEMAS = {
+    "pydantic": {
+        "$defs": {
+            "Address": {
+                "type": "object",
+                "title": "Address",
+                "properties": {
+                    "street": {"type": "string", "maxLength": 5},
+                    "zip": {"pattern": "^[0-9]{5}$", "type": "string"},
+                },
+                "required": ["street", "zip"],
+                "additionalProperties": False,
+            }
+        },
+        "type": "object",
+        "properties": {
+            "home": {"$ref": "#/$defs/Address"},
+            "work": {"anyOf": [{"$ref": "#/$defs/Address"}, {"type": "null"}], "default": None},
+            "size": {"type": "number", "exclusiveMinimum": 0, "maximum": 2.5},
+            "step": {"type": "integer", "multipleOf": 5, "minimum": -20, "maximum": 20},
+        },
+        "required": ["home", "work", "size", "step"],
+        "additionalProperties": False,
+    },
+    "tree": {
+        "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2}},
+        "$ref": "#/$defs/tree",
+    },
+    "union": {
+        "oneOf": [
+            {
+                "type": "object",
+                "properties": {"kind": {"const": kind}},
+                "required": ["kind"],
+                "additionalProperties": False,
+            }
+            for kind in ("circle", "square")
+        ]
+    },
+    "all": {"allOf": [{"type": "string", "minLength": 3}, {"type": "string", "pattern": "^[a-c]*$", "maxLength": 6}]},
+    "pair": {"type": "array", "prefixItems": [{"type": "boolean"}, {"type": "null"}], "minItems": 2, "items": False},
+    "free": {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1, "maxProperties": 2},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_validator_accepts_what_random_tokens_make_of_a_schema(tokenizer, grammars, name):
+    jsonschema = pytest.importorskip("jsonschema")
+    closing = [tokenizer.convert_tokens_to_ids(text) for text in ('"', "}", "]", ",")]
+    rows = [start(grammars, SCHEMAS[name], seed=seed) for seed in range(5)]
+    for ids, end in zip(*random_answers(rows, len(tokenizer), prefer=closing), strict=True):
+        assert end == "stop"
+        jsonschema.validate(json.loads(tokenizer.decode(ids)), SCHEMAS[name])
+
+
 def test_masks_are_those_counted_by_hand(byte_grammars):
     tokenizer = tiny_lm.tokenizer()
     matcher = byte_grammars.matcher(json.dumps({"enum": ["ab", "abc", "b"]}))
