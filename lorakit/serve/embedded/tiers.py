@@ -30,7 +30,7 @@ from . import heap
 from .calls import Calls
 from .entry import Entry
 from .loading import Arrived, Loader, refusal
-from .places import Held, arrange
+from .places import Arrangement, Held, arrange
 from .shelves import Shelves
 
 Result = TypeVar("Result")
@@ -81,6 +81,7 @@ class Tiers:
         self._entries: dict[str, Entry] = {}
         self._pinned: dict[str, Entry] = {}
         self._leaving: dict[str, Entry] = {}  # to be unloaded
+        self._new: dict[str, Entry] = {}  # read and checked, and `load` has not returned yet
         self._wants: dict[tuple[str, ...], int] = {}  # the adapters of waiting requests -> the pass in which they asked
         self._given: set[str] = set()  # on the device, in use, and to be replaced: they take no more rows
         self._pass = self._uses = 0
@@ -220,49 +221,57 @@ class Tiers:
     # What happens between two steps. The lock is held, and nothing is being prepared.
 
     def _do_pending(self) -> None:
-        until, shelves = time.perf_counter() + BUDGET, self._shelves
-        new = [key for key, result in self._loader.take() if self._arrive(self._entries[key], result)]
+        shelves = self._shelves
+        for key, result in self._loader.take():
+            self._arrive(self._entries[key], result)
         self._unload()
         held = {key: Held(e.users, e.used, key in self._pinned) for key, e in shelves.device.items()}
         wants = [*([key] for key in self._pinned), *self._wants]
         found = arrange([[key for key in want if key in self._entries] for want in wants], held, self._places)
-        # Those that are loaded and not asked for yet come last, and get empty places only.
-        empty = self._places - len(held) - sum(victim is None for victim in found.bring.values())
-        unasked = [key for key in new if key in shelves.built and key not in found.bring and key not in found.after]
-        found.bring |= dict.fromkeys(unasked[: max(empty, 0)])
         self._given = set(found.after.values())
-        late = False
-        for key, victim in (*found.bring.items(), *dict.fromkeys(found.after).items()):
-            entry = self._entries[key]
-            if not shelves.at_hand(entry):
-                self._begin(entry)
-            elif key in found.bring and time.perf_counter() > until:
-                late = True
-            elif key in found.bring:
-                self._bring(entry, victim)
-        for key in new:
-            if key in self._entries and not self._entries[key].loaded.done():
-                self._entries[key].loaded.set_result(None)
+        # What is loaded and not asked for yet comes last, and gets empty places only.
+        empty = self._places - len(held) - sum(victim is None for victim in found.bring.values())
+        unasked = [key for key in self._new if key not in found.bring and key not in found.after]
+        found.bring |= dict.fromkeys(unasked[: max(empty, 0)])
+        late = self._bring_all(found)
+        for key in [key for key in self._new if key not in late]:
+            self._new.pop(key).loaded.set_result(None)
         shelves.drop_oldest(found.bring.keys() | found.after.keys(), self._loader)
         self._loader.swapping = shelves.swaps
         self._pending = bool(found.bring or found.after or self._leaving)
         if late:
             self.wake()
 
-    def _arrive(self, entry: Entry, result: Arrived) -> bool:
-        """Take what the loader made of an adapter. Return whether it is new in memory."""
+    def _bring_all(self, found: Arrangement) -> set[str]:
+        """Attach what is at hand, and begin to read the rest. Return what there was no time for in this pass."""
+        late, until, attached = set(), time.perf_counter() + BUDGET, False
+        for key in (*found.bring, *found.after):
+            entry = self._entries[key]
+            if not self._shelves.at_hand(entry):
+                self._begin(entry)
+            elif key in found.after:
+                continue
+            elif attached and time.perf_counter() > until:
+                late.add(key)
+            else:
+                self._bring(entry, found.bring[key])
+                attached = True
+        return late
+
+    def _arrive(self, entry: Entry, result: Arrived) -> None:
+        """Take what the loader made of an adapter."""
         entry.moving = False
         if isinstance(result, Adapter):
             result = self._loader.prepare(entry.key, result, entry.source.label)
         if isinstance(result, AdapterError):
             self._fail(entry, result)
-            return False
+            return
         entry.prepared, entry.size, entry.problem = result, result.bytes, None
-        if entry.key in self._shelves.built:  # it was moved from or to the device's memory
-            return False
-        self._shelves.built[entry.key] = entry
-        self._touch(entry)
-        return True
+        if entry.key not in self._shelves.built:  # else it was moved from or to the device's memory
+            self._shelves.built[entry.key] = entry
+            self._touch(entry)
+        if not entry.loaded.done():
+            self._new[entry.key] = entry
 
     def _fail(self, entry: Entry, problem: AdapterError) -> None:
         """Note that an adapter cannot be had. One that was never loaded is forgotten."""
@@ -273,6 +282,7 @@ class Tiers:
                 future.set_exception(problem)
         entry.placed = None
         self._unpin(entry)
+        self._new.pop(entry.key, None)
         if entry.loaded.exception() is not None:
             del self._entries[entry.key]
 
