@@ -20,7 +20,7 @@ import time
 from collections import deque
 
 from ...errors import LorakitError
-from ..engine import Facts, Piece, Source, Stats, Work
+from ..engine import Ability, Facts, Piece, Source, Stats, Work
 from ..errors import Busy, Cannot, EngineFailed, TooLong
 from ..ticket import Ticket
 from .adapters import Adapters
@@ -31,7 +31,7 @@ from .child import READY_SECONDS, Child
 from .http import VllmClient
 
 ROWS = 256  # requests that vLLM computes at once by default
-CAN = frozenset({"mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"})
+CAN: frozenset[Ability] = frozenset({"mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"})
 
 
 class VllmEngine:
@@ -86,7 +86,11 @@ class VllmEngine:
         """Queue a request. What only vLLM can refuse (a schema, a temperature) is raised by the ticket, as Cannot."""
         self._check(work)
         task: asyncio.Task[None]
-        ticket = Ticket(lambda: task.cancel())
+
+        def cancel() -> None:
+            task.cancel()
+
+        ticket = Ticket(cancel)
         task = asyncio.create_task(self._run(work, ticket))
         self._tasks.add(task)
 
