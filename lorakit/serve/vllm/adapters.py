@@ -22,6 +22,7 @@ from ...adapter.adapter import Adapter
 from ...adapter.algebra.combine import combined
 from ...errors import AdapterError, LorakitError
 from ...export.export import export
+from ...export.rules import findings
 from ..engine import Choice, Source
 from ..errors import Cannot, UnknownAdapter
 from .argv import BASE_NAME, rank_flag
@@ -190,6 +191,10 @@ class Adapters:
     def _exported(self, name: str, label: str, read: Callable[[], Adapter]) -> Path:
         """Return the cache's folder of an adapter. Runs in a thread."""
         adapter = read()
+        refused = [finding for finding in findings(adapter, "vllm") if finding.fix is None]
+        if refused:
+            lines = "\n".join(f"  {finding.what}\n    {finding.way_out}" for finding in refused)
+            raise AdapterError(f"vLLM cannot serve this adapter:\n{lines}\n  the embedded engine serves more kinds")
         self._shell.check(adapter)
         path = self._cache.hold(name, lambda to: export(adapter, to, "vllm", fix=True, verify=True))
         rank = int(json.loads((path / "adapter_config.json").read_text(encoding="utf8"))["r"])
