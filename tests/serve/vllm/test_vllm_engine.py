@@ -175,11 +175,14 @@ def test_ranks_beyond_the_flag_are_refused_with_the_flag(served):
     with pytest.raises(AdapterError, match="--max-rank 64"):
         served.run(served.engine.load("64" * 32, ValueSource("large", made(3, rank=40))))
     served.run(served.engine.load("20" * 32, ValueSource("medium", made(3, rank=20))))
-    with pytest.raises(Cannot, match="--max-rank 64") as refused:  # 32 + 8
-        served.answer((("20" * 32, 0.5), (A, 0.5)))
+    served.run(served.engine.load("12" * 32, ValueSource("other", made(4, rank=12))))
+    with pytest.raises(Cannot, match="--max-rank 64") as refused:
+        served.answer((("20" * 32, 0.5), ("12" * 32, 0.5), (A, 0.5)))
     assert refused.value.what == "mix"
-    assert served.answer((("20" * 32, 0.5),))[-1].finish == "length"
-    served.run(served.engine.unload("20" * 32))
+    for choice in ((("20" * 32, 0.5), ("12" * 32, 0.5)), (("20" * 32, 0.5),)):  # 20 + 12, in files of rank 32 and 16
+        assert served.answer(choice)[-1].finish == "length"
+    for key in ("20" * 32, "12" * 32):
+        served.run(served.engine.unload(key))
 
 
 def test_kinds_that_vllm_does_not_know_are_refused_with_a_way_out(served):
