@@ -116,7 +116,7 @@ def test_adapters_are_asked_for_by_key_and_mixes_by_a_file_of_their_sum(served):
     assert [names[0], names[1], names[5]] == ["base", A, "base"]
     assert names[2] == names[3]
     paths = {body["lora_name"]: Path(body["lora_path"]) for body in served.control.bodies("/v1/load_lora_adapter")}
-    module = "model.layers.0.self_attn.q_proj"
+    module = "model.layers.0.self_attn.o_proj"
     first, second = (made(seed).factors[module] for seed in (1, 2))
     a, b = (f.scale * f.B.double() @ f.A.double() for f in (first, second))
     torch.testing.assert_close(delta(paths[A], module), a, atol=1e-6, rtol=0)
@@ -190,7 +190,7 @@ def test_kinds_that_vllm_does_not_know_are_refused_with_a_way_out(served):
     with pytest.raises(AdapterError, match="DoRA") as refused:
         served.run(served.engine.load("d0" * 32, ValueSource("dora", lk.capture(live))))
     assert "lorakit merge" in str(refused.value)
-    other = lk.Adapter(lk.LoraConfig(rank=4, targets=["q_proj"], task="SEQ_CLS"), made(1).updates)
+    other = lk.Adapter(lk.LoraConfig(rank=4, targets=["o_proj"], task="SEQ_CLS"), made(1).updates)
     with pytest.raises(AdapterError, match="another task"):
         served.run(served.engine.load("5e" * 32, ValueSource("labels", other)))
 
