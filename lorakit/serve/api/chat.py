@@ -46,7 +46,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", responses={200: OK, **ERRORS}, response_model=None)
     async def create_chat_completion(request: ChatRequest) -> Response:
         """Answer a conversation. The chat template and the end tokens are those that the adapter was trained with."""
-        return Answering(partial(_answer, service, request))
+        return Answering(partial(_answer, service, request), service.limits.seconds)
 
     return routes
 
