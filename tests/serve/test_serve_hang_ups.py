@@ -106,7 +106,7 @@ def test_a_request_in_time_is_not_cancelled_by_the_end_of_its_connection():
 
 
 def test_what_hangs_is_cut_off(monkeypatch: pytest.MonkeyPatch):
-    """A disk that does not answer: 504. A client that does not read the end of its answer: its adapter is given back."""
+    """A disk that does not answer: 504. A client that does not read its answer's end: its adapter is given back."""
     monkeypatch.setattr("lorakit.serve.api.answering.GRACE", 0.05)
 
     async def hang() -> None:
