@@ -157,7 +157,10 @@ class Renderer:
     def _syntax(form: ChatFormat, tools: Tools, schema: str | None) -> tuple[Syntax | None, frozenset[int]]:
         if schema is not None:
             return FORCED, frozenset()
-        return (form.syntax, form.markers) if tools else (None, frozenset())
+        syntax = form.syntax
+        if syntax is None or not (tools or syntax.always):
+            return None, frozenset()
+        return syntax, form.markers
 
     def _text(self, prompt: str | Sequence[int], card: Card | None) -> Prompt:
         form = self._formats.of(card)

@@ -45,7 +45,7 @@ def _parts(tools: Tools) -> Parts:
 
 
 def _writes(template: str) -> bool:
-    return PYTHON_TAG in template
+    return PYTHON_TAG in template or ('{"name": "' in template and '"parameters": ' in template)
 
 
 LLAMA = Syntax("llama", (PYTHON_TAG,), _writes, _parts)

@@ -100,7 +100,7 @@ class Blocks:
         at, end = min(((joined.find(e), e) for e in self._end if e in joined), default=(-1, ""))
         if at < 0:
             self._block.append(text)
-            self._tail = joined[len(joined) - self._longest_end + 1 :] if self._longest_end > 1 else ""
+            self._tail = joined[max(len(joined) - self._longest_end + 1, 0) :] if self._longest_end > 1 else ""
             return ""
         whole = "".join(self._block) + text  # ends with what follows the block
         rest = joined[at + len(end) :]

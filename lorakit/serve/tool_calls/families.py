@@ -9,13 +9,14 @@ from .bare_json import LLAMA, PLAIN
 from .deepseek import DEEPSEEK
 from .gemma import GEMMA
 from .glm import GLM
+from .harmony import HARMONY
 from .json_blocks import HERMES
 from .mistral import MISTRAL
 from .python_calls import PYTHON_CALLS
 from .syntax import Syntax
 from .xml_parameters import XML_PARAMETERS
 
-SYNTAXES = (XML_PARAMETERS, GLM, HERMES, MISTRAL, DEEPSEEK, GEMMA, PYTHON_CALLS, LLAMA)
+SYNTAXES = (XML_PARAMETERS, GLM, HERMES, MISTRAL, DEEPSEEK, GEMMA, PYTHON_CALLS, HARMONY, LLAMA)
 
 __all__ = ["PLAIN", "SYNTAXES", "syntax_of"]
 

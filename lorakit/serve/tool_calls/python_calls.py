@@ -8,18 +8,22 @@ Parsed as a syntax tree; nothing of it is run.
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 from .blocks import Blocks
 from .syntax import Parts, Spoken, Syntax, Tools
 
+STRING = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.S)
 NAMES = {"true": True, "false": False, "null": None}  # JSON's, as templates write arguments
 BEGIN, END = "<|tool_call_start|>", "<|tool_call_end|>"
 
 
 def _tree(text: str) -> ast.expr | None:
+    # The models' templates write line ends in texts as they are, which Python does not allow.
+    text = STRING.sub(lambda string: string[0].replace("\n", "\\n"), text.strip())
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

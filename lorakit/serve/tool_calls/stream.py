@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .syntax import Part, Syntax, Tools
+from .syntax import Part, Syntax, Thought, Tools
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Delta:
-    """What an answer gained: content, then calls. Both may be empty."""
+    """What an answer gained: reasoning, content, calls. Each may be empty."""
 
     content: str = ""
     calls: tuple[Call, ...] = ()
+    reasoning: str = ""  # only of families that write it apart (harmony): OpenAI-compatible servers' reasoning_content
 
 
 class ToolStream:
@@ -62,21 +63,24 @@ class ToolStream:
         """The answer is at its end. Return the rest."""
         last = self._delta([] if self._parts is None else self._parts.finish())
         blank, self._blank = self._blank, ""
-        return last if self.count else Delta(last.content + blank, last.calls)
+        return last if self.count else Delta(last.content + blank, last.calls, last.reasoning)
 
     def _delta(self, parts: Sequence[Part]) -> Delta:
-        content, calls = "", list[Call]()
+        content, calls, reasoning = "", list[Call](), ""
         for part in parts:
             if self.ended:
                 break
             if isinstance(part, str):
                 content += self._content(part)
                 continue
+            if isinstance(part, Thought):
+                reasoning += part.text
+                continue
             arguments = json.dumps(dict(part.arguments), ensure_ascii=False)
             calls.append(Call(self.count, f"call_{secrets.token_hex(12)}", part.name, arguments))
             self.count += 1
             self._blank, self._follows_call = "", True
-        return Delta(content, tuple(calls))
+        return Delta(content, tuple(calls), reasoning)
 
     def _content(self, text: str) -> str:
         if self._parts is None:
@@ -94,4 +98,4 @@ def read_calls(text: str, syntax: Syntax | None, tools: Tools = (), *, parallel:
     """Return content and calls of a finished answer."""
     stream = ToolStream(syntax, tools, parallel=parallel)
     first, last = stream.feed(text), stream.finish()
-    return Delta(first.content + last.content, first.calls + last.calls)
+    return Delta(first.content + last.content, first.calls + last.calls, first.reasoning + last.reasoning)

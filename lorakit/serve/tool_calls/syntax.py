@@ -18,7 +18,14 @@ class Spoken:
     arguments: Mapping[str, Any]
 
 
-Part = str | Spoken  # of an answer: content, or a call
+@dataclass(frozen=True)
+class Thought:
+    """Reasoning, where a family writes it apart from what it answers."""
+
+    text: str
+
+
+Part = str | Spoken | Thought  # of an answer; a text is content
 
 
 class Parts(Protocol):
@@ -37,13 +44,14 @@ class Syntax:
 
     markers: the texts it is made of that may be special tokens. An answer's text leaves special tokens out (as
     `lorakit generate` does) except these, or a call could not be recognized. writes: whether a chat template (its text)
-    writes calls so. parts: makes the splitter of one answer.
+    writes calls so. parts: makes the splitter of one answer. always: answers without calls are divided by it too.
     """
 
     name: str
     markers: tuple[str, ...]
     writes: Callable[[str], bool]
     parts: Callable[[Tools], Parts]
+    always: bool = False
 
 
 def parameters_of(tools: Tools, name: str) -> Mapping[str, Any]:
