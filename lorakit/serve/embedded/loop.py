@@ -25,9 +25,10 @@ from ..ticket import Ticket, deliver
 from .batches import Batches
 from .picking import Picked, Picking, pick
 from .prefill import Group, Start, grouped
+from .prefixes import KeysValues
 from .request import Request
 from .runner import Flattened
-from .slots import KeysValues, Slots
+from .slots import Slots
 
 if TYPE_CHECKING:
     from .prefixes import Prefixes
