@@ -27,21 +27,19 @@ from ..data.chat_record import ChatRecord
 from ..errors import LorakitError, StateError
 from . import names
 from .card import Card, Leased
-from .engine import Choice, Engine, Facts
+from .engine import Engine, Facts
 from .errors import Busy, Cannot, EngineFailed, UnknownAdapter
 from .guard.hub import Hub
 from .guard.roots import Roots
 from .places import Places
+from .root_scan import RootScan, Seen
 from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter
 from .state_file import Loaded, StateFile
-from .versions import Version, Versions
+from .versions import Version, Versions, choice_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 READERS = 2  # threads that read adapters: hashing and parsing them takes processor time from the engine's steps
-# Unknown names look for new folders below the roots, but not more often than this, nor for more than a tenth of the
-# time: anybody can ask for names that are not there.
-RESCAN_SECONDS = 0.5
 # A failure that is not a file's (the hub is out of reach) is tried again after this time.
 RETRY_SECONDS = 5.0
 _TRANSIENT = (Busy, EngineFailed, OSError)
@@ -94,10 +92,7 @@ class Registry:
         self._writing = asyncio.Lock()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lorakit-adapters")
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._next_scan = 0.0
-        self._scanning = asyncio.Lock()
-        self._look: asyncio.Task[None] | None = None  # that has not begun yet
-        self._unnameable: set[str] = set()  # said already
+        self._scan = RootScan(self.places, self._register)
 
     # ------------------------------------------------------------------------------------------ at the start
 
@@ -141,33 +136,22 @@ class Registry:
         """Register the adapters below the roots that are new, forget those not in use that are gone; return how many
         are new. Names that others have are left to them.
         """
-        async with self._scanning:
-            return await self._scan()
+        return await self._scan.now()
 
-    async def _scan(self) -> int:
-        begin = time.monotonic()
-        found = await asyncio.to_thread(lambda: list(self.places.below_roots()))
-        end = time.monotonic()
-        self._next_scan = end + max(RESCAN_SECONDS, 10 * (end - begin))
+    def _register(self, found: Sequence[Seen]) -> int:
         there = {name for name, _, _ in found}
         for name, entry in list(self._entries.items()):
             if entry.origin == "root" and name not in there and entry.version is None and entry.loading is None:
                 del self._entries[name]
-        self._warn_of_names([place for name, place, _ in found if not names.is_name(name)])
-        taken = {*self._entries, *self.base_names}
-        new = [one for one in found if names.is_name(one[0]) and one[0] not in taken]
+        new = [one for one in found if one[0] not in self._entries and one[0] not in self.base_names]
         room = max(self.max_registered - len(self._entries), 0)
         if len(new) > room:
-            log.warning("%d adapters below the roots are not registered: the limit is %d", len(new) - room, room)
+            log.warning(
+                "%d adapters below the roots are not registered: the limit is %d", len(new) - room, self.max_registered
+            )
         for name, place, written in new[:room]:
             self._entries[name] = _Entry(Card(name, place, written), "root", self._over_http(place, name))
         return len(new[:room])
-
-    def _warn_of_names(self, places: Sequence[str]) -> None:
-        new = [place for place in places if place not in self._unnameable]
-        self._unnameable.update(new)
-        if new:
-            log.warning("%s", names.skipped(new))
 
     async def close(self) -> None:
         """Wait for loads and unloads that are under way, and unlock the state file. The engine stays as it is."""
@@ -180,8 +164,8 @@ class Registry:
     # ------------------------------------------------------------------------------------------ what there is
 
     def cards(self) -> list[Card]:
-        """Return a card for each name, in the order of registration."""
-        return [self._card(entry) for entry in self._entries.values()]
+        """Return a card for each name, by name: a restarted server lists them in the same order."""
+        return [self._card(entry) for _, entry in sorted(self._entries.items())]
 
     def get(self, name: str) -> Card:
         """Return a name's card. Raises UnknownAdapter."""
@@ -213,7 +197,7 @@ class Registry:
                 entry, version = await self._hold(name)
                 held.append((entry, version))
                 cards.append((abs(weight), self._card(entry)))
-            choice = _choice([(version.key, weight) for (_, version), (_, weight) in zip(held, parts, strict=True)])
+            choice = choice_of([(version.key, weight) for (_, version), (_, weight) in zip(held, parts, strict=True)])
             by_weight = sorted(cards, key=lambda one: -one[0])  # stable: as written where weights are equal
             yield Leased(model, choice, tuple(card for _, card in by_weight))
         finally:
@@ -225,21 +209,10 @@ class Registry:
         try:
             return names.parse(model, self._entries, self.base_names)
         except UnknownAdapter:
-            if not self.places.roots or self._next_scan > time.monotonic() + RESCAN_SECONDS:
+            if not self._scan.is_near():
                 raise
-        await self._next_look()
+        await self._scan.next()  # it may have been put there since the last look
         return names.parse(model, self._entries, self.base_names)
-
-    async def _next_look(self) -> None:
-        """Wait for the next look below the roots, which all who wait for it share."""
-        if self._look is None:
-            self._look = self._task(self._look_when_due())
-        await asyncio.shield(self._look)
-
-    async def _look_when_due(self) -> None:
-        await asyncio.sleep(max(self._next_scan - time.monotonic(), 0))
-        self._look = None  # who comes from here on may ask for what this look has passed
-        await self.rescan()
 
     def _check_ability(self, parts: names.Parts) -> None:
         if len(parts) > 1 and "mix" not in self.facts.can:
@@ -425,13 +398,3 @@ def _card(card: Card, read: ReadAdapter) -> Card:
         metadata={name: value for name, value in metadata.items() if name != "header"},
         problem=None,
     )
-
-
-def _choice(parts: Sequence[tuple[str, float]]) -> Choice:
-    """Return the engine's choice: by key, so that a mix written in another order is the same; equal contents added up;
-    without those of weight 0.
-    """
-    total: dict[str, float] = {}
-    for key, weight in parts:
-        total[key] = total.get(key, 0.0) + weight
-    return tuple(sorted((key, weight) for key, weight in total.items() if weight))
