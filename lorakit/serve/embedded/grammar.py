@@ -216,7 +216,8 @@ def _converted(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _problem(schema: str) -> str | None:
     """Compile the schema in another process. Return what is wrong with it, None if it can be compiled here too."""
-    command = [sys.executable, "-P", os.path.abspath(schema_compiler.__file__)]
+    seconds, size = schema_compiler.CPU_SECONDS, schema_compiler.MEMORY_BYTES
+    command = [sys.executable, "-P", os.path.abspath(schema_compiler.__file__), str(seconds), str(size)]
     try:
         done = subprocess.run(command, input=schema.encode(), capture_output=True, timeout=PATIENCE, check=False)
     except subprocess.TimeoutExpired:  # maybe the machine is busy, so this is not remembered
@@ -225,7 +226,7 @@ def _problem(schema: str) -> str | None:
         last = done.stderr.decode("utf8", "replace").strip().rpartition("\n")[2]
         return f"its compiler failed: {last}"
     if done.returncode < 0:  # a signal: one of the limits
-        return f"compiling it takes more than {schema_compiler.CPU_SECONDS} s or {schema_compiler.MEMORY_BYTES:,} bytes"
+        return f"compiling it takes more than {seconds} s or {size >> 20:,} MB"
     problem: str | None = json.loads(done.stdout)["problem"]
     return problem
 
