@@ -130,8 +130,8 @@ class Loop:
     def _pass(self) -> None:
         self._take()
         self.tiers.between_steps()
-        self._drop()
-        with torch.inference_mode():
+        with torch.inference_mode():  # as the slots' buffers were made
+            self._drop()
             self._admit()
             self._prefill()
             self._arrange()
