@@ -33,7 +33,7 @@ from .guard.hub import Hub
 from .guard.roots import Roots
 from .locations import Locations
 from .root_scan import RootScan, Seen
-from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter
+from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter, remove_abandoned
 from .state_file import Loaded, StateFile
 from .versions import Version, Versions, choice_of
 
@@ -77,9 +77,7 @@ class Registry:
         allow_pickle: bool = False,
         base: Any = None,
     ):
-        """base_names: what requests call the base, its main name first. allow_pickle: for `add` only. base: the base's
-        folder or transformers config, which the GGUF of a Llama needs.
-        """
+        """allow_pickle: for `add` only. base: its folder or transformers config, which the GGUF of a Llama needs."""
         self.facts = facts
         self.base_names = tuple(base_names)
         self.locations = Locations(roots or Roots(), hub or Hub(), allow_pickle)
@@ -116,6 +114,7 @@ class Registry:
         Raises ConfigError or WriteError for the state file, and the error of the first adapter of the command line that
         cannot be served: who starts a server is there to mend it. The state file's are loaded at their first use.
         """
+        await asyncio.to_thread(remove_abandoned)
         try:
             if self._state is not None:
                 for loaded in await asyncio.to_thread(self._state.open):
@@ -153,7 +152,7 @@ class Registry:
             log.warning("%d adapters below roots are not registered: the limit is %d", over, self.max_registered)
         for name, place, written in new[:room]:
             self._entries[name] = _Entry(Card(name, place, written), "root", self._over_http(place, name))
-        return len(new[:room])
+        return min(len(new), room)
 
     async def close(self) -> None:
         """Wait for loads and unloads that are under way, and unlock the state file. The engine stays as it is."""
