@@ -68,8 +68,7 @@ def test_fields_reach_the_engine():
     )
     work = app.engine.works[0]
     how = work.sampling
-    assert work.choice == (("key-sql", 0.5),)
-    assert app.names.asked == [("sql", 0.5)]
+    assert work.choice == ((app.registry.get("sql").key, 0.5),)
     assert (how.max_tokens, how.temperature, how.top_p, how.seed, how.top_k, how.min_p) == (5, 0.5, 0.9, 3, 4, 0.05)
     assert (how.presence, how.frequency, how.repetition, how.logit_bias) == (0.1, 0.2, 1.1, ((7, -100.0),))
     assert how.stop_ids == {tiny_lm.EOS, 9}
@@ -164,11 +163,17 @@ def test_headers_name_the_adapters_version_and_what_had_no_effect():
     body = {**ASK, "model": "sql", "temprature": 0, "user": "me", "verbosity": "low", "x\r\ny: z": 1}
     answer = app.post("/v1/chat/completions", body)
     assert answer.status_code == 200
-    assert answer.headers["x-lorakit-adapter"] == "sql@ffffffffffff"
+    version = app.registry.get("sql").version
+    assert version.startswith("sql@")
+    assert answer.headers["x-lorakit-adapter"] == version
     warning = answer.headers["x-lorakit-warning"]
     assert warning == "not used: temprature (did you mean temperature?), verbosity, x%0D%0Ay: z"
     stream = app.post("/v1/chat/completions", {**body, "stream": True})
-    assert stream.headers["x-lorakit-adapter"] == "sql@ffffffffffff"
+    assert stream.headers["x-lorakit-adapter"] == version
+    mix = app.post("/v1/chat/completions", {**ASK, "model": "chat:0.3+sql:0.7"})
+    assert mix.headers["x-lorakit-adapter"] == f"{version}+{app.registry.get('chat').version}"
+    assert mix.json()["model"] == "chat:0.3+sql:0.7"
+    assert [weight for _, weight in sorted(app.engine.works[-1].choice, key=lambda part: part[1])] == [0.3, 0.7]
     assert "x-lorakit-warning" not in app.post("/v1/chat/completions", {**ASK, "user": "me", "store": True}).headers
 
 
@@ -195,6 +200,36 @@ def test_a_call_that_is_demanded_comes_back_as_one(choice: Any):
     assert [call.function.name for call in calls if call.function.name] == ["weather"]
     assert json.loads("".join(call.function.arguments or "" for call in calls)) == {"city": "Rome"}
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_call_in_the_familys_syntax_is_read_and_its_result_is_answered():
+    app = served('Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>')
+    answer = chat(app, tools=[WEATHER])
+    (call,) = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Rome"}
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Let me see.", "tool_calls")
+    assert app.engine.works[0].sampling.schema is None
+    chunks = streamed(app, tools=[WEATHER])
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Let me see."
+    calls = [call for chunk in chunks for call in (chunk.choices[0].delta.tool_calls or ())]
+    assert calls[0].function.name == "weather"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    said = answer.choices[0].message.model_dump(exclude_none=True)
+    chat(app, messages=[*HELLO, said, result], tools=[WEATHER])
+    assert "<tool>sunny<assistant>" in tokenizer().decode(app.engine.works[-1].ids)
+    text = chat(app, tools=[WEATHER], tool_choice="none").choices[0]
+    assert "<tool_call>" in text.message.content
+    assert text.finish_reason == "stop"
+
+
+def test_one_call_only_if_asked_so():
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    app = served(call * 2 + "x" * 50)
+    assert len(chat(app, tools=[WEATHER]).choices[0].message.tool_calls) == 2
+    answer = chat(app, tools=[WEATHER], parallel_tool_calls=False).choices[0]
+    assert len(answer.message.tool_calls) == 1
+    assert answer.finish_reason == "tool_calls"
+    assert app.engine.cancelled == 1
 
 
 def test_a_schema_reaches_the_engine():
@@ -232,10 +267,10 @@ def test_a_full_server_is_429_with_when_to_come_back():
     app = served()
     app.engine.busy = True
     with pytest.raises(openai.RateLimitError) as caught:
-        chat(app)
+        chat(app, model="sql")
     assert caught.value.response.headers["retry-after"] == "2"
     assert caught.value.response.headers["retry-after-ms"] == "2000"
-    assert app.names.leased == 0
+    assert app.leased == 0
 
 
 def test_if_one_of_several_answers_finds_no_place_none_is_computed():

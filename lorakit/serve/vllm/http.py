@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class VllmClient:
             base_url=f"http://127.0.0.1:{port}",
             headers={"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(_SECONDS, connect=5.0),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            # vLLM closes idle connections after 5 s: a request must not take one just then.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
             trust_env=False,  # a proxy from the environment is not for the loopback interface
         )
 
@@ -87,7 +88,7 @@ class VllmClient:
         with contextlib.suppress(httpx2.HTTPError):
             await self._http.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
-    async def complete(self, name: str, work: Work, ends: Collection[int]) -> AsyncIterator[Piece]:
+    async def complete(self, name: str, work: Work, ends: Collection[int]) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of an answer. Raises Cannot, Busy, UnknownAdapter or EngineFailed."""
         made = request.body(work, name, ends)
         stops = request.stops(work.sampling, ends)
