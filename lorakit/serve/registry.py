@@ -28,7 +28,7 @@ from ..errors import LorakitError, StateError
 from . import names
 from .card import Card, Leased
 from .engine import Engine, Facts
-from .errors import Busy, Cannot, EngineFailed, UnknownAdapter
+from .errors import Busy, Cannot, EngineFailed, UnknownAdapter, without_traceback
 from .guard.hub import Hub
 from .guard.roots import Roots
 from .places import Places
@@ -62,7 +62,7 @@ class _Entry:
 
 
 class Registry:
-    """See above. All methods are called in the event loop's thread; `add` before `start`."""
+    """See above. All methods are called in the event loop's thread, `add` before `start`."""
 
     def __init__(
         self,
@@ -106,8 +106,7 @@ class Registry:
         if name in self._entries:
             raise StateError(f"two adapters are called '{name}'\n  give each a name of its own: --adapter NAME=PATH")
         text = str(path)
-        located = self.places.on_command_line(text, name)
-        card = Card(name, text, located.modified, pinned=pin)
+        card = Card(name, text, self.places.on_command_line(text, name).modified, pinned=pin)
         self._entries[name] = _Entry(card, "command line", lambda: self.places.on_command_line(text, name))
         return card
 
@@ -117,13 +116,18 @@ class Registry:
         Raises ConfigError or WriteError for the state file, and the error of the first adapter of the command line that
         cannot be served: who starts a server is there to mend it. The state file's are loaded at their first use.
         """
-        if self._state is not None:
-            for loaded in await asyncio.to_thread(self._state.open):
-                self._restore(loaded)
-        await self.rescan()
-        for name, entry in list(self._entries.items()):
-            if entry.origin == "command line":
-                await self._first_use(name, entry)
+        try:
+            if self._state is not None:
+                for loaded in await asyncio.to_thread(self._state.open):
+                    self._restore(loaded)
+            await self.rescan()
+            for name, entry in list(self._entries.items()):
+                if entry.origin == "command line":
+                    await self._first_use(name, entry)
+        except BaseException:
+            if self._state is not None:
+                self._state.close()
+            raise
 
     def _restore(self, loaded: Loaded) -> None:
         if loaded.name in self._entries or loaded.name in self.base_names:
@@ -145,10 +149,8 @@ class Registry:
                 del self._entries[name]
         new = [one for one in found if one[0] not in self._entries and one[0] not in self.base_names]
         room = max(self.max_registered - len(self._entries), 0)
-        if len(new) > room:
-            log.warning(
-                "%d adapters below the roots are not registered: the limit is %d", len(new) - room, self.max_registered
-            )
+        if (over := len(new) - room) > 0:
+            log.warning("%d adapters below roots are not registered: the limit is %d", over, self.max_registered)
         for name, place, written in new[:room]:
             self._entries[name] = _Entry(Card(name, place, written), "root", self._over_http(place, name))
         return len(new[:room])
@@ -169,13 +171,9 @@ class Registry:
 
     def get(self, name: str) -> Card:
         """Return a name's card. Raises UnknownAdapter."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise names.unknown(name, self._entries, self.base_names)
-        return self._card(entry)
+        return self._card(self._entry(name))
 
-    @staticmethod
-    def _card(entry: _Entry) -> Card:
+    def _card(self, entry: _Entry) -> Card:
         return replace(entry.card, running=entry.running)
 
     # ------------------------------------------------------------------------------------------ a request
@@ -211,7 +209,7 @@ class Registry:
         except UnknownAdapter:
             if not self._scan.is_near():
                 raise
-        await self._scan.next()  # it may have been put there since the last look
+        await self._scan.next()  # for a folder that was put there since
         return names.parse(model, self._entries, self.base_names)
 
     def _check_ability(self, parts: names.Parts) -> None:
@@ -223,9 +221,7 @@ class Registry:
     async def _hold(self, name: str) -> tuple[_Entry, Version]:
         """Return a name's version, loaded, counted as in use."""
         while True:
-            entry = self._entries.get(name)
-            if entry is None:  # unloaded meanwhile
-                raise names.unknown(name, self._entries, self.base_names)
+            entry = self._entry(name)  # again: it may be unloaded meanwhile
             if entry.version is not None:
                 self.versions.use(entry.version)
                 entry.running += 1
@@ -255,7 +251,7 @@ class Registry:
                 self._activate(entry, version, files, _card(entry.card, read))
         except LorakitError as error:
             if not isinstance(error, _TRANSIENT):
-                entry.failed = (stamp, time.monotonic(), error)
+                entry.failed = (stamp, time.monotonic(), without_traceback(error))
                 entry.card = replace(entry.card, status="failed", problem=str(error))
             raise
         finally:
@@ -267,7 +263,7 @@ class Registry:
         if entry.failed is not None:
             before, when, error = entry.failed
             if before == stamp and (stamp or time.monotonic() < when + RETRY_SECONDS):
-                raise error.with_traceback(None)
+                raise without_traceback(error)
 
     async def load(self, name: str, place: str, *, pin: bool = False, in_place: bool = False) -> Card:
         """Load an adapter over HTTP. place: relative to a root, or an allowed hub id. Returns its card.
@@ -297,6 +293,7 @@ class Registry:
             except BaseException:
                 self.versions.drop_name(version, files, pin)
                 raise
+            # Nothing is awaited from here on, so that no other load writes the state file without this one.
             entry = self._entries.setdefault(name, _Entry(card, "http", locate))
             entry.locate, entry.origin = locate, entry.origin if configured else "http"
             self._activate(entry, version, files, card)
@@ -332,9 +329,7 @@ class Registry:
 
     async def _unload(self, name: str) -> int:
         async with self._lock(name):
-            entry = self._entries.get(name)
-            if entry is None:
-                raise names.unknown(name, self._entries, self.base_names)
+            entry = self._entry(name)
             if entry.origin == "http":
                 await self._save(name, None)
                 del self._entries[name]
@@ -347,6 +342,11 @@ class Registry:
         return await freed
 
     # ------------------------------------------------------------------------------------------ helpers
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise names.unknown(name, self._entries, self.base_names)
+        return self._entries[name]
 
     def _over_http(self, place: str, name: str) -> Callable[[], AdapterFiles]:
         return lambda: self.places.over_http(place, name)

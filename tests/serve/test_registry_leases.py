@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 from pathlib import Path
 
 import pytest
 from served_adapters import Held, registry, write
 
+import lorakit as lk
 from lorakit.errors import AdapterError, ConfigError, TargetError
 from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import Busy, Cannot, UnknownAdapter
@@ -242,5 +244,23 @@ def test_what_the_engine_refuses_is_not_left_half_loaded(root):
         engine.refuse = None
         async with made.lease("b", None):
             pass  # what may heal is tried again at once
+
+    asyncio.run(scenario())
+
+
+def test_an_error_that_is_kept_does_not_keep_what_failed(root):
+    async def scenario():
+        engine = Held()
+        engine.refuse = AdapterError("of another base")
+        made = registry(engine, root)
+        await made.start()
+        for _ in range(2):
+            with pytest.raises(AdapterError, match="another base"):
+                async with made.lease("a", None):
+                    pass
+        engine.refuse = None
+        await settled(made)
+        gc.collect()
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, lk.Adapter)]
 
     asyncio.run(scenario())

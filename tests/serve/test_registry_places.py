@@ -253,3 +253,21 @@ def test_a_restored_place_that_is_not_allowed_any_more_is_said_at_its_use(root, 
             await second.close()
 
     asyncio.run(scenario())
+
+
+def test_loads_at_the_same_time_are_all_in_the_state_file(root, tmp_path):
+    async def scenario():
+        state = tmp_path / "state.json"
+        first = registry(Held(), root, state=state)
+        await first.start()
+        await asyncio.gather(*(first.load(f"name-{number}", "ab"[number % 2]) for number in range(12)))
+        await asyncio.gather(*(first.unload(f"name-{number}") for number in range(0, 12, 3)))
+        expected = names(first)
+        await first.close()
+        second = registry(Held(), root, state=state)
+        await second.start()
+        assert names(second) == expected
+        assert len(expected) == 2 + 8
+        await second.close()
+
+    asyncio.run(scenario())
