@@ -130,7 +130,7 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
     base: the base's folder or transformers config, which the GGUF of a Llama needs. Raises AdapterError, whose message
     has no path but those relative to the adapter, and WriteError where the copy has no space.
     """
-    with tempfile.TemporaryDirectory(prefix="lorakit-read-", ignore_cleanup_errors=True) as temporary:
+    with _temporary_folder(files.label) as temporary:
         copy = Path(temporary) / re.sub(r"[^\w-]", "_", files.label)  # readers' log lines have it
         try:
             key, size = _copied(files, copy)
@@ -146,6 +146,14 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
                 f"adapter '{files.label}' cannot be read: {type(error).__name__}: "
                 f"{_without(str(error), copy, files)[:300]}"
             ) from error
+
+
+def _temporary_folder(label: str) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="lorakit-read-", ignore_cleanup_errors=True)
+    except OSError as error:  # on a full disk Python finds no folder for temporary files at all, an ENOENT
+        full = isinstance(error, FileNotFoundError)
+        raise _refused(OSError(errno.ENOSPC, "") if full else error, label) from error
 
 
 def _copied(files: AdapterFiles, copy: Path) -> tuple[str, int]:
