@@ -135,7 +135,7 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
     base: the base's folder or transformers config, which the GGUF of a Llama needs. Raises AdapterError, whose message
     has no path but those relative to the adapter, and WriteError where the copy has no space.
     """
-    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as temporary:
+    with _temporary_folder(files.label) as temporary:
         copy = Path(temporary) / re.sub(r"[^\w-]", "_", files.label)  # readers' log lines have it
         try:
             key, size = _copied(files, copy)
@@ -155,7 +155,11 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
 
 def remove_abandoned() -> None:
     """Delete copies that a server left behind which was killed while it read."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # the disk is full; reading says so
+        return
+    for folder in temporary.glob(f"{PREFIX}*"):
         try:
             about = folder.lstat()
             ours = not hasattr(os, "getuid") or about.st_uid == os.getuid()
@@ -163,6 +167,14 @@ def remove_abandoned() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # deleted meanwhile
             continue
+
+
+def _temporary_folder(label: str) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    except OSError as error:  # on a full disk Python finds no folder for temporary files at all, an ENOENT
+        full = isinstance(error, FileNotFoundError)
+        raise _refused(OSError(errno.ENOSPC, "") if full else error, label) from error
 
 
 def _copied(files: AdapterFiles, copy: Path) -> tuple[str, int]:

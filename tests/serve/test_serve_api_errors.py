@@ -59,7 +59,7 @@ def app() -> Any:
         ({"tools": [{}] * 129}, "tools", "up to 128"),
         ({"tool_choice": "requird"}, "tool_choice", "did you mean 'required'?"),
         ({"stream": "yes"}, "stream", "expected true or false"),
-        ({"stream_options": 1}, "stream_options", ""),
+        ({"stream_options": 1}, "stream_options", "names with values"),
         ({"lorakit": {"scale": "x"}}, "lorakit.scale", "a number"),
         ({"lorakit": {"scales": 1}}, "lorakit.scales", "not known"),
         ({"guided_json": {"type": "object"}}, "guided_json", "response_format"),
