@@ -15,6 +15,7 @@ space before each text would otherwise lose it. So time is linear in the answer'
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class TokenTexts:
         self.tokenizer = tokenizer
         self._added = frozenset(added_tokens(tokenizer))
         self._special: dict[int, bool] = {}
-        self._bytes: dict[int, bytes] = {}
+        self._bytes: dict[int, builtins.bytes] = {}
         anchor = tokenizer.encode("a", add_special_tokens=False)
         self._anchor: list[int] = anchor[-1:]
         self._anchor_text = self.decode(self._anchor)
@@ -54,7 +55,7 @@ class TokenTexts:
             self._special[token] = self.decode([token]) == "" != self._token(token)
         return self._special[token]
 
-    def bytes(self, token: int) -> bytes:
+    def bytes(self, token: int) -> builtins.bytes:
         """Return the bytes of a token, special tokens included: UTF-8, perhaps part of a character."""
         if token not in self._bytes:
             self._bytes[token] = self._bytes_of(token)
@@ -71,7 +72,7 @@ class TokenTexts:
     def _token(self, token: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(token) or "")
 
-    def _bytes_of(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> builtins.bytes:
         written = self._token(token)
         if token in self._added:
             return written.encode()

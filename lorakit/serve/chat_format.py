@@ -18,7 +18,7 @@ from ..data.found_once import found_once
 from ..data.render import Renderer as RowRenderer
 from ..data.render import question_ids
 from ..data.shapes import Example
-from ..data.templates import ChatOptions, Style, source_of
+from ..data.templates import ChatOptions, Style, Template, source_of
 from ..data.turns import Message, checked, conversation
 from ..data.unshown import column_note
 from ..errors import ConfigError, DataError, listing
@@ -164,7 +164,7 @@ class ChatFormat:
                 "  start the server with the template: --chat-template FILE"
             )
         options = self._record.options if self.style == "chat" else ChatOptions()
-        template = "chat" if self.style == "chat" else "plain"
+        template: Template = "chat" if self.style == "chat" else "plain"
         try:
             return RowRenderer(self._tokenizer, template, options=options, ends=self._model_ends, apply=self._foreign)
         except ConfigError as error:
