@@ -211,7 +211,7 @@ def test_a_fault_in_a_stream_is_logged_and_ends_it_without_its_text(caplog: Any)
     def broken(work: Work) -> Ticket:
         ticket = Ticket(lambda: None)
         ticket.put(Piece((70,)))
-        ticket.put(ZeroDivisionError("/secret/path"))
+        asyncio.get_running_loop().call_later(0.05, ticket.put, ZeroDivisionError("/secret/path"))
         return ticket
 
     app.engine.submit = broken  # type: ignore[method-assign]
