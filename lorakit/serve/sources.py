@@ -14,7 +14,10 @@ import hashlib
 import logging
 import os
 import re
+import shutil
+import stat
 import tempfile
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MOST_FILES = 10_000  # in an adapter's folder
 MOST_SAID = 2_000  # characters of an error, which may quote a file
+PREFIX = "lorakit-read-"  # of the temporary folders with copies
+ABANDONED = 3600.0  # seconds after which a copy is nobody's: reading takes less
 _CHUNK = 1 << 20
 _INSIDE = ("virtual_tokens", "adapter", "adapter/virtual_tokens")  # folders in which parts of an adapter may be
 _RUN = "config.yaml"  # a training run's: its result is in adapter/
@@ -148,9 +153,25 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
             ) from error
 
 
+def remove_abandoned() -> None:
+    """Delete copies that a server left behind which was killed while it read."""
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # the disk is full; reading says so
+        return
+    for folder in temporary.glob(f"{PREFIX}*"):
+        try:
+            about = folder.lstat()
+            ours = not hasattr(os, "getuid") or about.st_uid == os.getuid()
+            if stat.S_ISDIR(about.st_mode) and ours and about.st_mtime < time.time() - ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # deleted meanwhile
+            continue
+
+
 def _temporary_folder(label: str) -> tempfile.TemporaryDirectory[str]:
     try:
-        return tempfile.TemporaryDirectory(prefix="lorakit-read-", ignore_cleanup_errors=True)
+        return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     except OSError as error:  # on a full disk Python finds no folder for temporary files at all, an ENOENT
         full = isinstance(error, FileNotFoundError)
         raise _refused(OSError(errno.ENOSPC, "") if full else error, label) from error

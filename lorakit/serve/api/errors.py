@@ -167,6 +167,8 @@ def validation(problems: Sequence[Mapping[str, Any]], given: object) -> ApiError
         return ApiError(f"{param} is missing", param)
     if items[0]["type"] == "extra_forbidden":
         return ApiError(f"{param} is not known", param)
+    # A nested body is a model to pydantic, and an object to the caller.
+    items = [{**item, "type": "dict_type"} if item["type"] == "model_attributes_type" else item for item in items]
     value = items[0].get("input")
     hint = did_you_mean(value, choices(items)) if isinstance(value, str) else ""
     shown = repr(value)
