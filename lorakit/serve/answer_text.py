@@ -32,6 +32,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
         self._added = frozenset(added_tokens(tokenizer))
         self._special: dict[int, bool] = {}
         self._bytes: dict[int, builtins.bytes] = {}
@@ -45,6 +46,8 @@ class TokenTexts:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def is_special(self, token: int) -> bool:
@@ -148,6 +151,19 @@ class AnswerText:
         keep = partial_end(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return what `tokenizer.decode` calls, None if it does more than that.
+
+    A server decodes every token of every stream twice: 2 µs by the backend, 11 by the method around it.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    own = getattr(kind, "decode", None), getattr(kind, "_decode", None)
+    theirs = PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode
+    return tokenizer.backend_tokenizer if own == theirs else None
 
 
 def _byte_table() -> dict[str, int]:
