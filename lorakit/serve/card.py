@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.chat_record import ChatRecord
 from .engine import Choice
+
+if TYPE_CHECKING:
+    from .sources import ReadAdapter
 
 # registered: known by name, not read yet · ready: the engine has it · failed: `problem` says why
 Status = Literal["registered", "ready", "failed"]
