@@ -33,6 +33,20 @@ class Card:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
+    def ready(self, read: ReadAdapter) -> Card:
+        """Return the card with what was read of the adapter."""
+        metadata = read.adapter.metadata
+        return replace(
+            self,
+            key=read.key,
+            status="ready",
+            size=read.size,
+            rank=read.adapter.rank,
+            chat=ChatRecord.of(metadata),
+            metadata={name: value for name, value in metadata.items() if name != "header"},
+            problem=None,
+        )
+
     @property
     def version(self) -> str:
         """The name with the beginning of the content's hash, for logs and headers: sql@3fa9c1."""
