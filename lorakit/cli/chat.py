@@ -12,6 +12,7 @@ from .shared.names import check_names
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.output import say
 from .shared.quantizing import ComputeDtype, Double, Quantize
+from .shared.served import Server, chat_with_server
 from .shared.starting import starting
 
 _HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit exits"
@@ -22,6 +23,7 @@ def chat(
     adapter: Annotated[
         list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable, starts with the last one")
     ] = None,
+    server: Server = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     template: Annotated[
         Literal["auto", "chat", "plain", "none"],
@@ -39,6 +41,27 @@ def chat(
     compute_dtype: ComputeDtype = "auto",
 ) -> None:
     """Chat with a model in the terminal. A model without a chat template completes each line on its own."""
+    if server is not None:
+        unused = {
+            "--chat-template": chat_template is not None,
+            "--chat-template-kwargs": chat_template_kwargs is not None,
+            "--precision": precision != "auto",
+            "--quantize": quantize is not None,
+            "--no-double": not double,
+            "--compute-dtype": compute_dtype != "auto",
+        }
+        settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        chat_with_server(
+            server,
+            model,
+            adapter or [],
+            unused=unused,
+            system=system,
+            template=template,
+            settings=settings,
+            commands=_HELP,
+        )
+        return
     quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):

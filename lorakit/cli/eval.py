@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +23,6 @@ from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
     Columns,
-    DataTemplate,
     Date,
     Model,
     Precision,
@@ -34,6 +33,7 @@ from .shared.options import (
 )
 from .shared.output import output, say
 from .shared.quantizing import ComputeDtype, Double, Quantize, quantize_flags
+from .shared.served import Server, evaluate_on_server
 from .shared.starting import starting
 from .shared.task_base import base_for, config_for, processor_for, task_named
 
@@ -52,6 +52,7 @@ def evaluate(
     ],
     model: Model = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable")] = None,
+    server: Server = None,
     text: Annotated[
         bool | None,
         typer.Option(
@@ -60,7 +61,10 @@ def evaluate(
     ] = None,
     split: Split = None,
     columns: Columns = None,
-    template: DataTemplate = "auto",
+    template: Annotated[
+        Literal["auto", "chat", "plain", "none"],
+        typer.Option(help="how conversations are formatted; none, with --server: each prompt is a text to continue"),
+    ] = "auto",
     turns: Turns = "all",
     answer_after: AnswerAfter = None,
     chat_template: ChatTemplate = None,
@@ -99,6 +103,39 @@ def evaluate(
     """
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    if server is not None:
+        unused = {
+            "--no-text": text is False,
+            "--turns": turns != "all",
+            "--chat-template": chat_template is not None,
+            "--chat-template-kwargs": chat_template_kwargs is not None,
+            "--date": date is not None,
+            "--task": task not in (None, DEFAULT),
+            "--precision": precision != "auto",
+            "--quantize": quantize is not None,
+            "--no-double": not double,
+            "--compute-dtype": compute_dtype != "auto",
+        }
+        evaluate_on_server(
+            server,
+            data,
+            model,
+            adapter or [],
+            unused=unused,
+            template=template,
+            split=split,
+            columns=renamed,
+            answer_after=answer_after,
+            limit=limit,
+            max_new_tokens=max_new_tokens or NEW_TOKENS,
+            at_once=batch_size,
+            samples=SAMPLES if samples is None else samples,
+            compared=compared(answer, normalize),
+            json_output=json_output,
+        )
+        return
+    if template == "none":
+        raise ConfigError("--template none is for --server\n  use --template auto, chat or plain")
     quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, data, adapter or [])
     kwargs = template_kwargs(chat_template_kwargs)

@@ -41,11 +41,12 @@ BATCHES_AT_ONCE = 8  # between two reports of progress
 class Judged:
     """The result of one adapter, or of the base (None).
 
-    texts: its answers to the report's prompts, if generated; cut: how many of them the limit of new tokens ended.
+    loss: None for a model on a server, which does not tell. texts: its answers to the report's prompts, if generated;
+    cut: how many of them the limit of new tokens ended.
     """
 
     adapter: str | None
-    loss: Loss
+    loss: Loss | None
     scores: Scores | None = None
     texts: tuple[str, ...] = ()
     cut: int = 0
@@ -67,9 +68,10 @@ class Report:
     def table(self) -> Table:
         """Return a table with a line for each adapter."""
         first = self.judged[0].loss
-        title = f"{first.rows:,} rows, {first.tokens:,} trained tokens"
-        title += f"; text from {len(self.prompts):,} prompts" if self.judged[0].scores is not None else ""
-        losses = [{"adapter": a.adapter, "loss": a.loss.loss, "perplexity": a.loss.perplexity} for a in self.judged]
+        parts = [f"{first.rows:,} rows, {first.tokens:,} trained tokens"] if first else []
+        parts += [f"text from {len(self.prompts):,} prompts"] if self.judged[0].scores is not None else []
+        title = "; ".join(parts)
+        losses = [{"adapter": one.adapter} | _measures(one.loss) for one in self.judged]
         scores = [one.scores.to_dict() | {"cut": one.cut} if one.scores else {} for one in self.judged]
         return table([loss | score for loss, score in zip(losses, scores)], title, BASE)
 
@@ -96,7 +98,7 @@ class Report:
             "results": [
                 {
                     "adapter": one.adapter,
-                    **one.loss.to_dict(),
+                    **(one.loss.to_dict() if one.loss else {}),
                     "scores": one.scores.to_dict() if one.scores else None,
                     "cut": one.cut,
                 }
@@ -111,6 +113,10 @@ class Report:
                 for i in self.samples
             ],
         }
+
+
+def _measures(loss: Loss | None) -> dict[str, float]:
+    return {"loss": loss.loss, "perplexity": loss.perplexity} if loss else {}
 
 
 def evaluate(
@@ -142,9 +148,7 @@ def evaluate(
     requested = list(dict.fromkeys(adapters))
     _check_adapters(model, requested)
     base = Base(model, tokenizer)
-    prompts = (
-        _spread(task.asked(base, items) if task else prompts_of(items, tokenizer), max_prompts) if generate else []
-    )
+    prompts = spread(task.asked(base, items) if task else prompts_of(items, tokenizer), max_prompts) if generate else []
     check_prompts(model, [p.ids for p in prompts], max_new_tokens, [p.where for p in prompts])
     pad = pad_id(tokenizer)
     judged = []
@@ -176,7 +180,7 @@ def evaluate(
             judged.append(
                 Judged(name, loss, score(texts, [p.references for p in prompts], compared), tuple(texts), len(cut))
             )
-    return Report(tuple(judged), tuple(prompts), tuple(_spread(range(len(prompts)), samples)))
+    return Report(tuple(judged), tuple(prompts), tuple(spread(range(len(prompts)), samples)))
 
 
 def _loss(task: Task, base: Base, items: Sequence[Any], batch_size: int, on_rows: Callable[[int], None] | None) -> Loss:
@@ -192,7 +196,7 @@ def _loss(task: Task, base: Base, items: Sequence[Any], batch_size: int, on_rows
     return Loss(loss, math.exp(loss) if loss < 709 else math.inf, weight_of(ordered), len(ordered))
 
 
-def _spread(things: Sequence[Any], most: int | None) -> list[Any]:
+def spread(things: Sequence[Any], most: int | None) -> list[Any]:
     """Return at most `most` of `things`, evenly spaced, beginning with the first."""
     if most is None or len(things) <= most:
         return list(things)
