@@ -13,7 +13,11 @@ import errno
 import hashlib
 import logging
 import os
+import re
+import shutil
+import stat
 import tempfile
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MOST_FILES = 10_000  # in an adapter's folder
+MOST_SAID = 2_000  # characters of an error, which may quote a file
+PREFIX = "lorakit-read-"  # of the temporary folders with copies
+ABANDONED = 3600.0  # seconds after which a copy is nobody's: reading takes less
 _CHUNK = 1 << 20
 _INSIDE = ("virtual_tokens", "adapter", "adapter/virtual_tokens")  # folders in which parts of an adapter may be
 _RUN = "config.yaml"  # a training run's: its result is in adapter/
@@ -108,7 +115,7 @@ def _files_in(folder: Path, label: str) -> dict[str, int | None]:
                         raise AdapterError(
                             f"'{label}' is a folder of more than {MOST_FILES:,} files; expected an adapter"
                         )
-                    if not entry.is_dir():
+                    if entry.name.isprintable() and not entry.is_dir():  # names end up in errors, as UTF-8
                         found[f"{inner}/{entry.name}" if inner else entry.name] = _size(entry)
         except OSError as error:
             raise AdapterError(f"'{label}' cannot be read: {(error.strerror or '').lower()}") from error
@@ -128,8 +135,8 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
     base: the base's folder or transformers config, which the GGUF of a Llama needs. Raises AdapterError, whose message
     has no path but those relative to the adapter, and WriteError where the copy has no space.
     """
-    with tempfile.TemporaryDirectory(prefix="lorakit-read-", ignore_cleanup_errors=True) as temporary:
-        copy = Path(temporary) / "adapter"
+    with _temporary_folder(files.label) as temporary:
+        copy = Path(temporary) / re.sub(r"[^\w-]", "_", files.label)  # readers' log lines have it
         try:
             key, size = _copied(files, copy)
             check_files(copy, files.names, files.rules)
@@ -144,6 +151,30 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
                 f"adapter '{files.label}' cannot be read: {type(error).__name__}: "
                 f"{_without(str(error), copy, files)[:300]}"
             ) from error
+
+
+def remove_abandoned() -> None:
+    """Delete copies that a server left behind which was killed while it read."""
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # the disk is full; reading says so
+        return
+    for folder in temporary.glob(f"{PREFIX}*"):
+        try:
+            about = folder.lstat()
+            ours = not hasattr(os, "getuid") or about.st_uid == os.getuid()
+            if stat.S_ISDIR(about.st_mode) and ours and about.st_mtime < time.time() - ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # deleted meanwhile
+            continue
+
+
+def _temporary_folder(label: str) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    except OSError as error:  # on a full disk Python finds no folder for temporary files at all, an ENOENT
+        full = isinstance(error, FileNotFoundError)
+        raise _refused(OSError(errno.ENOSPC, "") if full else error, label) from error
 
 
 def _copied(files: AdapterFiles, copy: Path) -> tuple[str, int]:
@@ -210,6 +241,7 @@ def _without(message: str, copy: Path, files: AdapterFiles) -> str:
     """Name files by the adapter's name instead of where the copy, or the original, is."""
     for path in (copy, files.folder):
         message = message.replace(f"{path}/", "").replace(str(path), files.label)
+    message = message.encode("utf8", "backslashreplace").decode()[:MOST_SAID]  # JSON can hold halves of surrogate pairs
     named = f"'{files.label}'" in message or message.startswith(files.label)
     return message if named else f"adapter '{files.label}': {message}"
 

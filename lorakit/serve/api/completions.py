@@ -38,7 +38,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions", responses={200: OK, **ERRORS}, response_model=None)
     async def create_completion(request: CompletionRequest) -> Response:
         """Complete a text. A prompt is not put into a chat template."""
-        return Answering(partial(_answer, service, request))
+        return Answering(partial(_answer, service, request), service.limits.seconds)
 
     return routes
 
@@ -179,8 +179,12 @@ class _Reply:
                         logprobs = json_bytes(self.writers[answer.index].write(delta.logprobs))
                     reason = text_json(delta.reason) if delta.reason else b"null"
                     form = b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}'
-                    await events.write(chunks.of(form % (answer.index, text_json(text), logprobs, reason)))
-            await events.write(chunks.last(usage(self.prompt_tokens, self.answers)), last=True)
+                    events.add(chunks.of(form % (answer.index, text_json(text), logprobs, reason)))
+                    # What has arrived meanwhile, and what ends the stream, goes out with it.
+                    if events.full or not (answer.ticket.waiting or delta.reason):
+                        await events.flush()
+            events.add(chunks.last(usage(self.prompt_tokens, self.answers)))
+            await events.flush(last=True)
         except Exception as error:
             if not events.begun:
                 raise
