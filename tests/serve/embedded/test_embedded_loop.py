@@ -331,6 +331,9 @@ def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_th
         async def compiled(self, schema):
             raise Cannot(f"no {schema}", "schema")
 
+        def close(self):
+            pass
+
     async def scenario(engine):
         assert "schema" in engine.facts.can
         with pytest.raises(Cannot, match="no x"):
