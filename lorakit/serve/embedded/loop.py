@@ -187,6 +187,9 @@ class Loop:
             except LorakitError as error:
                 self._finish(request, error)
                 continue
+            except Exception as error:  # a mistake of ours must not end the others' requests
+                self._broke([request], error)
+                continue
             self.tiers.use(request.keys)
             request.admitted = time.monotonic()
             admitted.append(request)
@@ -197,7 +200,12 @@ class Loop:
         """Queue the prompts of requests that got a row, as far as they are not known."""
         missing: dict[tuple[Choice, tuple[int, ...]], Start] = {}
         for request in admitted:
-            start, same = self._start(request), (request.choice, request.work.ids)
+            try:
+                start = self._start(request)
+            except Exception as error:
+                self._broke([request], error)
+                continue
+            same = request.choice, tuple(request.ids)
             if not start.missing:
                 self._add(request, start.keys_values)
             elif same in missing:

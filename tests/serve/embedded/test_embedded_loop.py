@@ -180,6 +180,28 @@ def test_an_error_in_a_step_ends_its_rows_and_the_engine_goes_on():
     assert after[0] == alone(tiny.llama(), {}, IDS)
 
 
+def test_an_error_before_the_first_token_ends_its_request_alone(monkeypatch):
+    async def scenario(engine):
+        running = engine.submit(greedy_work(tokens=25))
+        first = await anext(running)
+        for name in ("find", "keep"):
+            real = getattr(engine.prefixes, name)
+            monkeypatch.setattr(engine.prefixes, name, lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
+            if name == "find":
+                with pytest.raises(EngineFailed, match="no room"):
+                    await answer(engine, range(1, 20), (), 3)
+            else:
+                assert (await answer(engine, range(1, 20), (), 3))[1] == "length"  # what is not kept is no error
+            monkeypatch.setattr(engine.prefixes, name, real)
+        with monkeypatch.context() as patch:
+            patch.setattr("lorakit.serve.embedded.loop.Picking", lambda *_: 1 / 0)
+            with pytest.raises(EngineFailed, match="ZeroDivisionError"):
+                await answer(engine, IDS)
+        return list(first.ids) + (await read(running))[0]
+
+    assert run(scenario) == alone(tiny.llama(), {}, IDS, (), 25)
+
+
 def test_an_error_in_a_prompt_ends_no_answer_that_runs():
     async def scenario(engine):
         running = engine.submit(greedy_work(tokens=25))
