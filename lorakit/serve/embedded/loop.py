@@ -126,6 +126,7 @@ class Loop:
             for request in list(self.open):
                 self._finish(request, self.failed)
             self._deliver()
+            self.tiers.abandon(self.failed)
 
     def _pass(self) -> None:
         self._take()
