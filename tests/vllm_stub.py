@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A program that is started as `vllm serve` is and speaks its HTTP, without a model, for tests.
 
-    VLLM_STUB=control.json vllm_stub.py serve BASE --host 127.0.0.1 --port 8001 --enable-lora ...
+    VLLM_STUB=control.json vllm_stub.py serve BASE --uds SOCKET --enable-lora ...
 
 It writes its argv, its environment and each request to control.json.log, a JSON object a line, and misbehaves as
 control.json says (read anew for each request; `SWITCHES` lists what it may hold). Its forms follow vLLM's sources
@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 SWITCHES = {
@@ -326,7 +327,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
     request_queue_size = 512
 
@@ -340,7 +341,7 @@ def main() -> None:
     if "die_at_start" in found:
         print("ValueError: No available memory for the cache blocks.", flush=True)
         sys.exit(found["die_at_start"])
-    Server((stub.flags["--host"], int(stub.flags["--port"])), Handler).serve_forever()
+    Server(stub.flags["--uds"], Handler).serve_forever()
 
 
 if __name__ == "__main__":

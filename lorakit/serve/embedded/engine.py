@@ -8,6 +8,7 @@ facts = await engine.start()
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Ability, Choice, Facts, Source, Stats, Work
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .tiers import Tiers
 
 ABILITIES: frozenset[Ability] = frozenset({"mix", "scale", "logprobs", "logit_bias", "min_p", "repetition"})
+WITH_SCHEMA: frozenset[Ability] = frozenset({*ABILITIES, "schema"})
 MAX_LOGPROBS = 20
 
 
@@ -50,7 +52,7 @@ class EmbeddedEngine:
         self.runner = Runner(model, context)
         self.tiers, self.prefixes, self.grammars = tiers, prefixes, grammars
         self.rows, self.waiting = rows, waiting
-        can = ABILITIES if grammars is None else ABILITIES | {"schema"}
+        can = ABILITIES if grammars is None else WITH_SCHEMA
         self.facts = Facts(base, self.runner.context, self.runner.vocabulary, can, MAX_LOGPROBS)
         self._loop: Loop | None = None
         self._stopping = False
@@ -102,7 +104,7 @@ class EmbeddedEngine:
         """Forget an adapter once its requests are done. See `Engine.unload`."""
         loop = self._running()
         freed = await self.tiers.unload(key)
-        loop.call(lambda: self.prefixes.forget(key))
+        loop.call(partial(self.prefixes.forget, key))
         return freed
 
     def stats(self) -> Stats:

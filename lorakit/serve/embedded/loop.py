@@ -22,9 +22,10 @@ from ...errors import LorakitError
 from ..engine import Finish, Piece
 from ..errors import EngineFailed
 from ..ticket import Ticket, deliver
+from . import prefill
 from .batches import Batches
 from .picking import Picked, Picking, pick
-from .prefill import Group, Start, grouped
+from .prefill import Group, Pace, Start, grouped
 from .prefixes import KeysValues
 from .request import Request
 from .runner import Flattened
@@ -37,11 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Prompt tokens that are fed in a pass while answers wait for their next token. As long as some steps of 32 rows: the
-# embedded model feeds 512 tokens in the time of about three (one core, float32).
-CHUNK = 512
-# ... and while none does.
-CHUNK_ALONE = 4096
+# Seconds of prompts in a pass while answers wait for their next token, and while none does. It bounds how long a
+# cancelled request keeps its row.
+SECONDS, SECONDS_ALONE = 0.1, 0.5
 # Seconds to sleep at most while works wait for an adapter or a deadline; `wake` ends it.
 NAP = 0.05
 
@@ -65,10 +64,11 @@ class Loop:
         self.open: set[Request] = set()  # all requests that are not done; changed by both threads, one call each
         self.waiting: deque[Request] = deque()
         self._groups: deque[Group] = deque()
+        self._pace = Pace()
         self._batches = Batches(runner, rows)
         self._out: list[tuple[Ticket, Piece | Exception]] = []
         self._to = to
-        self._inbox: deque[Request | Callable[[], None]] = deque()
+        self._inbox: deque[Request | Callable[[], object]] = deque()
         self._woken = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="lorakit-engine", daemon=True)
@@ -88,7 +88,7 @@ class Loop:
         """End a request of `open` that was not queued."""
         self.call(lambda: self._finish(request, error) if request in self.open else None)
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         """Run a function in the thread that owns the model, between two steps."""
         self._inbox.append(function)
         self.wake()
@@ -214,11 +214,14 @@ class Loop:
         return Start(request) if found is None else Start(request, found.length, found.keys_values)
 
     def _prefill(self) -> None:
-        left = CHUNK if len(self._batches) else CHUNK_ALONE
-        while self._groups and left > 0:
+        left = self._pace.tokens(SECONDS if len(self._batches) else SECONDS_ALONE)
+        while self._groups and left >= prefill.LEAST:
             group = self._groups.popleft()
+            began = time.perf_counter()
             try:
-                left -= group.advance(self.runner, min(left, CHUNK_ALONE))
+                fed = group.advance(self.runner, left)
+                self._pace.saw(fed, time.perf_counter() - began)
+                left -= fed
             except Flattened:
                 self._groups.extend(group.again(self.runner))
                 continue

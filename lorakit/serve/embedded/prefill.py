@@ -25,6 +25,29 @@ PADDING = 1.25
 PADDING_FREE = 8  # tokens; short prompts share a group
 
 
+# Tokens in a chunk: at least, as smaller ones read the weights for few tokens, and at most, for the memory they take.
+LEAST, MOST = 64, 2048
+FIRST = 512  # tokens, while the pace is not known
+
+
+class Pace:
+    """How many prompt tokens the model feeds in a second: a running mean. An accelerator's calls return earlier."""
+
+    def __init__(self) -> None:
+        self._per_second: float | None = None
+
+    def tokens(self, seconds: float) -> int:
+        """Return how many to feed in so many seconds, within bounds."""
+        tokens = FIRST if self._per_second is None else int(self._per_second * seconds)
+        return min(max(tokens, LEAST), MOST)
+
+    def saw(self, tokens: int, seconds: float) -> None:
+        """Note how long so many took. Few say little, as a call has a cost of its own."""
+        if tokens >= LEAST:
+            now = tokens / max(seconds, 1e-6)
+            self._per_second = now if self._per_second is None else 0.7 * self._per_second + 0.3 * now
+
+
 class Start(NamedTuple):
     """A request, and the keys and values of its prompt's first `length` tokens."""
 
@@ -95,7 +118,9 @@ class Group:
 
     def advance(self, runner: Runner, tokens: int) -> int:
         """Feed a chunk of about so many tokens over all rows. Returns how many were fed, padding included."""
-        width = min(max(1, tokens // len(self.starts)), self.missing - self.fed)
+        width = max(1, tokens // len(self.starts))
+        if self.missing - self.fed <= 1.5 * width:  # rather than to leave a few for a call of their own
+            width = self.missing - self.fed
         ids = []
         for start in self.starts:
             first = start.length + self.fed

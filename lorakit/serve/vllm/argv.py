@@ -1,8 +1,10 @@
 """How vLLM is started: its command line and its environment, as plain functions.
 
-    vllm serve BASE --host 127.0.0.1 --port P --served-model-name base --generation-config vllm --enable-lora
+    vllm serve BASE --uds SOCKET --served-model-name base --generation-config vllm --enable-lora
          --max-loras 8 --max-cpu-loras 64 --max-lora-rank 16 --max-logprobs 20 --enable-prompt-tokens-details
 
+--uds SOCKET               a Unix socket in a folder that only this user may enter. On a port, vLLM would answer any
+                           program on the machine, and any web page that finds it: its key does not guard /invocations
 --generation-config vllm   the model's generation_config.json would otherwise fill in whatever a request leaves open
 --max-lora-rank            one of `VLLM_RANKS`, fixed for the life of the process: `rank_flag` chooses it
 VLLM_API_KEY               a random key for each start. In the environment, since a command line can be read by anybody.
@@ -103,9 +105,10 @@ def rank_flag(ranks: Iterable[int], most: int | None = None) -> int:
     return fitting
 
 
-def command_line(settings: VllmSettings, port: int) -> list[str]:
-    """Return the argv of the child. Raises ConfigError for extra flags that would contradict ours, LorakitError for a
-    base that is not a model folder.
+def command_line(settings: VllmSettings, socket: str) -> list[str]:
+    """Return the argv of the child. socket: where it listens.
+
+    Raises ConfigError for extra flags that would contradict ours, LorakitError for a base that is not a model folder.
     """
     _check_extra(settings.extra)
     precision = settings.precision
@@ -121,7 +124,7 @@ def command_line(settings: VllmSettings, port: int) -> list[str]:
         model_path(settings.base),
         # first, so that ours count if vLLM takes an abbreviation for one of them
         *settings.extra,
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--uds", socket),
         *("--served-model-name", BASE_NAME),
         *("--generation-config", "vllm"),
         "--enable-lora",

@@ -29,16 +29,16 @@ _SECONDS = 60.0  # of one call, other than a completion; loading an adapter read
 
 
 class VllmClient:
-    """Calls one vLLM server. Close it with `aclose`."""
+    """Calls the vLLM that listens on a Unix socket. Close it with `aclose`."""
 
-    def __init__(self, port: int, key: str):
+    def __init__(self, socket: str, key: str):
+        # vLLM closes idle connections after 5 s: a request must not take one just then.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         self._http = httpx2.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}",
+            transport=httpx2.AsyncHTTPTransport(uds=socket, limits=limits),
+            base_url="http://vllm",
             headers={"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(_SECONDS, connect=5.0),
-            # vLLM closes idle connections after 5 s: a request must not take one just then.
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
-            trust_env=False,  # a proxy from the environment is not for the loopback interface
         )
 
     async def aclose(self) -> None:

@@ -57,7 +57,8 @@ def test_a_cancelled_request_frees_its_row_and_the_others_go_on():
 
 
 def test_cancelled_while_it_waits_and_while_its_prompt_is_computed(monkeypatch):
-    monkeypatch.setattr("lorakit.serve.embedded.loop.CHUNK_ALONE", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 1)
 
     async def scenario(engine):
         engine.tiers.known.add("slow")
@@ -349,3 +350,38 @@ def test_load_passes_on_what_the_tiers_refuse():
             await engine.load("key", Held(None))
 
     run(scenario)
+
+
+def test_a_long_prompt_is_fed_in_chunks_between_the_steps_of_others(monkeypatch):
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 2)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 2)
+    happened = []
+
+    async def scenario(engine):
+        for name in ("prefill", "step"):
+            real = getattr(engine.runner, name)
+            setattr(engine.runner, name, lambda *a, n=name, real=real: (happened.append(n), real(*a))[1])
+        running = engine.submit(greedy_work(tokens=28))
+        await anext(running)
+        happened.clear()
+        long = await answer(engine, range(1, 22), (), 3)
+        return long[0], await read(running)
+
+    long, _ = run(scenario)
+    assert long == alone(tiny.llama(), {}, range(1, 22), (), 3)
+    prompt = [at for at, name in enumerate(happened) if name == "prefill"]
+    assert len(prompt) == 10  # two tokens each, of 20
+    assert all(happened[at + 1] == "step" for at in prompt)
+
+
+def test_the_pace_of_prompts_bounds_a_chunk():
+    from lorakit.serve.embedded.prefill import FIRST, LEAST, MOST, Pace
+
+    pace = Pace()
+    assert pace.tokens(0.1) == FIRST
+    pace.saw(LEAST - 1, 100.0)  # too few to tell
+    assert pace.tokens(0.1) == FIRST
+    pace.saw(1000, 1.0)
+    assert pace.tokens(0.1) == 100
+    assert pace.tokens(0.001) == LEAST
+    assert pace.tokens(10.0) == MOST

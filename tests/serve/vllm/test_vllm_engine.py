@@ -75,6 +75,7 @@ def served(shared: Served) -> Iterator[Served]:
 @pytest.fixture
 def own(tmp_path, monkeypatch) -> Iterator[Served]:
     """An engine that is not started yet, for a test that ends or breaks it."""
+    monkeypatch.setattr("lorakit.serve.vllm.child.PAUSE", 0.05)
     control = Control(tmp_path)
     monkeypatch.setenv("VLLM_STUB", str(control.file))
     with asyncio.Runner() as runner:
@@ -101,6 +102,9 @@ def test_the_child_gets_its_key_by_the_environment_alone(served):
     argv, environment = started["argv"], started["environment"]
     assert argv[1:3] == ["serve", str(embedded_folder())]
     assert argv[argv.index("--max-lora-rank") + 1] == "32"
+    socket = Path(argv[argv.index("--uds") + 1])
+    assert socket.is_socket()
+    assert socket.parent.stat().st_mode & 0o077 == 0  # nobody else may enter
     key = environment["VLLM_API_KEY"]
     assert len(key) == 64
     assert not any(key in argument for argument in argv)
@@ -365,6 +369,24 @@ def test_a_vllm_that_dies_is_started_again_with_its_adapters(own):
     assert len({start["environment"]["VLLM_API_KEY"] for start in starts}) == 2
 
 
+def test_a_start_that_fails_is_tried_again(own):
+    own.run(own.engine.start())
+    own.control.set(die_after=0, die_at_start=1)
+
+    async def scenario() -> None:
+        with pytest.raises(EngineFailed):
+            await answered(own.engine)
+        async with asyncio.timeout(20):
+            while sum("argv" in event for event in own.control.log()) < 2:
+                await asyncio.sleep(0.02)
+            own.control.set()
+            while not own.engine.stats().alive:
+                await asyncio.sleep(0.02)
+
+    own.run(scenario())
+    assert own.answer()[-1].finish == "length"
+
+
 def test_a_vllm_that_dies_again_and_again_stays_down(own, monkeypatch):
     monkeypatch.setattr("lorakit.serve.vllm.child.RESTARTS", 1)
     own.engine = own.control.engine()
@@ -399,6 +421,8 @@ def test_stopping_ends_the_child(own):
     assert alive(pid)
     own.run(own.engine.stop(drain=0))
     assert not alive(pid)
+    argv = own.control.log()[0]["argv"]
+    assert not Path(argv[argv.index("--uds") + 1]).parent.exists()
 
 
 def test_the_child_ends_if_lorakit_is_killed(tmp_path):
@@ -412,7 +436,7 @@ def test_the_child_ends_if_lorakit_is_killed(tmp_path):
             await process.exited()
         asyncio.run(main())
     """)
-    argv = [sys.executable, str(STUB), "serve", str(embedded_folder()), "--host", "127.0.0.1", "--port", "0"]
+    argv = [sys.executable, str(STUB), "serve", str(embedded_folder()), "--uds", str(tmp_path / "s")]
     ours = subprocess.Popen(
         [sys.executable, "-c", script, *argv],
         stdout=subprocess.PIPE,
