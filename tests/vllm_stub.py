@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ SWITCHES = {
     "cached": "tokens of each prompt",
     "text": "of each token",
     "chunk": "tokens an event",
+    "worker": "it has a worker process, which holds its output open and heeds no SIGTERM",
 }
 FIELDS = {
     *("model", "prompt", "stream", "stream_options", "return_token_ids", "max_tokens", "temperature", "top_p"),
@@ -341,6 +343,10 @@ def main() -> None:
     if "die_at_start" in found:
         print("ValueError: No available memory for the cache blocks.", flush=True)
         sys.exit(found["die_at_start"])
+    if found.get("worker"):
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        worker = subprocess.Popen([sys.executable, "-c", code])
+        stub.record({"worker": worker.pid})
     Server(stub.flags["--uds"], Handler).serve_forever()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -95,6 +96,18 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def processes(control: Control) -> list[int]:
+    """The process ids of the stubs that were started, and of their workers."""
+    return [event.get("pid") or event["worker"] for event in control.log() if "argv" in event or "worker" in event]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_child_gets_its_key_by_the_environment_alone(served):
@@ -266,10 +279,8 @@ def test_a_request_that_hangs_ends_at_its_deadline_and_at_a_hang_up(served):
     late, left = served.run(scenario())
     assert (late[-1].finish, left[-1].finish) == ("timeout", "cancelled")
     assert [len(piece.ids) for piece in late] == [1, 1, 0]
-    deadline = time.monotonic() + 5
-    while sum("aborted" in event for event in served.control.log()) < 2:  # vLLM notices, and frees the slot
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    # vLLM notices, and frees the slot
+    wait_for(lambda: sum("aborted" in event for event in served.control.log()) >= 2)
 
 
 def test_texts_with_line_separators_and_several_tokens_an_event(served):
@@ -415,40 +426,49 @@ def test_a_vllm_that_dies_again_and_again_stays_down(own, monkeypatch):
     assert "/" not in str(down.value)  # clients read this
 
 
-def test_stopping_ends_the_child(own):
+def test_stopping_ends_the_child_and_its_workers(own):
+    own.control.set(worker=True)
     own.run(own.engine.start())
-    pid = own.control.log()[0]["pid"]
-    assert alive(pid)
+    pids = processes(own.control)
+    assert all(alive(pid) for pid in pids)
     own.run(own.engine.stop(drain=0))
-    assert not alive(pid)
+    assert not any(alive(pid) for pid in pids)
     argv = own.control.log()[0]["argv"]
     assert not Path(argv[argv.index("--uds") + 1]).parent.exists()
 
 
-def test_the_child_ends_if_lorakit_is_killed(tmp_path):
+def test_a_vllm_that_is_killed_is_noticed_although_its_worker_lives(own):
+    own.control.set(worker=True)
+    own.run(own.engine.start())
+    first = processes(own.control)
+
+    async def scenario() -> None:
+        os.kill(first[0], signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while len(processes(own.control)) < 4 or not own.engine.stats().alive:
+                await asyncio.sleep(0.02)
+
+    own.run(scenario())
+    assert not any(alive(pid) for pid in first)
+    assert own.answer()[-1].finish == "length"
+
+
+def test_the_child_and_its_workers_end_if_lorakit_is_killed(tmp_path):
     control = Control(tmp_path)
+    control.set(worker=True)
     script = textwrap.dedent("""
         import asyncio, os, sys
         from lorakit.serve.vllm.process import launch
         async def main():
-            process = await launch(sys.argv[1:], {**os.environ, "VLLM_API_KEY": "k"})
-            print(process.pid, flush=True)
-            await process.exited()
+            await (await launch(sys.argv[1:], {**os.environ, "VLLM_API_KEY": "k"})).exited()
         asyncio.run(main())
     """)
     argv = [sys.executable, str(STUB), "serve", str(embedded_folder()), "--uds", str(tmp_path / "s")]
-    ours = subprocess.Popen(
-        [sys.executable, "-c", script, *argv],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "VLLM_STUB": str(control.file)},
-    )
-    assert ours.stdout is not None
-    pid = int(ours.stdout.readline())
-    assert alive(pid)
+    ours = subprocess.Popen([sys.executable, "-c", script, *argv], env={**os.environ, "VLLM_STUB": str(control.file)})
+    wait_for(lambda: (tmp_path / "s").exists())  # up, with its worker
+    pids = processes(control)
+    assert len(pids) == 2
+    assert all(alive(pid) for pid in pids)
     ours.kill()
     ours.wait()
-    deadline = time.monotonic() + 10
-    while alive(pid):
-        assert time.monotonic() < deadline, "the child outlived lorakit"
-        time.sleep(0.05)
+    wait_for(lambda: not any(alive(pid) for pid in pids), 20)
