@@ -38,6 +38,7 @@ SWITCHES = {
     "half_after": "tokens, then half an event, and the connection closes",
     "hang_after": "tokens, then nothing",
     "error_after": "tokens, then an error within the stream",
+    "error_code": "of that error",
     "abort_after": "tokens, then finish_reason 'abort'",
     "no_ids": "texts without token ids, as before 0.10.2",
     "load_status": "of load_lora_adapter",
@@ -308,7 +309,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.write(b": still here\n\n")  # so that it notices who hung up
             return False
         if control.get("error_after") == at:
-            self.event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
+            code = control.get("error_code", 500)
+            self.event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": code}})
             self.write(b"data: [DONE]\n\n")
             self.write(b"")
             return True
