@@ -247,6 +247,8 @@ class Tiers:
         late, until, attached = set(), time.perf_counter() + BUDGET, False
         for key in (*found.bring, *found.after):
             entry = self._entries[key]
+            if not entry.moving and entry.prepared is not None and entry.prepared.outdated:
+                self._shelves.drop(entry)
             if not self._shelves.at_hand(entry):
                 self._begin(entry)
             elif key in found.after:
