@@ -29,6 +29,7 @@ from .tool_calls.families import PLAIN, syntax_of
 from .tool_calls.syntax import Syntax, Tools
 
 KEPT = 256  # records whose formats are kept; another costs some trials of its template again
+NOTES, NOTE = 8, 160  # how many notes on a request, and how long
 NOT_READ = "the plain template does not read chat_template_kwargs"
 
 
@@ -85,6 +86,8 @@ class ChatFormat:
         """
         notes = [f"{NOT_READ}.{name}" for name in kwargs] if self.style == "plain" else []
         rows = self._rows
+        if self._foreign is not None:
+            self._foreign.begin()
         try:
             messages = conversation(list(turns), "messages", REQUEST)
             example = Example(
@@ -104,7 +107,7 @@ class ChatFormat:
                 "the chat template does not write tools, so the model would not know of them\n"
                 "  leave tools out of the request, or ask a model whose template has them"
             )
-        return tuple(ids), tuple(dict.fromkeys(notes))
+        return tuple(ids), _shortened(notes)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Return the ids of a text without a template, with the start token that the tokenizer gives every text."""
@@ -176,3 +179,10 @@ class ChatFormat:
         """Return the id of a token given as text, None if the tokenizer does not have it."""
         found = self._tokenizer.convert_tokens_to_ids(token)
         return found if found is not None and self._tokenizer.convert_ids_to_tokens(found) == token else None
+
+
+def _shortened(notes: Sequence[str]) -> tuple[str, ...]:
+    """Return notes that fit a header: they repeat names out of the request."""
+    short = [note if len(note) <= NOTE else f"{note[:NOTE]}..." for note in dict.fromkeys(notes)]
+    more = len(short) - NOTES
+    return tuple(short if more <= 0 else [*short[:NOTES], f"and {more} more"])

@@ -37,6 +37,7 @@ class Bounds:
 
     source: int = 262_144  # characters of the template
     seconds: float = 2.0  # of processor time, for one rendering
+    request_seconds: float = 10.0  # of processor time, for all renderings of a request; there are some for each turn
     wall: float = 30.0  # seconds until an answer, however busy the machine is
     memory: int = 256 * 2**20  # bytes
     characters: int = 4_000_000  # of what it writes
@@ -51,6 +52,7 @@ class TemplateProcess:
 
     def __init__(self, bounds: Bounds):
         self.bounds = bounds
+        self.spent = 0.0  # seconds of processor time, so far
         self._child: subprocess.Popen[bytes] | None = None
         self._refused: OrderedDict[str, str] = OrderedDict()  # by the hash of the template
         self._lock = Lock()
@@ -78,6 +80,7 @@ class TemplateProcess:
         child = self._child
         if child is not None:
             child.kill()
+            child.wait()
 
     def _ask(self, source: str, variables: Mapping[str, Any]) -> str:
         child = self._started()
@@ -100,6 +103,7 @@ class TemplateProcess:
             self._child = None
             raise self._ended(child)
         answer = json.loads(body)
+        self.spent += answer["seconds"]
         if "exceeded" in answer:
             raise _Exceeded(answer["exceeded"])
         if "invalid" in answer:
@@ -112,6 +116,7 @@ class TemplateProcess:
         """Return why the process is gone."""
         child.kill()
         code = child.wait()
+        self.spent += self.bounds.seconds
         if self._closed:
             return DataError("the server is stopping")
         if code == KILLED_FOR_TIME:
@@ -141,6 +146,11 @@ class ForeignTemplate:
 
     def __init__(self, process: TemplateProcess, source: str, special: Mapping[str, str]):
         self._process, self._source, self._special = process, source, dict(special)
+        self._until = float("inf")  # of `process.spent`
+
+    def begin(self) -> None:
+        """Begin a request. All its renderings together have `Bounds.request_seconds`."""
+        self._until = self._process.spent + self._process.bounds.request_seconds
 
     def __call__(
         self,
@@ -156,6 +166,9 @@ class ForeignTemplate:
     ) -> str:
         """Return the text of a conversation. chat_template: this template with its clock set (`templates.dated`)."""
         assert not tokenize, "text is wanted"
+        if self._process.spent > self._until:
+            seconds = self._process.bounds.request_seconds
+            raise DataError(f"it took more than {seconds:g} s of processor time for this request")
         turns = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
         variables = {
             **self._special,

@@ -255,6 +255,10 @@ def test_what_the_template_does_not_read_is_noted(renderer, bare):
     named = [{**TALK[1], "name": "Ada"}]
     assert chat(renderer, named).notes == ("the chat template does not show 'name' of user turns",)
     assert chat(renderer, TALK).notes == ()
+    many = chat(renderer, TALK, kwargs={f"{'x' * 1_000}{n}": n for n in range(50)}).notes
+    assert len(many) == 9
+    assert max(map(len, many)) < 170
+    assert many[-1] == "and 42 more"
 
 
 def test_arguments_of_a_request_count_more_than_the_records(renderer):
@@ -297,6 +301,7 @@ WRONG = [
         r"messages\[0\].content\[0\] is of type image_url; this server takes text only",
     ),
     ([{"role": "user", "content": "x", "weight": 1}], r"messages\[0\].weight says what is trained"),
+    ([{**TALK[1], **{f"key{n}": n for n in range(17)}}], r"messages have 17 keys that are not OpenAI's .key0"),
     ([{"role": "assistant", "content": "", "tool_calls": [{}]}], r"messages\[0\].tool_calls\[0\] is no call"),
 ]
 

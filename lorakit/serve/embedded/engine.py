@@ -60,6 +60,8 @@ class EmbeddedEngine:
 
     async def start(self) -> Facts:
         """Start the thread that computes. See `Engine.start`."""
+        if self._loop is not None or self._stopping:
+            raise EngineFailed("the engine was started before\n  make another one", heals=False)
         loop = Loop(self.runner, self.tiers, self.prefixes, rows=self.rows, to=asyncio.get_running_loop())
         self.tiers.wake = loop.wake
         loop.start()
@@ -93,6 +95,8 @@ class EmbeddedEngine:
             task = asyncio.create_task(self._with_grammar(loop, request, work.sampling.schema))
             self._compiling.add(task)
             task.add_done_callback(self._compiling.discard)
+        if loop.failed is not None:  # since the check above; its thread may not have seen this request
+            request.ticket.put(loop.failed)
         return request.ticket
 
     async def load(self, key: str, source: Source, *, pin: bool = False) -> None:

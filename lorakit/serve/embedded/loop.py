@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import LorakitError
-from ..engine import Finish, Piece
+from ..engine import Choice, Finish, Piece
 from ..errors import EngineFailed
 from ..ticket import Ticket, deliver
 from . import prefill
@@ -123,8 +123,9 @@ class Loop:
             self.failed = EngineFailed(
                 f"the engine has stopped: {type(error).__name__}: {error}\n  start the server again", heals=False
             )
-            for request in list(self.open):
-                self._finish(request, self.failed)
+            every = list(self.open)
+            self.open.difference_update(every)
+            self._out.extend((request.ticket, self.failed) for request in every)
             self._deliver()
             self.tiers.abandon(self.failed)
 
@@ -174,7 +175,7 @@ class Loop:
 
     def _admitted(self) -> list[Request]:
         """Return the waiting requests that get a free row: those whose adapters are ready, in order of arrival."""
-        free = self.max_rows - len(self._batches) - sum(len(group.starts) for group in self._groups)
+        free = self.max_rows - len(self._batches) - sum(len(group.requests) for group in self._groups)
         admitted: list[Request] = []
         still: list[Request] = []
         for request in self.waiting:
@@ -187,6 +188,9 @@ class Loop:
             except LorakitError as error:
                 self._finish(request, error)
                 continue
+            except Exception as error:  # a mistake of ours must not end the others' requests
+                self._broke([request], error)
+                continue
             self.tiers.use(request.keys)
             request.admitted = time.monotonic()
             admitted.append(request)
@@ -195,23 +199,38 @@ class Loop:
 
     def _begin(self, admitted: Sequence[Request]) -> None:
         """Queue the prompts of requests that got a row, as far as they are not known."""
-        starts = [self._start(request) for request in admitted]
-        for start in starts:
+        missing: dict[tuple[Choice, tuple[int, ...]], Start] = {}
+        for request in admitted:
+            try:
+                start = self._start(request)
+            except Exception as error:
+                self._broke([request], error)
+                continue
+            same = request.choice, tuple(request.ids)
             if not start.missing:
-                self._add(start.request, start.keys_values)
-        missing = [start for start in starts if start.missing]
+                self._add(request, start.keys_values)
+            elif same in missing:
+                missing[same].also.append(request)
+                self._count_cached(request, request.fed)
+            else:
+                missing[same] = start
         try:
-            self._groups.extend(grouped(self.runner, missing))
+            self._groups.extend(grouped(self.runner, list(missing.values())))
         except Exception as error:
-            self._broke([start.request for start in missing], error)
+            self._broke([r for start in missing.values() for r in (start.request, *start.also)], error)
 
     def _start(self, request: Request) -> Start:
         """Look up what is kept of a prompt."""
         found = self.prefixes.find(request.choice, request.work.ids) if request.fed else None
-        request.cached = 0 if found is None else found.length
         self.counters.prompt_tokens += request.prompt
-        self.counters.cached_tokens += request.cached
-        return Start(request) if found is None else Start(request, found.length, found.keys_values)
+        if found is None:
+            return Start(request)
+        self._count_cached(request, found.length)
+        return Start(request, found.length, found.keys_values)
+
+    def _count_cached(self, request: Request, tokens: int) -> None:
+        self.counters.cached_tokens += tokens - request.cached
+        request.cached = tokens
 
     def _prefill(self) -> None:
         left = self._pace.tokens(SECONDS if len(self._batches) else SECONDS_ALONE)
