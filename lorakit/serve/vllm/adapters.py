@@ -8,12 +8,11 @@ under a hash of its keys and weights; the least recently used mixes are unloaded
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,18 @@ from ...errors import AdapterError, LorakitError
 from ...export.export import export
 from ...export.rules import findings
 from ..engine import Choice, Source
-from ..errors import Cannot, UnknownAdapter
+from ..errors import Cannot, EngineFailed, UnknownAdapter
 from .argv import BASE_NAME, rank_flag
 from .base import BaseShell
 from .cache import ExportCache
 from .http import VllmClient
 
 log = logging.getLogger("lorakit.vllm")
-MIXES = 64  # kept at once; each is a file and a name at vLLM
+MIXES = 64  # kept at once, beside those in use; each is a file on disk and a name at vLLM, and people repeat few of them
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _Given:
     """A folder that vLLM was given. size: bytes of its files. of: the keys that a mix is made of."""
 
     label: str
@@ -48,108 +47,136 @@ class _Entry:
 class Adapters:
     """The adapters and mixes of one vLLM. Its methods are called in the event loop; files are read off it."""
 
-    def __init__(self, shell: BaseShell, cache: ExportCache, max_rank: int):
+    def __init__(self, shell: BaseShell, cache: ExportCache, max_rank: int, client: Callable[[], VllmClient]):
+        """client: returns the one of the vLLM that runs now; raises EngineFailed while there is none."""
         self.loads = 0
         self._shell = shell
         self._cache = cache
         self._max_rank = max_rank
-        self._entries: dict[str, _Entry] = {}
-        self._mixes: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._client = client
+        self._loaded: dict[str, _Given] = {}
+        self._mixes: OrderedDict[str, _Given] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()  # of keys and of mixes
-        self._leaving: dict[str, asyncio.Event] = {}  # key -> set when its last request is done
+        self._leaving: dict[str, asyncio.Future[int]] = {}  # key -> the bytes, once its last request is done
         self._making: dict[str, asyncio.Task[None]] = {}  # what is being loaded or forgotten
 
     def __len__(self) -> int:
-        return len(self._entries) + len(self._mixes)
+        return len(self._loaded) + len(self._mixes)
 
     @property
     def size(self) -> int:
         """Bytes of all files that vLLM was given."""
-        return sum(entry.size for entry in (*self._entries.values(), *self._mixes.values()))
+        return sum(given.size for given in (*self._loaded.values(), *self._mixes.values()))
 
-    def check(self, choice: Choice) -> None:
-        """Raise UnknownAdapter for a key that is not loaded, or is being unloaded."""
-        for key, _ in choice:
-            if key not in self._entries or key in self._leaving:
-                raise UnknownAdapter(f"no adapter is loaded under the key {key[:12]}")
+    def claim(self, choice: Choice) -> None:
+        """Hold a choice's adapters for a request, from `submit` on until `release`, so that `unload` waits for it.
 
-    @contextlib.asynccontextmanager
-    async def used(self, choice: Choice, client: VllmClient) -> AsyncIterator[str]:
-        """Yield vLLM's name for a choice, whose adapters stay loaded inside the context.
-
-        Raises UnknownAdapter, and Cannot for a mix that vLLM cannot be given.
+        Raises UnknownAdapter for a key that is not loaded, or is being unloaded.
         """
-        self.check(choice)
-        weights = _weights(choice)
-        name = _name(weights)
-        with self._using([*(key for key, _ in choice), name]):
-            if name != BASE_NAME and name not in weights:
-                await self._mix(name, weights, client)
-            yield name
+        for key, _ in choice:
+            given = self._known(key)
+            if key in self._leaving:
+                raise UnknownAdapter(f"adapter '{given.label}' is being unloaded\n  load it again first")
+        self._users.update(_names(choice))
 
-    async def load(self, key: str, source: Source, client: VllmClient) -> None:
-        """Read, check, export and load an adapter. Raises AdapterError with the reason if it cannot be served."""
-        if key in self._leaving:
-            raise UnknownAdapter(f"'{source.label}' is being unloaded; ask again when that is done")
+    def release(self, choice: Choice) -> None:
+        """Undo one `claim`."""
+        self._drop(_names(choice))
+
+    async def name(self, choice: Choice) -> str:
+        """Return vLLM's name for a choice that is claimed. Raises Cannot for a mix that vLLM cannot be given."""
+        weights = dict(choice_of(choice))
+        name = _name(weights)
+        if name != BASE_NAME and name not in weights:
+            await self._mix(name, weights)
+        return name
+
+    async def load(self, key: str, source: Source) -> None:
+        """Read, check, export and load an adapter; one that is being unloaded stays.
+
+        Raises AdapterError with the reason if it cannot be served.
+        """
+        leaving = self._leaving.pop(key, None)
+        if leaving is not None:
+            leaving.set_result(0)
 
         async def make() -> None:
-            self._entries[key] = await self._given(key, source.label, source.read, client)
+            self._loaded[key] = await self._given(key, source.label, source.read)
 
-        while key not in self._entries:  # again, if it was just being forgotten
+        while key not in self._loaded:  # again, if it was just being forgotten
             await asyncio.shield(self._started(key, make))
 
-    async def unload(self, key: str, client: VllmClient | None) -> int:
-        """Wait for an adapter's requests and let vLLM forget it and its mixes. Return the bytes of its file."""
-        self.check(((key, 1.0),))
-        idle = self._leaving[key] = asyncio.Event()
-        try:
-            if self._users[key]:
-                await idle.wait()
-        finally:
-            del self._leaving[key]
-        entry = self._entries.pop(key)
-        mixes = [name for name, mix in self._mixes.items() if key in mix.of]
-        for name in mixes:
-            del self._mixes[name]
-        await asyncio.wait([self._forgotten(name, client) for name in (*mixes, key)])
-        return entry.size
+    async def unload(self, key: str) -> int:
+        """Let vLLM forget an adapter and its mixes when no request holds it. Return the bytes of its file.
+
+        Raises UnknownAdapter.
+        """
+        self._known(key)
+        leaving = self._leaving.get(key)
+        if leaving is None:
+            leaving = self._leaving[key] = asyncio.get_running_loop().create_future()
+            self._leave(key)
+        return await asyncio.shield(leaving)
 
     async def load_again(self, client: VllmClient) -> None:
         """Give everything to a vLLM that was started again. What it does not take is logged: asking for it is 404."""
-        for name, entry in [*self._entries.items(), *self._mixes.items()]:
+        for name in [*self._loaded, *self._mixes]:
+            given = self._loaded.get(name) or self._mixes.get(name)
+            if given is None:  # unloaded meanwhile
+                continue
             try:
-                await client.load(name, entry.path)
+                await client.load(name, given.path)
             except AdapterError as error:
-                log.error("'%s' could not be loaded again: %s", entry.label, error)
+                log.error("'%s' could not be loaded again: %s", given.label, error)
 
     def close(self) -> None:
         """Let go of the cache's folders."""
-        for name in (*self._entries, *self._mixes):
+        for name in (*self._loaded, *self._mixes):
             self._cache.release(name)
-        self._entries.clear()
+        self._loaded.clear()
         self._mixes.clear()
 
-    async def _mix(self, name: str, weights: dict[str, float], client: VllmClient) -> None:
+    def _known(self, key: str) -> _Given:
+        given = self._loaded.get(key)
+        if given is None:
+            raise UnknownAdapter(f"no adapter is loaded under the key {key[:12]}\n  load it first")
+        return given
+
+    def _leave(self, key: str) -> None:
+        """Let vLLM forget a key that is to be unloaded, if it has no users any more, and its mixes with it."""
+        if key not in self._leaving or self._users[key]:
+            return
+        leaving, given = self._leaving.pop(key), self._loaded.pop(key)
+        mixes = [name for name, mix in self._mixes.items() if key in mix.of]
+        for name in mixes:
+            del self._mixes[name]
+        tasks = [self._forgotten(name) for name in (*mixes, key)]
+        asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: leaving.set_result(given.size))
+
+    async def _mix(self, name: str, weights: dict[str, float]) -> None:
         """See that vLLM has a mix, and unload those used least recently."""
 
         async def make() -> None:
-            with self._using(list(weights)):  # by itself: whoever asked for it may have hung up
-                paths = [self._entries[key].path for key in weights]
-                label = " + ".join(f"{weight:g} · {self._entries[key].label}" for key, weight in weights.items())
+            self._users.update(weights)  # by itself: whoever asked for it may have hung up
+            try:
+                paths = [self._loaded[key].path for key in weights]
+                label = " + ".join(f"{weight:g} · {self._loaded[key].label}" for key, weight in weights.items())
                 try:
-                    made = await self._given(name, label, lambda: _mixed(paths, list(weights.values())), client)
+                    made = await self._given(name, label, lambda: _mixed(paths, list(weights.values())))
                 except AdapterError as error:
                     what = "mix" if len(weights) > 1 else "scale"
                     raise Cannot(f"vLLM cannot serve {label}: {error}", what) from error
                 self._mixes[name] = replace(made, of=tuple(weights))
+            finally:
+                self._drop(weights)
 
         while name not in self._mixes:
             await asyncio.shield(self._started(name, make))
         self._mixes.move_to_end(name)
-        unused = [other for other in self._mixes if not self._users[other]]
-        for other in unused[: max(len(self._mixes) - MIXES, 0)]:
-            del self._mixes[other]
-            await asyncio.shield(self._forgotten(other, client))
+        # Looked for anew each time: while one is unloaded, others come and go, and get users.
+        while len(self._mixes) > MIXES and (unused := next((m for m in self._mixes if not self._users[m]), None)):
+            del self._mixes[unused]
+            await asyncio.shield(self._forgotten(unused))
 
     def _started(self, name: str, make: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         """Return the task that loads or forgets this name; without one, a new one that runs `make`.
@@ -157,40 +184,34 @@ class Adapters:
         Wait for it behind a shield: it goes on for others if a caller hangs up.
         """
         task = self._making.get(name)
-        if task is None:
+        if task is None or task.done():  # its callback may not have run yet
             task = self._making[name] = asyncio.create_task(make())
 
             def done(ended: asyncio.Task[None]) -> None:
-                del self._making[name]
+                if self._making.get(name) is ended:
+                    del self._making[name]
                 _ = ended.cancelled() or ended.exception()  # seen, also if nobody waits any more
 
             task.add_done_callback(done)
         return task
 
-    @contextlib.contextmanager
-    def _using(self, names: list[str]) -> Iterator[None]:
-        """Count a user of these keys and mixes inside the context."""
-        self._users.update(names)
-        try:
-            yield
-        finally:
-            for name in names:
-                self._users[name] -= 1
-                if not self._users[name]:
-                    del self._users[name]
-                    if name in self._leaving:
-                        self._leaving[name].set()
+    def _drop(self, names: Iterable[str]) -> None:
+        """Count one user less of each of these keys and mixes."""
+        names = list(names)
+        self._users -= Counter(names)  # without those that are left with none
+        for name in names:
+            self._leave(name)
 
-    async def _given(self, name: str, label: str, read: Callable[[], Adapter], client: VllmClient) -> _Entry:
+    async def _given(self, name: str, label: str, read: Callable[[], Adapter]) -> _Given:
         """Export what `read` returns, unless the cache has it, and load it under `name`."""
         path = await asyncio.to_thread(self._exported, name, label, read)
         try:
-            await client.load(name, path)
+            await self._client().load(name, path)
         except BaseException:
             self._cache.release(name)
             raise
         self.loads += 1
-        return _Entry(label, path, sum(file.stat().st_size for file in path.iterdir()))
+        return _Given(label, path, sum(file.stat().st_size for file in path.iterdir()))
 
     def _exported(self, name: str, label: str, read: Callable[[], Adapter]) -> Path:
         """Return the cache's folder of an adapter. Runs in a thread."""
@@ -211,23 +232,23 @@ class Adapters:
             )
         return path
 
-    def _forgotten(self, name: str, client: VllmClient | None) -> asyncio.Task[None]:
+    def _forgotten(self, name: str) -> asyncio.Task[None]:
         """Return the task that lets vLLM forget a name. Whoever asks for it meanwhile waits, and loads it again."""
 
         async def forget() -> None:
-            if client is not None:
-                await client.unload(name)
-            self._cache.release(name)
+            try:
+                await self._client().unload(name)
+            except EngineFailed as error:  # it is down, and has forgotten everything
+                log.info("nothing to unload: %s", error)
+            finally:
+                self._cache.release(name)
 
         return self._started(name, forget)
 
 
-def _weights(choice: Choice) -> dict[str, float]:
-    """Return the weight of each key, without those of weight 0."""
-    weights: dict[str, float] = {}
-    for key, weight in choice:
-        weights[key] = weights.get(key, 0.0) + weight
-    return {key: weight for key, weight in sorted(weights.items()) if weight}
+def _names(choice: Choice) -> set[str]:
+    """Return what a request with this choice holds: its keys, also those of weight 0, and vLLM's name for it."""
+    return {key for key, _ in choice} | {_name(dict(choice_of(choice)))}
 
 
 def _name(weights: dict[str, float]) -> str:

@@ -48,7 +48,7 @@ async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[dict[str, Any]]:
             if data == b"[DONE]":
                 return
             yield _object(data)
-    raise EngineFailed("vLLM's answer broke off in the middle")
+    raise EngineFailed("vLLM's answer broke off in the middle\n  ask again; if it happens often, see the server's log")
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -83,7 +83,10 @@ async def pieces(
                     yield Piece(ids, probabilities)
                 if ended is not None:
                     if ended not in _FINISH:
-                        raise EngineFailed(f"vLLM ended the answer by itself: finish_reason '{ended}'")
+                        raise EngineFailed(
+                            f"vLLM ended the answer by itself: finish_reason '{ended}'\n"
+                            "  ask again; the server's log may say why"
+                        )
                     finish = _FINISH[ended]
             usage = event.get("usage") or {}
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or cached
@@ -93,7 +96,7 @@ async def pieces(
                 heals=False,
             ) from error
     if finish is None:
-        raise EngineFailed("vLLM's answer ended without a finish_reason")
+        raise EngineFailed("vLLM's answer ended without a finish_reason\n  ask again; the server's log may say why")
     yield Piece((), finish=finish, cached=int(cached))
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...bases.load import model_path
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError
 
 BASE_NAME = "base"  # what vLLM calls the base; adapters are hashes, so that none can have this name
 MAX_LOGPROBS = 20
@@ -82,7 +82,6 @@ class VllmSettings:
 
     base: str
     command: tuple[str, ...] = ("vllm",)
-    revision: str | None = None
     max_rank: int = 16
     batched: int = 8
     in_memory: int = 64
@@ -92,15 +91,15 @@ class VllmSettings:
     extra: tuple[str, ...] = ()
 
 
-def rank_flag(ranks: Iterable[int], most: int | None = None) -> int:
+def rank_flag(ranks: Iterable[int], asked: int | None = None) -> int:
     """Return the value for --max-lora-rank: the smallest that vLLM knows and that holds all `ranks`.
 
-    most: a rank that was asked for, for adapters that are loaded later. Raises ConfigError if a rank is too large.
+    asked: a rank that was asked for, for adapters that are loaded later. Raises ConfigError if a rank is too large.
     """
     from ...export.rules import VLLM_RANKS  # imports torch
 
     ranks = list(ranks)
-    largest = max([1, *ranks] if most is None else [most, *ranks])
+    largest = max([1, *ranks] if asked is None else [asked, *ranks])
     fitting = next((rank for rank in VLLM_RANKS if rank >= largest), None)
     if fitting is None:
         raise ConfigError(
@@ -118,7 +117,6 @@ def command_line(settings: VllmSettings, socket: str) -> list[str]:
     _check_extra(settings.extra)
     precision = settings.precision
     optional = {
-        "--revision": settings.revision,
         "--max-model-len": settings.context,
         "--max-num-seqs": settings.rows,
         "--dtype": None if precision is None else _DTYPES.get(precision, precision),
@@ -159,6 +157,6 @@ def _check_extra(extra: Iterable[str]) -> None:
             )
         if flag == "--enable-auto-tool-choice" or flag.startswith("--chat-template"):
             raise ConfigError(
-                f"'{argument}' has no effect: vLLM is sent token ids, and lorakit renders conversations itself"
-                f"{did_you_mean(flag, ['--chat-template'])}\n  give --chat-template to lorakit serve"
+                f"'{argument}' has no effect: vLLM is sent token ids, and lorakit renders conversations itself\n"
+                "  give --chat-template to lorakit serve, not to vLLM; tool calls need no flag"
             )

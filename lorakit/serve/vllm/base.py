@@ -21,12 +21,12 @@ _TASKS = (None, "CAUSAL_LM")  # PEFT's task types of adapters that write text
 class BaseShell:
     """A base's architecture, vocabulary and end tokens, without its weights. Thread-safe."""
 
-    def __init__(self, base: str, revision: str | None = None):
+    def __init__(self, base: str):
         """Build it. Slow, as it imports transformers. Raises LorakitError if it is not a causal language model."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        config = load_config(base, revision)
+        config = load_config(base)
         try:
             with torch.device("meta"):
                 self._model: Any = AutoModelForCausalLM.from_config(config)
@@ -37,9 +37,9 @@ class BaseShell:
             ) from error
         self.base = base
         self.vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-        own = load_tokenizer(base, revision).eos_token_id
-        self.ends = frozenset([*end_tokens(base, revision), *([] if own is None else [own])])
-        self._folder = _weights_folder(base, revision)
+        own = load_tokenizer(base).eos_token_id
+        self.ends = frozenset([*end_tokens(base), *([] if own is None else [own])])
+        self._folder = _weights_folder(base)
         self._one_at_a_time = threading.Lock()
 
     def bytes_of_adapter(self, rank: int) -> int:
@@ -68,13 +68,13 @@ class BaseShell:
             raise AdapterError("the adapter was trained on another base:\n  " + "\n  ".join(lines))
 
 
-def _weights_folder(base: str, revision: str | None) -> Path | None:
+def _weights_folder(base: str) -> Path | None:
     """Return the folder with the base's safetensors files, if they are on this machine; of a hub id, its snapshot."""
     path = Path(model_path(base))
     if not path.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(base, "config.json", revision=revision)
+        found = try_to_load_from_cache(base, "config.json")
         if not isinstance(found, str):
             return None
         path = Path(found).parent

@@ -26,6 +26,7 @@ from .process import Process, launch
 
 log = logging.getLogger("lorakit.vllm")
 RESTARTS, WITHIN = 3, 600.0
+STOPPING = "the server is stopping\n  ask another one, or again when it is back"
 PAUSE = 2.0  # seconds before it is started again: the GPU's memory is free a moment after its last process ended
 READY_SECONDS = 1_800.0  # a large model on a slow disk, and CUDA graphs
 
@@ -39,7 +40,7 @@ class Child:
         self._on_restart = on_restart
         self._process: Process | None = None
         self._client: VllmClient | None = None
-        self._down = ("vLLM has not been started", True)  # why there is no client, and whether it heals
+        self._down = ("vLLM has not been started\n  call start() first", True)  # why there is no client, and whether it heals
         self._watcher: asyncio.Task[None] | None = None
         self._crashes: deque[float] = deque(maxlen=RESTARTS)
         self._folder: str | None = None  # of its sockets
@@ -66,18 +67,22 @@ class Child:
 
     async def stop(self) -> None:
         """End it. Nothing is started again."""
-        self._down = ("the server is stopping", True)
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
-        if self._process is not None:
-            await self._process.stop()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._down = (STOPPING, True)
+        try:
+            if self._watcher is not None:
+                self._watcher.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._watcher
+            if self._client is not None:
+                await self._client.aclose()
+        finally:
+            self._client = None
+            try:
+                if self._process is not None:
+                    await self._process.stop()
+            finally:
+                if self._folder is not None:
+                    shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _begin(self, seconds: float, then: Callable[[VllmClient], Awaitable[None]] | None = None) -> VllmClient:
         """Start a vLLM, wait until it is ready and `then` is done, and return a client for it.
@@ -132,7 +137,7 @@ class Child:
             tail = self._process.tail()
             client, self._client = self._client, None
             # Clients read this: the log's end and paths are for our own log.
-            self._down = (f"vLLM ended (exit code {code}) and is being started again", True)
+            self._down = (f"vLLM ended (exit code {code}) and is being started again\n  ask again in a moment", True)
             log.error("vLLM ended with exit code %s\n%s", code, tail)
             if client is not None:
                 await client.aclose()
@@ -144,7 +149,10 @@ class Child:
         while True:
             now = time.monotonic()
             if len(self._crashes) == RESTARTS and now - self._crashes[0] < WITHIN:
-                why = f"vLLM ended {RESTARTS + 1} times within {WITHIN:.0f} s and is not started again"
+                why = (
+                    f"vLLM ended {RESTARTS + 1} times within {WITHIN:.0f} s and is not started again\n"
+                    "  the server's log says why; start the server again"
+                )
                 self._down = (why, False)
                 log.error("%s", why)
                 return False
@@ -154,6 +162,9 @@ class Child:
                 client = await self._begin(seconds, self._on_restart)
             except LorakitError as error:
                 log.error("vLLM could not be started again: %s", error)
+                continue
+            except Exception:  # ours: without a watcher vLLM would never come back, and nobody would hear why
+                log.exception("vLLM could not be started again")
                 continue
             self._client = client
             return True

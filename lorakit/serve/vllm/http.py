@@ -54,7 +54,7 @@ class VllmClient:
 
     async def context(self) -> int:
         """Return the positions for prompt and answer together."""
-        with _connection():
+        with self._connection():
             response = await self._http.get("/v1/models")
         if response.status_code != 200:
             raise refusal(response.status_code, response.content, None)
@@ -64,7 +64,7 @@ class VllmClient:
 
     async def load(self, name: str, path: Path) -> None:
         """Let vLLM read an adapter's folder. Raises AdapterError with vLLM's reason if it does not take it."""
-        with _connection():
+        with self._connection():
             response = await self._http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)})
         if response.status_code == 200:
             return
@@ -82,10 +82,10 @@ class VllmClient:
     async def unload(self, name: str) -> None:
         """Let vLLM forget an adapter.
 
-        A failure is not an error here: recent versions answer 500 for an adapter that they have evicted already, and
-        nobody can ask for the name any more.
+        A failure is not an error here: recent versions answer 500 for an adapter that they have evicted already, a
+        vLLM that has ended has forgotten everything, and nobody can ask for the name any more.
         """
-        with contextlib.suppress(httpx2.HTTPError):
+        with contextlib.suppress(EngineFailed), self._connection():
             await self._http.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
     async def complete(self, name: str, work: Work, ends: Collection[int]) -> AsyncGenerator[Piece, None]:
@@ -93,7 +93,7 @@ class VllmClient:
         made = request.body(work, name, ends)
         stops = request.stops(work.sampling, ends)
         wait = httpx2.Timeout(None, connect=5.0, write=_SECONDS)  # the request's deadline bounds the rest
-        with _connection():
+        with self._connection():
             async with self._http.stream("POST", "/v1/completions", json=made, timeout=wait) as response:
                 if response.status_code != 200:
                     raise refusal(response.status_code, await response.aread(), work, response.headers)
@@ -103,6 +103,16 @@ class VllmClient:
                         yield piece
                 except answer.ErrorEvent as error:  # a schema that cannot be compiled comes in this way
                     raise refusal(_code(error.event), json.dumps(error.event).encode(), work) from error
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[None]:
+        """Turn a connection that breaks inside the block, or is closed, into EngineFailed."""
+        if self._http.is_closed:
+            raise EngineFailed("the connection to vLLM was closed, as it ended\n  ask again in a moment")
+        try:
+            yield
+        except httpx2.HTTPError as error:
+            raise EngineFailed(f"the connection to vLLM broke: {type(error).__name__} {error}".rstrip()) from error
 
 
 def refusal(status: int, content: bytes, work: Work | None, headers: Any = None) -> LorakitError:
@@ -150,15 +160,6 @@ def _seconds(headers: Any) -> float:
         return min(max(float(headers["retry-after"]), 0.1), 60.0)
     except (KeyError, TypeError, ValueError):
         return 1.0
-
-
-@contextlib.contextmanager
-def _connection() -> Iterator[None]:
-    """Turn a broken connection inside the block into EngineFailed."""
-    try:
-        yield
-    except httpx2.HTTPError as error:
-        raise EngineFailed(f"the connection to vLLM broke: {type(error).__name__} {error}".rstrip()) from error
 
 
 @contextlib.contextmanager

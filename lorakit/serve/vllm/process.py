@@ -26,8 +26,8 @@ from ...errors import LorakitError
 
 log = logging.getLogger("lorakit.vllm")
 LINES, WIDTH = 200, 500  # of the log, kept for messages
-# Ends the process group argv[1] once our end of the pipe closes.
-_LEASH = """
+# The watchdog: ends the process group argv[1] once our end of the pipe closes.
+_WATCHDOG = """
 import os, signal, sys, time
 os.read(0, 1)
 for number, pause in (signal.SIGTERM, 10), (signal.SIGKILL, 0):
@@ -53,16 +53,28 @@ class Process:
         self._child = child
         self._lines: deque[str] = deque(maxlen=LINES)
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._leash = subprocess.Popen(
-            [sys.executable, "-ISc", _LEASH, str(child.pid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._reader = threading.Thread(target=self._read, name="vllm-log", daemon=True)
-        self._reader.start()
-        threading.Thread(target=self._wait, args=(self._exit.get_loop(),), name="vllm-exit", daemon=True).start()
+
+    def watch(self) -> None:
+        """Watch it from now on. If this raises (no more processes, threads or open files), nothing of it runs."""
+        try:
+            self._watchdog = subprocess.Popen(
+                [sys.executable, "-ISc", _WATCHDOG, str(self.pid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._reader.start()
+            threading.Thread(target=self._wait, args=(self._exit.get_loop(),), name="vllm-exit", daemon=True).start()
+        except BaseException:  # it has a session of its own: nobody else would end it
+            self._kill_group()
+            self._child.wait()
+            self._end_watchdog()
+            if self._reader.ident is None and self._child.stdout is not None:
+                self._child.stdout.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -94,8 +106,7 @@ class Process:
         code = self._child.wait()
         self._kill_group()
         self._reader.join(timeout=2.0)  # the rest of its output
-        self._leash.kill()
-        self._leash.communicate()
+        self._end_watchdog()
         if not loop.is_closed():
             loop.call_soon_threadsafe(self._ended, code)
 
@@ -106,6 +117,11 @@ class Process:
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended; on macOS a zombie is no group
             os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _end_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.kill()
+            self._watchdog.communicate()
 
     def _read(self) -> None:
         """Keep the last lines of its output, in a thread. Progress bars end theirs with a carriage return."""
@@ -127,7 +143,7 @@ class Process:
 
 
 async def launch(argv: Sequence[str], environment: Mapping[str, str]) -> Process:
-    """Start a child. Raises LorakitError if there is no such command."""
+    """Start a child. Raises LorakitError if it cannot be started; then nothing of it runs."""
     if os.name == "nt":
         raise LorakitError("vLLM does not run on Windows\n  use the embedded engine (--engine embedded), or WSL")
     try:
@@ -147,4 +163,12 @@ async def launch(argv: Sequence[str], environment: Mapping[str, str]) -> Process
             "  vLLM needs an environment of its own, as it pins other versions than lorakit:\n"
             "  python -m venv VENV && VENV/bin/pip install vllm, then --vllm VENV/bin/vllm"
         ) from error
-    return Process(child, argv)
+    process = Process(child, argv)
+    try:
+        process.watch()
+    except (OSError, RuntimeError) as error:
+        raise LorakitError(
+            f"vLLM cannot be started: the process that watches it cannot: {error}\n"
+            "  raise the limits of processes and open files (ulimit -u, ulimit -n), or free some memory"
+        ) from error
+    return process
