@@ -1,4 +1,4 @@
-"""The engines that `contracts/test_engines.py` runs over, on the embedded model, and adapters for them.
+"""The engines that `contracts/test_engine*.py` run over, on the embedded model, and adapters for them.
 
 scripted   `ScriptedEngine`, which answers by hashes
 embedded   `EmbeddedEngine`

@@ -7,8 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from lorakit.serve.engine import Facts, Piece, Source, Stats, TokenLogprob, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from lorakit.serve.engine import Facts, Piece, Source, Stats, TokenLogprob, Work, check
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, UnknownAdapter
 from lorakit.serve.ticket import Ticket
 
 ABILITIES = frozenset({"mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"})
@@ -42,8 +42,7 @@ class ScriptedEngine:
         self.places = places
         self._tasks: set[asyncio.Task[None]] = set()
         self._users: Counter[str] = Counter()
-        self._leaving: set[str] = set()
-        self._changed = asyncio.Event()
+        self._leaving: dict[str, asyncio.Future[int]] = {}
         self._stopping = False
         self._answered = 0
 
@@ -58,8 +57,7 @@ class ScriptedEngine:
             raise UnknownAdapter(f"no adapter {missing[0]}")
         if len(work.choice) > 1 and "mix" not in self.facts.can:
             raise Cannot("no mixes here", "mix")
-        if len(work.ids) + work.sampling.max_tokens > self.facts.context:
-            raise TooLong(f"{len(work.ids)} + {work.sampling.max_tokens} tokens; the context has {self.facts.context}")
+        check(work, self.facts)
         self.works.append(work)
         keys = {key for key, _ in work.choice}
         task: asyncio.Task[None]
@@ -71,9 +69,10 @@ class ScriptedEngine:
         def done(ended: asyncio.Task[None]) -> None:
             self._tasks.discard(ended)
             self._users.subtract(keys)
+            for key in keys:
+                self._leave(key)
             if ended.cancelled():  # before it ran at all
                 ticket.put(Piece((), finish="cancelled"))
-            self._changed.set()
 
         task.add_done_callback(done)
         return ticket
@@ -108,6 +107,8 @@ class ScriptedEngine:
         ticket.put(Piece((), finish="stop" if stopped else "length"))
 
     async def load(self, key: str, source: Source, *, pin: bool = False) -> None:
+        if key in self._leaving:
+            self._leaving.pop(key).set_result(0)
         if key not in self.loaded:
             await asyncio.to_thread(source.read)
             self.loaded[key] = source
@@ -116,13 +117,16 @@ class ScriptedEngine:
     async def unload(self, key: str) -> int:
         if key not in self.loaded:
             raise UnknownAdapter(f"no adapter {key}")
-        self._leaving.add(key)
-        while self._users[key]:
-            self._changed.clear()
-            await self._changed.wait()
-        self._leaving.discard(key)
-        del self.loaded[key]
-        return 1
+        if key not in self._leaving:
+            self._leaving[key] = asyncio.get_running_loop().create_future()
+        leaving = self._leaving[key]
+        self._leave(key)
+        return await asyncio.shield(leaving)
+
+    def _leave(self, key: str) -> None:
+        if key in self._leaving and not self._users[key]:
+            del self.loaded[key]
+            self._leaving.pop(key).set_result(1)
 
     def stats(self) -> Stats:
         return Stats(running=len(self._tasks), answer_tokens=self._answered, on_device=len(self.loaded))

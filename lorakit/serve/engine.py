@@ -146,9 +146,8 @@ class Engine(Protocol):
         """Make an adapter usable: read, check against the base, and attach between two steps.
 
         Of a key that is loaded, only the pin changes. A pinned adapter stays on the device. Of a key that is being
-        unloaded, the unload is taken back, and returns 0 (embedded), or UnknownAdapter is raised: load it again once it
-        has gone (vLLM, which cannot take it back). Raises AdapterError for what this engine or base cannot serve; what
-        runs is not touched.
+        unloaded, the unload is taken back, and returns 0. Raises AdapterError for what this engine or base cannot
+        serve; what runs is not touched.
         """
 
     async def unload(self, key: str) -> int:

@@ -1,5 +1,5 @@
-"""What every engine keeps: token ids in, token ids out, whoever else is in the batch; what ends an answer, what is
-refused, and what loading and unloading do to requests that run.
+"""What every engine keeps: token ids in, token ids out, whoever else is in the batch; what ends an answer, and what is
+refused. `test_engine_loading.py` is its other half.
 
 A new engine is a row of `engine_cases.CASES`. With LORAKIT_VLLM=VENV/bin/vllm the same runs against a real vLLM.
 """
@@ -9,90 +9,28 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import engine_cases
+import engine_running
 import pytest
 import torch
-from engine_cases import CASES, Case, ValueSource
+from engine_running import BASE, GREEDY, LONG, MIX, ONE, PROMPT, A, B, answered, collected, ids_of, until
 
 import lorakit as lk
 from lorakit.bases.load import load_model
-from lorakit.errors import AdapterError, LorakitError
-from lorakit.serve.engine import BASE, Choice, Engine, Facts, Piece, Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from lorakit.serve.engine import Choice, Engine, Piece, Sampling, Work
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong
 from lorakit.serve.ticket import Ticket
 
-PROMPT = (1700, 301, 22, 2950, 640)
-A, B = "aa" * 32, "bb" * 32
-ONE: Choice = ((A, 1.0),)
-MIX: Choice = ((A, 0.7), (B, 0.3))
-GREEDY = Sampling(max_tokens=12, temperature=0.0)
-LONG = Sampling(max_tokens=400, temperature=0.0)
-
-
-@dataclass
-class Running:
-    """A started engine with the adapters A and B, on an event loop of its own."""
-
-    case: Case
-    engine: Engine
-    facts: Facts
-    run: Callable[[Coroutine[Any, Any, Any]], Any]
-
-    def answer(self, sampling: Sampling = GREEDY, choice: Choice = BASE, ids: tuple[int, ...] = PROMPT) -> list[Piece]:
-        return self.run(answered(self.engine, Work(ids, choice, sampling)))
-
-
-async def answered(engine: Engine, work: Work) -> list[Piece]:
-    return await collected(engine.submit(work))
-
-
-async def collected(ticket: Ticket) -> list[Piece]:
-    return [piece async for piece in ticket]
-
-
-def ids_of(pieces: list[Piece]) -> list[int]:
-    return [token for piece in pieces for token in piece.ids]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait until something holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
+running, slow = engine_running.running, engine_running.slow
 
 
 def submit_many(engine: Engine, tickets: list[Ticket]) -> None:
     """Ask until the engine refuses: it may compute some requests and let others wait."""
     for _ in range(400):
         tickets.append(engine.submit(Work(PROMPT, BASE, LONG)))
-
-
-@pytest.fixture(scope="module", params=CASES)
-def running(request, tmp_path_factory) -> Iterator[Running]:
-    with pytest.MonkeyPatch.context() as environment, asyncio.Runner() as runner:
-        case = CASES[request.param](tmp_path_factory.mktemp("engine"), environment)
-        engine = runner.run(made(case, 64))
-        facts = runner.run(engine.start())
-        for key, seed in ((A, 1), (B, 2)):
-            runner.run(engine.load(key, ValueSource(f"adapter-{seed}", engine_cases.made(seed))))
-        yield Running(case, engine, facts, runner.run)
-        runner.run(engine.stop(drain=0))
-
-
-async def made(case: Case, places: int) -> Engine:
-    return case.engine(places)
-
-
-@pytest.fixture
-def slow(running: Running) -> Iterator[None]:
-    """Let tokens take time, so that requests can be looked at while they run."""
-    running.case.pace(running.engine, 0.02)
-    yield
-    running.case.pace(running.engine, 0.0)
 
 
 def test_facts(running):
@@ -287,95 +225,25 @@ def test_too_long(running):
     assert len(ids_of(fits)) == 12
 
 
-def test_unknown_adapters(running):
-    async def submit(choice: Choice) -> Ticket:
-        return running.engine.submit(Work(PROMPT, choice, GREEDY))
+@pytest.mark.parametrize(
+    ("ids", "changes", "what"),
+    [
+        ((), {}, "prompt"),
+        ((5, engine_cases.VOCABULARY), {}, "prompt"),
+        ((-1,), {}, "prompt"),
+        (PROMPT, {"max_tokens": 0}, "max_tokens"),
+        (PROMPT, {"max_tokens": -3}, "max_tokens"),
+        (PROMPT, {"logprobs": 1000}, "logprobs"),
+    ],
+)
+def test_what_no_engine_can_do_is_refused_at_once(running, ids, changes, what):
+    async def submit() -> Ticket:
+        return running.engine.submit(Work(ids, BASE, replace(GREEDY, **changes)))
 
-    for choice in ((("cc" * 32, 1.0),), ((A, 0.5), ("cc" * 32, 0.5))):
-        with pytest.raises(UnknownAdapter):
-            running.run(submit(choice))
-    with pytest.raises(UnknownAdapter):
-        running.run(running.engine.unload("cc" * 32))
-
-
-def test_loading_again_reads_nothing(running):
-    again = ValueSource("adapter-1", engine_cases.made(1))
-    running.run(running.engine.load(A, again))
-    assert again.reads == 0
-
-
-def test_pins_are_kept_or_refused(running):
-    source = ValueSource("pinned", engine_cases.made(9))
-    if not running.case.pins:
-        with pytest.raises(Cannot, match="pin"):
-            running.run(running.engine.load("99" * 32, source, pin=True))
-        return
-    running.run(running.engine.load("99" * 32, source, pin=True))
-    running.run(running.engine.load("99" * 32, source))
-    assert source.reads == 1
-    running.run(running.engine.unload("99" * 32))
-
-
-def test_a_failed_load_changes_nothing(running, slow):
-    alone = ids_of(running.answer(choice=ONE))
-    broken = ValueSource("broken", engine_cases.made(3), fails="the file changed")
-
-    async def scenario() -> list[Piece]:
-        task = asyncio.create_task(answered(running.engine, Work(PROMPT, ONE, GREEDY)))
-        with pytest.raises(AdapterError, match="the file changed"):
-            await running.engine.load("dd" * 32, broken)
-        with pytest.raises(UnknownAdapter):
-            running.engine.submit(Work(PROMPT, (("dd" * 32, 1.0),), GREEDY))
-        return await task
-
-    assert ids_of(running.run(scenario())) == alone
-    broken.fails = None
-    running.run(running.engine.load("dd" * 32, broken))  # mended: loads
-    assert running.run(running.engine.unload("dd" * 32)) > 0
-
-
-@pytest.mark.parametrize("wrong", [{"ending": "o_pro"}, {"width": 100}])
-def test_adapters_that_do_not_fit_are_refused_by_name(running, wrong):
-    if not running.case.checks:
-        pytest.skip("this engine has no base")
-    with pytest.raises(LorakitError, match="o_pro"):
-        running.run(running.engine.load("ee" * 32, ValueSource("wrong", engine_cases.made(4, **wrong))))
-
-
-def test_loading_at_once_reads_once(running):
-    source = ValueSource("adapter-5", engine_cases.made(5))
-
-    async def scenario() -> None:
-        await asyncio.gather(*(running.engine.load("55" * 32, source) for _ in range(3)))
-
-    running.run(scenario())
-    if running.case.checks:
-        assert source.reads == 1
-    running.run(running.engine.unload("55" * 32))
-
-
-def test_unloading_waits_for_requests_and_refuses_new_ones(running, slow):
-    key = "ff" * 32
-    running.run(running.engine.load(key, ValueSource("leaving", engine_cases.made(6))))
-    alone = ids_of(running.answer(choice=((key, 1.0),)))
-
-    async def scenario() -> tuple[list[Piece], int]:
-        task = asyncio.create_task(answered(running.engine, Work(PROMPT, ((key, 1.0),), GREEDY)))
-        await asyncio.sleep(0)
-        await until(lambda: running.engine.stats().running + running.engine.stats().waiting > 0)
-        unloading = asyncio.create_task(running.engine.unload(key))
-        await asyncio.sleep(0.05)
-        with pytest.raises(UnknownAdapter):
-            running.engine.submit(Work(PROMPT, ((key, 1.0),), GREEDY))
-        pieces = await task
-        return pieces, await asyncio.wait_for(unloading, 20)
-
-    pieces, freed = running.run(scenario())
-    assert ids_of(pieces) == alone
-    assert freed > 0
-    running.run(running.engine.load(key, ValueSource("back", engine_cases.made(6))))
-    assert ids_of(running.answer(choice=((key, 1.0),))) == alone
-    running.run(running.engine.unload(key))
+    with pytest.raises(Cannot) as refused:
+        running.run(submit())
+    assert refused.value.what == what
+    assert running.engine.stats().waiting == 0
 
 
 def test_stats_count(running):

@@ -23,7 +23,7 @@ from ...adapter.update import Update
 from ...errors import AdapterError, LorakitError
 from ...export.export import export
 from ...export.rules import findings
-from ..engine import Choice, Source
+from ..engine import Choice, Source, choice_of
 from ..errors import Cannot, EngineFailed, UnknownAdapter
 from .argv import BASE_NAME, rank_flag
 from .base import BaseShell
@@ -31,7 +31,9 @@ from .cache import ExportCache
 from .http import VllmClient
 
 log = logging.getLogger("lorakit.vllm")
-MIXES = 64  # kept at once, beside those in use; each is a file on disk and a name at vLLM, and people repeat few of them
+# Mixes kept, beside those in use: each is a file on disk and a name at vLLM, and a client that tries many weights must
+# not fill either.
+MIXES = 64
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Adapters:
         """See that vLLM has a mix, and unload those used least recently."""
 
         async def make() -> None:
-            self._users.update(weights)  # by itself: whoever asked for it may have hung up
+            self._users.update(weights.keys())  # by itself: whoever asked for it may have hung up
             try:
                 paths = [self._loaded[key].path for key in weights]
                 label = " + ".join(f"{weight:g} · {self._loaded[key].label}" for key, weight in weights.items())
@@ -183,16 +185,17 @@ class Adapters:
 
         Wait for it behind a shield: it goes on for others if a caller hangs up.
         """
-        task = self._making.get(name)
-        if task is None or task.done():  # its callback may not have run yet
-            task = self._making[name] = asyncio.create_task(make())
+        return self._making.get(name) or self._begun(name, make())
 
-            def done(ended: asyncio.Task[None]) -> None:
-                if self._making.get(name) is ended:
-                    del self._making[name]
-                _ = ended.cancelled() or ended.exception()  # seen, also if nobody waits any more
+    def _begun(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._making[name] = asyncio.create_task(work)
 
-            task.add_done_callback(done)
+        def done(ended: asyncio.Task[None]) -> None:
+            if self._making.get(name) is ended:
+                del self._making[name]
+            _ = ended.cancelled() or ended.exception()  # seen, also if nobody waits any more
+
+        task.add_done_callback(done)
         return task
 
     def _drop(self, names: Iterable[str]) -> None:
@@ -233,9 +236,12 @@ class Adapters:
         return path
 
     def _forgotten(self, name: str) -> asyncio.Task[None]:
-        """Return the task that lets vLLM forget a name. Whoever asks for it meanwhile waits, and loads it again."""
+        """Return a task that lets vLLM forget a name. Whoever asks for it meanwhile waits, and loads it again."""
+        before = self._making.get(name)  # the task that made it, at its very end
 
         async def forget() -> None:
+            if before is not None:
+                await asyncio.wait([before])
             try:
                 await self._client().unload(name)
             except EngineFailed as error:  # it is down, and has forgotten everything
@@ -243,7 +249,7 @@ class Adapters:
             finally:
                 self._cache.release(name)
 
-        return self._started(name, forget)
+        return self._begun(name, forget())
 
 
 def _names(choice: Choice) -> set[str]:

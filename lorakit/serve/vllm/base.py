@@ -14,8 +14,7 @@ from ...adapter.adapter import Adapter
 from ...bases.load import end_tokens, load_config, load_tokenizer, model_path
 from ...checkpoint.same_base import compare_with_base
 from ...errors import AdapterError, LorakitError
-
-_TASKS = (None, "CAUSAL_LM")  # PEFT's task types of adapters that write text
+from ..engine import TEXT_TASKS
 
 
 class BaseShell:
@@ -55,7 +54,7 @@ class BaseShell:
         from ...model.detach import detach
 
         task = adapter.config.task
-        if task not in _TASKS:
+        if task not in TEXT_TASKS:
             raise AdapterError(
                 f"the adapter is for another task ({task}), and a server answers with text\n"
                 "  lorakit predict gives its labels, vectors or texts for each row of a file"

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -33,6 +34,7 @@ except ImportError:  # Windows, where vLLM does not run
 RECORD, FORMAT = "exported.json", 2
 ADAPTER = "adapter"  # what `write` makes, in a folder of its own: what it puts beside it is ours to delete
 MAX_BYTES = 20 << 30
+_OURS = re.compile("[0-9a-f]{40}")  # names of folders; nothing else is deleted
 PAUSE = 0.05  # seconds between two looks at a folder that somebody else writes
 
 
@@ -122,7 +124,8 @@ class ExportCache:
 
     def _evict(self) -> None:
         """Delete folders that nobody uses, unfinished ones first, then the oldest, until the rest fits."""
-        found = sorted((_used(folder), folder.name, _bytes(folder)) for folder in self.folder.iterdir() if folder.is_dir())
+        folders = [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name) and path.is_dir()]
+        found = sorted((_used(folder), folder.name, _bytes(folder)) for folder in folders)
         total = sum(size for _, _, size in found)
         for used, name, size in found:
             if total <= self.max_bytes and used:

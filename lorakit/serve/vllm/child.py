@@ -40,7 +40,8 @@ class Child:
         self._on_restart = on_restart
         self._process: Process | None = None
         self._client: VllmClient | None = None
-        self._down = ("vLLM has not been started\n  call start() first", True)  # why there is no client, and whether it heals
+        # Why there is no client, and whether that heals.
+        self._down = ("vLLM has not been started\n  call start() first", True)
         self._watcher: asyncio.Task[None] | None = None
         self._crashes: deque[float] = deque(maxlen=RESTARTS)
         self._folder: str | None = None  # of its sockets

@@ -20,14 +20,14 @@ import time
 from collections import deque
 
 from ...errors import LorakitError
-from ..engine import Ability, Facts, Piece, Source, Stats, Work
-from ..errors import Busy, Cannot, EngineFailed, TooLong
+from ..engine import Ability, Facts, Piece, Source, Stats, Work, check
+from ..errors import Busy, Cannot, EngineFailed
 from ..ticket import Ticket
 from .adapters import Adapters
 from .argv import MAX_LOGPROBS, VllmSettings, rank_flag
 from .base import BaseShell
 from .cache import ExportCache
-from .child import READY_SECONDS, Child
+from .child import READY_SECONDS, STOPPING, Child
 from .http import VllmClient
 
 ROWS = 256  # requests that vLLM computes at once by default
@@ -51,7 +51,7 @@ class VllmEngine:
         """
         self.settings = settings
         self._cache = ExportCache() if cache is None else cache
-        self._most = (settings.rows or ROWS) + waiting
+        self._places = (settings.rows or ROWS) + waiting
         self._ready_seconds = ready_seconds
         self._shell = shell
         self._child = Child(settings, self._load_again)
@@ -71,7 +71,7 @@ class VllmEngine:
         try:
             shell = self._shell
             if shell is None:
-                shell = await asyncio.to_thread(BaseShell, settings.base, settings.revision)
+                shell = await asyncio.to_thread(BaseShell, settings.base)
             await starting
             context = await self._child.client.context()
         except BaseException:
@@ -81,24 +81,27 @@ class VllmEngine:
             await self._child.stop()
             raise
         self._ends = shell.ends
-        self._adapters = Adapters(shell, self._cache, rank_flag([], settings.max_rank))
+        self._adapters = Adapters(shell, self._cache, rank_flag([], settings.max_rank), lambda: self._child.client)
         self._facts = Facts(settings.base, context, shell.vocabulary, CAN, MAX_LOGPROBS)
         return self._facts
 
     def submit(self, work: Work) -> Ticket:
         """Queue a request. What only vLLM can refuse (a schema, a temperature) is raised by the ticket, as Cannot."""
+        adapters = self._ready()
         self._check(work)
+        adapters.claim(work.choice)
         task: asyncio.Task[None]
 
         def cancel() -> None:
             task.cancel()
 
         ticket = Ticket(cancel)
-        task = asyncio.create_task(self._run(work, ticket))
+        task = asyncio.create_task(self._run(work, ticket, adapters))
         self._tasks.add(task)
 
         def done(ended: asyncio.Task[None]) -> None:
             self._tasks.discard(ended)
+            adapters.release(work.choice)
             if ended.cancelled():  # before it ran at all
                 ticket.put(Piece((), finish="cancelled"))
 
@@ -113,11 +116,13 @@ class VllmEngine:
                 f"--adapter-memory: vLLM holds {self.settings.in_memory} adapters",
                 "pin",
             )
-        await self._ready().load(key, source, self._child.client)
+        adapters = self._ready()
+        _ = self._child.client  # raises while vLLM is down: nothing is exported for nobody
+        await adapters.load(key, source)
 
     async def unload(self, key: str) -> int:
         """Forget an adapter once its requests are done. Return the bytes of its file, which vLLM need not hold."""
-        return await self._ready().unload(key, self._child.client if self._child.alive else None)
+        return await self._ready().unload(key)
 
     def stats(self) -> Stats:
         """Return counts. running: requests with a first token; waiting: those without. on_device: not known, 0."""
@@ -149,40 +154,25 @@ class VllmEngine:
             self._adapters.close()
 
     def _check(self, work: Work) -> None:
-        """Raise what can be told before vLLM is asked."""
-        adapters, facts = self._ready(), self._facts
-        assert facts is not None
+        """Raise for what can be refused without asking vLLM."""
+        assert self._facts is not None
         if self._stopping:
-            raise Busy("the server is stopping", retry_after=10.0)
+            raise Busy(STOPPING, retry_after=10.0)
         if not self._child.alive:
             _ = self._child.client  # raises, with the reason
-        adapters.check(work.choice)
-        sampling = work.sampling
-        if not work.ids:
-            raise Cannot("the prompt is empty; expected at least one token", "prompt")
-        if len(work.ids) + sampling.max_tokens > facts.context:
-            raise TooLong(
-                f"the prompt has {len(work.ids)} tokens and the answer may have {sampling.max_tokens}; the context "
-                f"has {facts.context}\n  lower max_tokens, or shorten the prompt"
-            )
-        if sampling.logprobs is not None and sampling.logprobs > facts.max_logprobs:
-            raise Cannot(f"logprobs is {sampling.logprobs}; expected at most {facts.max_logprobs}", "logprobs")
-        if len(self._tasks) >= self._most:
-            raise Busy(f"all {self._most} places are taken", self._retry_after())
+        check(work, self._facts)
+        if len(self._tasks) >= self._places:
+            after = self._retry_after()
+            raise Busy(f"all {self._places} places are taken\n  ask again in {after:.1f} s", after)
 
-    async def _run(self, work: Work, ticket: Ticket) -> None:
+    async def _run(self, work: Work, ticket: Ticket, adapters: Adapters) -> None:
         """Answer one request. Cancelling the task closes the connection, and vLLM frees its slot."""
         began, started = time.monotonic(), False
         left = None if work.deadline is None else max(work.deadline - began, 0.0)
         try:
             async with asyncio.timeout(left):
-                if work.sampling.max_tokens < 1:
-                    ticket.put(Piece((), finish="length"))
-                    return
-                async with (
-                    self._ready().used(work.choice, self._child.client) as name,
-                    contextlib.aclosing(self._child.client.complete(name, work, self._ends)) as pieces,
-                ):
+                name = await adapters.name(work.choice)
+                async with contextlib.aclosing(self._child.client.complete(name, work, self._ends)) as pieces:
                     async for piece in pieces:
                         if not started:
                             started = True
@@ -207,7 +197,7 @@ class VllmEngine:
 
     def _ready(self) -> Adapters:
         if self._adapters is None:
-            raise EngineFailed("the engine has not been started")
+            raise EngineFailed("the engine is not running\n  call start() first")
         return self._adapters
 
     async def _load_again(self, client: VllmClient) -> None:
@@ -219,4 +209,4 @@ class VllmEngine:
         if not self._durations:
             return 1.0
         mean = sum(self._durations) / len(self._durations)
-        return min(max(mean / self._most, 0.5), 60.0)
+        return min(max(mean / self._places, 0.5), 60.0)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lorakit.errors import AdapterError, WriteError
+from lorakit.serve.vllm import cache as module
 from lorakit.serve.vllm.cache import RECORD, ExportCache, default_folder
 
 
@@ -29,18 +33,20 @@ class Writer:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> ExportCache:
-    return ExportCache(tmp_path / "cache", most=1000)
+    return ExportCache(tmp_path / "cache", max_bytes=1000)
 
 
 def folders(cache: ExportCache) -> set[Path]:
-    return {path for path in cache.folder.iterdir() if path.is_dir()}
+    """The adapters' folders that the cache has, finished or not."""
+    return {path / "adapter" for path in cache.folder.iterdir() if path.is_dir()}
 
 
 def test_a_folder_is_written_once(cache):
     write = Writer()
     path = cache.hold("key", write)
     assert cache.hold("key", write) == path
-    assert cache.release("key") == 100 + (path / RECORD).stat().st_size
+    cache.release("key")
+    cache.release("key")  # once more: nothing
     assert cache.hold("key", write) == path
     assert ExportCache(cache.folder).hold("key", write) == path  # another server
     assert write.calls == 1
@@ -56,16 +62,19 @@ def test_a_damaged_folder_is_written_again(cache, damage):
     elif damage == "missing":
         (path / "adapter_model.safetensors").unlink()
     elif damage == "no record":
-        (path / RECORD).unlink()
+        (path.parent / RECORD).unlink()
     else:
-        (path / RECORD).write_text("[]")
+        (path.parent / RECORD).write_text("[]")
     assert cache.hold("key", write) == path
     assert write.calls == 2
     assert (path / "adapter_model.safetensors").stat().st_size == 100
 
 
-def test_a_failed_write_leaves_nothing(cache):
+@pytest.mark.parametrize("after", ["nothing", "a part", "what it staged beside it"])
+def test_a_failed_write_leaves_nothing(cache, after):
     def write(path: Path) -> None:
+        if after != "nothing":
+            Writer()(path if after == "a part" else path.with_name(".staged"))
         raise AdapterError("it does not fit")
 
     with pytest.raises(AdapterError, match="does not fit"):
@@ -74,11 +83,97 @@ def test_a_failed_write_leaves_nothing(cache):
     assert cache.hold("key", Writer()).is_dir()
 
 
+def test_a_disk_that_is_full_before_the_record_leaves_nothing(cache, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_text", full)
+        with pytest.raises(WriteError, match="no space left"):
+            cache.hold("key", Writer())
+    assert folders(cache) == set()
+
+
+def test_what_a_killed_server_left_is_deleted_and_nothing_of_others(cache):
+    path = cache.hold("half", Writer())
+    (path.parent / RECORD).unlink()  # killed before the end
+    cache.release("half")
+    shutil.copytree(path, path.with_name(".staged"))
+    (cache.folder / "notes").mkdir()  # somebody's
+    kept = cache.hold("whole", Writer())
+    assert folders(cache) == {kept, cache.folder / "notes" / "adapter"}
+
+
+def test_a_folder_that_another_process_deletes_meanwhile_is_passed_over(cache, monkeypatch):
+    gone = cache.hold("gone", Writer()).parent
+    cache.release("gone")
+    sizes = module._bytes
+
+    def deleted(folder: Path) -> int:
+        shutil.rmtree(gone, ignore_errors=True)
+        return sizes(folder)
+
+    monkeypatch.setattr(module, "_bytes", deleted)
+    assert cache.hold("key", Writer(1500)).is_dir()
+
+
+def test_a_hold_that_fails_holds_nothing(cache, monkeypatch):
+    def broken(self: ExportCache) -> None:
+        raise PermissionError("the folder cannot be listed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ExportCache, "_evict", broken)
+        with pytest.raises(PermissionError):
+            cache.hold("key", Writer())
+    cache.max_bytes = 0
+    cache.hold("other", Writer())
+    assert len(folders(cache)) == 1
+
+
+def test_letting_go_does_not_wait_for_what_is_written(cache):
+    """`release` is called in the event loop: all streams would stand still."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        Writer()(path)
+
+    cache.hold("key", Writer())
+    with ThreadPoolExecutor(2) as threads:
+        writing = threads.submit(cache.hold, "slow", slow)
+        try:
+            assert begun.wait(20)
+            threads.submit(cache.release, "key").result(5)
+            assert not writing.done()
+        finally:
+            go_on.set()
+        assert writing.result(20).is_dir()
+
+
+def test_two_servers_that_want_the_same_share_it(cache):
+    """The second waits until the first has written it, and not until the first has let go."""
+    begun, go_on, second = threading.Event(), threading.Event(), Writer()
+
+    def slow(path: Path) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        Writer()(path)
+
+    with ThreadPoolExecutor(2) as threads:
+        writing = threads.submit(cache.hold, "key", slow)
+        assert begun.wait(20)
+        waiting = threads.submit(ExportCache(cache.folder).hold, "key", second)
+        go_on.set()
+        assert waiting.result(20) == writing.result(20)
+    assert second.calls == 0
+
+
 def test_the_least_recently_used_go_first_and_those_in_use_stay(cache):
-    cache.most = 1300  # a record has some 75 bytes
+    cache.max_bytes = 1300  # a record has some 75 bytes
     for at, key in enumerate("abc"):
         path = cache.hold(key, Writer(250))
-        os.utime(path / RECORD, (at, at))
+        os.utime(path.parent / RECORD, (at + 1, at + 1))
     paths = {key: cache.hold(key, Writer()) for key in "abc"}
     for key in "bc":
         cache.release(key)
@@ -94,7 +189,7 @@ def test_a_folder_that_another_process_uses_stays(cache, tmp_path):
         import sys
         from pathlib import Path
         from lorakit.serve.vllm.cache import ExportCache
-        print(ExportCache(Path(sys.argv[1])).hold("theirs", lambda path: path.mkdir()), flush=True)
+        print(ExportCache(Path(sys.argv[1])).hold("theirs", lambda path: path.mkdir()).parent, flush=True)
         sys.stdin.read()
     """)
     other = subprocess.Popen(
@@ -102,7 +197,7 @@ def test_a_folder_that_another_process_uses_stays(cache, tmp_path):
     )
     assert other.stdout is not None
     theirs = Path(other.stdout.readline().strip())
-    cache.most = 10
+    cache.max_bytes = 10
     cache.hold("ours", Writer())
     assert theirs.is_dir()
     other.communicate("")
@@ -112,7 +207,7 @@ def test_a_folder_that_another_process_uses_stays(cache, tmp_path):
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "a/b", "x" * 500, "\0", "ключ"])
 def test_any_key_is_a_folder_of_the_cache(cache, key):
-    assert cache.hold(key, Writer()).parent == cache.folder
+    assert cache.hold(key, Writer()).parent.parent == cache.folder
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

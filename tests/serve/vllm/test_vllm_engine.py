@@ -10,19 +10,13 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import ValueSource, made
-from vllm_served import GREEDY, PROMPT, A, B, answered, wait_for
+from vllm_served import GREEDY, PROMPT, A, wait_for
 
 import lorakit as lk
 from lorakit.bases.load import embedded_folder
 from lorakit.errors import AdapterError
 from lorakit.serve.engine import BASE, Piece, Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, UnknownAdapter
-from lorakit.serve.vllm import adapters
-
-
-def delta(path: Path, module: str) -> torch.Tensor:
-    update = lk.Adapter.load(path).factors[module]
-    return update.scale * update.B.double() @ update.A.double()
+from lorakit.serve.errors import Busy, Cannot, EngineFailed
 
 
 def test_the_child_gets_its_key_by_the_environment_alone(served):
@@ -39,86 +33,6 @@ def test_the_child_gets_its_key_by_the_environment_alone(served):
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
     assert "LORAKIT_API_KEY" not in environment
     assert all(event["authorized"] for event in served.control.log() if "path" in event)
-
-
-def test_adapters_are_asked_for_by_key_and_mixes_by_a_file_of_their_sum(served):
-    for choice in (BASE, ((A, 1.0),), ((A, 0.7), (B, 0.3)), ((B, 0.3), (A, 0.7)), ((A, 0.5),), ((A, 0.0),)):
-        served.answer(choice)
-    names = [body["model"] for body in served.control.bodies()[-6:]]
-    assert [names[0], names[1], names[5]] == ["base", A, "base"]
-    assert names[2] == names[3]
-    paths = {body["lora_name"]: Path(body["lora_path"]) for body in served.control.bodies("/v1/load_lora_adapter")}
-    module = "model.layers.0.self_attn.o_proj"
-    first, second = (made(seed).factors[module] for seed in (1, 2))
-    a, b = (f.scale * f.B.double() @ f.A.double() for f in (first, second))
-    torch.testing.assert_close(delta(paths[A], module), a, atol=1e-6, rtol=0)
-    torch.testing.assert_close(delta(paths[names[2]], module), 0.7 * a + 0.3 * b, atol=1e-6, rtol=0)
-    torch.testing.assert_close(delta(paths[names[4]], module), 0.5 * a, atol=1e-6, rtol=0)
-
-
-def test_weights_of_one_key_add_up(served):
-    assert served.ids(((A, 0.25), (A, 0.75))) == served.ids(((A, 1.0),))
-
-
-def test_a_mix_is_made_once_also_for_many_at_once(served):
-    async def together() -> list[list[Piece]]:
-        return await asyncio.gather(*(answered(served.engine, ((A, 0.2), (B, 0.1))) for _ in range(6)))
-
-    before = len(served.control.bodies("/v1/load_lora_adapter"))
-    served.run(together())
-    assert len(served.control.bodies("/v1/load_lora_adapter")) == before + 1
-
-
-def test_a_mix_is_finished_for_others_if_who_asked_hangs_up(served):
-    async def scenario() -> list[Piece]:
-        ticket = served.engine.submit(Work(PROMPT, ((A, 0.9), (B, 0.4)), GREEDY))
-        await asyncio.sleep(0)
-        ticket.cancel()
-        return await answered(served.engine, ((A, 0.9), (B, 0.4)))
-
-    before = len(served.control.bodies("/v1/load_lora_adapter"))
-    assert served.run(scenario())[-1].finish == "length"
-    assert len(served.control.bodies("/v1/load_lora_adapter")) == before + 1
-
-
-def test_mixes_are_of_what_was_loaded_although_its_files_changed(served):
-    source = ValueSource("changing", made(7))
-    served.run(served.engine.load("77" * 32, source))
-    source.fails = "the file changed"
-    assert served.answer((("77" * 32, 0.5),))[-1].finish == "length"
-    served.run(served.engine.unload("77" * 32))
-
-
-def test_unused_mixes_make_room_and_go_with_their_adapters(served, monkeypatch):
-    monkeypatch.setattr(adapters, "MIXES", 2)
-    served.run(served.engine.load("88" * 32, ValueSource("mixed", made(8))))
-    for weight in (0.1, 0.2, 0.3, 0.4):
-        served.answer((("88" * 32, weight),))
-    unloaded = [body["lora_name"] for body in served.control.bodies("/v1/unload_lora_adapter")]
-    served.run(served.engine.unload("88" * 32))
-    after = [body["lora_name"] for body in served.control.bodies("/v1/unload_lora_adapter")][len(unloaded) :]
-    assert after[-1] == "88" * 32
-    assert len(after) == 3  # two mixes, and the adapter
-    with pytest.raises(UnknownAdapter):
-        served.answer((("88" * 32, 0.4),))
-
-
-def test_loading_while_it_is_being_forgotten(served):
-    """Of one content two names may go and come at the same time."""
-    key = "c0" * 32
-    served.run(served.engine.load(key, ValueSource("going", made(5))))
-    before = served.ids(((key, 1.0),)), served.ids(((key, 0.5),))
-    served.control.set(unload_seconds=0.3)
-
-    async def scenario() -> None:
-        going = asyncio.create_task(served.engine.unload(key))
-        await asyncio.sleep(0.1)
-        await served.engine.load(key, ValueSource("coming", made(5)))
-        await going
-
-    served.run(scenario())
-    assert (served.ids(((key, 1.0),)), served.ids(((key, 0.5),))) == before
-    served.run(served.engine.unload(key))
 
 
 def test_ranks_beyond_the_flag_are_refused_with_the_flag(served):
@@ -241,9 +155,3 @@ def test_a_client_that_does_not_read_is_cancelled(served):
         return [piece async for piece in ticket]
 
     assert served.run(scenario())[-1].finish in ("length", "cancelled")
-
-
-def test_an_empty_prompt_and_no_tokens(served):
-    with pytest.raises(Cannot, match="empty"):
-        served.answer(ids=())
-    assert [piece.finish for piece in served.answer(sampling=Sampling(0))] == ["length"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lorakit.serve.engine import BASE, Work
 from lorakit.serve.errors import EngineFailed
 from lorakit.serve.vllm.argv import VllmSettings
 from lorakit.serve.vllm.engine import VllmEngine
+from lorakit.serve.vllm.process import launch
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,80 @@ def test_a_start_that_fails_is_tried_again(own):
 
     own.run(scenario())
     assert own.answer()[-1].finish == "length"
+
+
+def test_a_watchdog_that_cannot_be_started_leaves_no_vllm_behind(own, monkeypatch):
+    """Then the restart has failed and is tried again; stopping ends everything."""
+    own.run(own.engine.start())
+    started: list[subprocess.Popen[bytes]] = []
+    refused = [True]
+
+    class Limited(subprocess.Popen[bytes]):
+        def __init__(self, argv, **settings):
+            if "-ISc" in argv and refused:
+                refused.pop()
+                raise OSError(24, "Too many open files")
+            super().__init__(argv, **settings)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Limited)
+
+    async def scenario() -> None:
+        os.kill(own.engine._child.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while refused or not own.engine.stats().alive:
+                await asyncio.sleep(0.02)
+
+    own.run(scenario())
+    assert own.answer()[-1].finish == "length"
+    assert started[0].poll() == -signal.SIGKILL  # the one without a watchdog
+    folder = Path(own.engine._child._folder)
+    own.run(own.engine.stop(drain=0))
+    assert not any(alive(process.pid) for process in started)
+    assert not folder.exists()
+
+
+def test_a_first_start_without_a_watchdog_is_an_error_with_the_fix(own, monkeypatch):
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("lorakit.serve.vllm.process.threading.Thread.start", refused)
+    with pytest.raises(LorakitError, match="ulimit"):
+        own.run(launch([sys.executable, "-c", "import time; time.sleep(60)"], os.environ))
+
+
+@pytest.mark.parametrize("broken", ["on_restart", "watcher"])
+def test_a_fault_of_ours_neither_stops_the_watching_nor_the_stopping(own, monkeypatch, broken):
+    own.run(own.engine.start())
+    faults = [ValueError("ours")]
+    child = own.engine._child
+    folder = Path(child._folder)
+
+    async def fault(*_: object) -> None:
+        if faults:
+            raise faults.pop()
+
+    if broken == "on_restart":
+        child._on_restart = fault
+    else:
+        monkeypatch.setattr(child, "_again", fault)
+
+    async def scenario() -> None:
+        os.kill(child.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while faults or (broken == "on_restart" and not own.engine.stats().alive):
+                await asyncio.sleep(0.02)
+
+    own.run(scenario())
+    if broken == "on_restart":
+        assert own.answer()[-1].finish == "length"
+        own.run(own.engine.stop(drain=0))
+    else:
+        with pytest.raises(ValueError, match="ours"):
+            own.run(own.engine.stop(drain=0))
+        child._watcher = None
+    assert not any(alive(pid) for pid in processes(own.control))
+    assert not folder.exists()
 
 
 def test_a_vllm_that_dies_again_and_again_stays_down(own, monkeypatch):
