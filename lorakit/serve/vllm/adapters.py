@@ -185,7 +185,9 @@ class Adapters:
 
         Wait for it behind a shield: it goes on for others if a caller hangs up.
         """
-        return self._making.get(name) or self._begun(name, make())
+        task = self._making.get(name)
+        # Of one that is done the callback may not have run; a loop that awaits it would never let it.
+        return self._begun(name, make()) if task is None or task.done() else task
 
     def _begun(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._making[name] = asyncio.create_task(work)
