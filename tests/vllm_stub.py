@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ SWITCHES = {
     "half_after": "tokens, then half an event, and the connection closes",
     "hang_after": "tokens, then nothing",
     "error_after": "tokens, then an error within the stream",
+    "error_code": "of that error",
     "abort_after": "tokens, then finish_reason 'abort'",
     "no_ids": "texts without token ids, as before 0.10.2",
     "load_status": "of load_lora_adapter",
@@ -45,6 +47,7 @@ SWITCHES = {
     "cached": "tokens of each prompt",
     "text": "of each token",
     "chunk": "tokens an event",
+    "worker": "it has a worker process, which holds its output open and heeds no SIGTERM",
 }
 FIELDS = {
     *("model", "prompt", "stream", "stream_options", "return_token_ids", "max_tokens", "temperature", "top_p"),
@@ -306,7 +309,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.write(b": still here\n\n")  # so that it notices who hung up
             return False
         if control.get("error_after") == at:
-            self.event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
+            code = control.get("error_code", 500)
+            self.event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": code}})
             self.write(b"data: [DONE]\n\n")
             self.write(b"")
             return True
@@ -341,6 +345,10 @@ def main() -> None:
     if "die_at_start" in found:
         print("ValueError: No available memory for the cache blocks.", flush=True)
         sys.exit(found["die_at_start"])
+    if found.get("worker"):
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        worker = subprocess.Popen([sys.executable, "-c", code])
+        stub.record({"worker": worker.pid})
     Server(stub.flags["--uds"], Handler).serve_forever()
 
 

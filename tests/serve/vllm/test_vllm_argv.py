@@ -19,6 +19,7 @@ def test_the_command_line_is_exactly_this():
         *("--generation-config", "vllm"),
         *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "9", "--max-lora-rank", "32"),
         *("--max-logprobs", "20", "--enable-prompt-tokens-details"),
+        *("--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}'),
     ]
 
 
@@ -45,10 +46,19 @@ def test_ram_holds_at_least_what_a_batch_mixes():
 
 
 @pytest.mark.parametrize(
-    "extra", ["--host=0.0.0.0", "--api-key", "--max_lora_rank=64", "--uds", "--served-model-name", "--logprobs-mode=x"]
+    "extra",
+    [
+        "--host=0.0.0.0",
+        "--api-key",
+        "--max_lora_rank=64",
+        "--uds",
+        "--served-model-name",
+        "--logprobs-mode=x",
+        "--structured-outputs-config.backend=outlines",
+    ],
 )
 def test_flags_of_ours_are_refused_by_name(extra):
-    with pytest.raises(ConfigError, match=extra.partition("=")[0].replace("_", "-")):
+    with pytest.raises(ConfigError, match=extra.partition("=")[0].partition(".")[0].replace("_", "-")):
         command_line(VllmSettings("embedded", extra=(extra,)), "s")
 
 
