@@ -43,6 +43,7 @@ SWITCHES = {
     "no_ids": "texts without token ids, as before 0.10.2",
     "load_status": "of load_lora_adapter",
     "unload_status": "of unload_lora_adapter",
+    "unload_seconds": "that it takes",
     "token_seconds": "between two tokens",
     "cached": "tokens of each prompt",
     "text": "of each token",
@@ -217,6 +218,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def unload(self, body: dict[str, Any]) -> None:
         name, status = body["lora_name"], self.stub.control().get("unload_status")
+        time.sleep(self.stub.control().get("unload_seconds", 0))
         if status:
             self.error(status, f"Failed to remove lora adapter '{name}' from the engine.", "InternalServerError")
         elif self.stub.adapters.pop(name, None) is None:

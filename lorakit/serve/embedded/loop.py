@@ -127,6 +127,7 @@ class Loop:
             self.open.difference_update(every)
             self._out.extend((request.ticket, self.failed) for request in every)
             self._deliver()
+            self.tiers.abandon(self.failed)
 
     def _pass(self) -> None:
         self._take()

@@ -25,7 +25,7 @@ from ...adapter.adapter import Adapter
 from ...bases.pipeline import as_module
 from ...errors import AdapterError, listing
 from ..engine import Source
-from ..errors import Cannot, UnknownAdapter
+from ..errors import Cannot, EngineFailed, UnknownAdapter
 from . import heap
 from .calls import Calls
 from .entry import Entry
@@ -162,9 +162,18 @@ class Tiers:
             shelves = self._shelves
             return TierStats(len(shelves.device), len(shelves.built), shelves.bytes, shelves.loads, shelves.evictions)
 
+    def abandon(self, error: Exception) -> None:
+        """End all waits for adapters with this error: the engine's thread has ended. May be called in either thread."""
+        with self._lock:
+            for entry in self._entries.values():
+                for future in (entry.loaded, entry.placed, entry.unloaded):
+                    if future is not None and not future.done():
+                        future.set_exception(error)
+
     def close(self) -> None:
         """Stop the loading threads and detach everything. After the engine's thread has ended."""
         self._loader.close()
+        self.abandon(EngineFailed("the engine has stopped\n  start the server again", heals=False))
         self._shelves.close(self._loader)
 
     # ------------------------------------------------------------------------------------------- the engine's thread

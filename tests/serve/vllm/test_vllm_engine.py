@@ -103,6 +103,24 @@ def test_unused_mixes_make_room_and_go_with_their_adapters(served, monkeypatch):
         served.answer((("88" * 32, 0.4),))
 
 
+def test_loading_while_it_is_being_forgotten(served):
+    """Of one content two names may go and come at the same time."""
+    key = "c0" * 32
+    served.run(served.engine.load(key, ValueSource("going", made(5))))
+    before = served.ids(((key, 1.0),)), served.ids(((key, 0.5),))
+    served.control.set(unload_seconds=0.3)
+
+    async def scenario() -> None:
+        going = asyncio.create_task(served.engine.unload(key))
+        await asyncio.sleep(0.1)
+        await served.engine.load(key, ValueSource("coming", made(5)))
+        await going
+
+    served.run(scenario())
+    assert (served.ids(((key, 1.0),)), served.ids(((key, 0.5),))) == before
+    served.run(served.engine.unload(key))
+
+
 def test_ranks_beyond_the_flag_are_refused_with_the_flag(served):
     with pytest.raises(AdapterError, match="--max-rank 64"):
         served.run(served.engine.load("64" * 32, ValueSource("large", made(3, rank=40))))
