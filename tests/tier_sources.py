@@ -57,7 +57,9 @@ async def passes(tiers: Tiers, *waiting: Awaitable[Result]) -> list[Result]:
     while not every.done():
         tiers.between_steps()
         await asyncio.sleep(0.0005)
-    return every.result()
+    found = every.result()
+    tiers.between_steps()
+    return found
 
 
 async def until_ready(tiers: Tiers, keys: Sequence[str], tries: int = 4000) -> None:

@@ -117,16 +117,11 @@ async def serve(
 def _server(app: App, drain: float) -> Any:
     import uvicorn
 
-    class Server(uvicorn.Server):
-        """uvicorn's server without its signal handlers: the first signal must reach the engine too."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
+    from .connections import Connection, Server
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
