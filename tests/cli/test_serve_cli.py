@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from lorakit.cli.serve import name_of_adapter
 from lorakit.serve.server import listen
 
 KEY = "use-0123456789abcdef"
@@ -77,3 +78,22 @@ def test_without_the_extra_it_says_what_to_install(refused, monkeypatch):
     error = refused(code=1)
     assert "not installed: uvicorn" in error
     assert "pip install 'lorakit[serve]'" in error
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("runs/sql/adapter", "sql"),
+        ("runs/sql/adapter/", "sql"),
+        ("runs/sql", "sql"),
+        ("one.safetensors", "one"),
+        ("owner/name@v1", "owner/name"),
+        ("hf://owner/name", "owner/name"),
+        ("gone/far/away", "away"),
+    ],
+)
+def test_a_path_without_a_name_is_named_as_its_folder(path, name, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "sql" / "adapter").mkdir(parents=True)
+    (tmp_path / "one.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert name_of_adapter(path) == name
