@@ -97,3 +97,14 @@ def test_a_path_without_a_name_is_named_as_its_folder(path, name, tmp_path, monk
     (tmp_path / "one.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     assert name_of_adapter(path) == name
+
+
+def test_a_broken_state_file_is_said_before_the_model_is_loaded(refused, tmp_path, monkeypatch):
+    def build(settings):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lorakit.serve.embedded.build.build", build)
+    state = tmp_path / "state.json"
+    state.write_text("{")
+    assert "mend it, or move it away" in refused("--state", str(state))
+    assert state.read_text() == "{"
