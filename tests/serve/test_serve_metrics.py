@@ -72,7 +72,7 @@ def test_what_clients_make_up_adds_no_labels():
 def test_mixes_have_one_label():
     metrics = Metrics(Stats, [CHAT])
     for n in range(9):
-        metrics.observe(seen(adapter=f"a@{n}, b@2"))
+        metrics.observe(seen(adapter=f"a@{n}+b@2"))
     assert value(metrics, "lorakit_adapter_requests_total", adapter="mix") == 9
 
 
