@@ -2,8 +2,8 @@
 
     report = evaluate_served(client, questions_of(examples), ["base", "sql"], Asking(max_tokens=128, temperature=0))
 
-Servers do not report the loss. The prompt of a row is what stands before its first answer; the server formats it with the
-template of the model that is asked. Prompts, references and scores are those of `evaluate`.
+Servers do not report the loss. The prompt of a row is what stands before its first answer; the server formats it with
+the template of the model that is asked. Prompts, references and scores are those of `evaluate`.
 """
 
 from __future__ import annotations

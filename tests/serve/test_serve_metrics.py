@@ -9,13 +9,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lorakit.serve.engine import Stats
 from lorakit.serve.metrics import MAX_ADAPTERS, OTHER, Metrics
-from lorakit.serve.observe import Seen, observed
+from lorakit.serve.observe import RequestLog, observed
 
 CHAT = "/v1/chat/completions"
 
 
 def seen(path=CHAT, status=200, adapter=None, method="POST", first=0.2):
-    return Seen("127.0.0.1", method, path, status, 0.3, first, True, adapter, "req-1")
+    return RequestLog("127.0.0.1", method, path, status, 0.3, first, True, adapter, "req-1")
 
 
 def samples(metrics):
