@@ -35,11 +35,11 @@ def check_offered(extra: Mapping[str, Any] | None) -> None:
 
 def warning(request: BaseModel, notes: Sequence[str] = ()) -> dict[str, str]:
     """Return the header that says what of a valid request had no effect; none if all had. notes: further texts."""
-    known = type(request).model_fields
+    known, others = type(request).model_fields, request.model_extra or {}
     names = list(unread(request))
     shown = []
     for name in names[:MOST_NAMED]:
-        close = nearest(name, known) if len(name) < 40 else None
+        close = nearest(name, known) if name in others and len(name) < 40 else None
         shown.append((name[:LONGEST_NAME].strip() or "''") + (f" (did you mean {close}?)" if close else ""))
     if len(names) > MOST_NAMED:
         shown.append(f"{len(names) - MOST_NAMED} more")
