@@ -2,8 +2,8 @@
 
     client = Client("http://127.0.0.1:8000")
     client.models()                                                  # names, as the server lists them
-    client.answer("sql", [{"role": "user", "content": "..."}], Asking(max_tokens=64)).text
-    for piece in client.stream("sql", messages, Asking()): ...
+    client.answer("sql", [{"role": "user", "content": "..."}], GenerationSettings(max_tokens=64)).text
+    for piece in client.stream("sql", messages, GenerationSettings()): ...
 
 For `lorakit chat --server` and `lorakit eval --server`. A prompt is a conversation, or a text to be continued.
 """
@@ -41,7 +41,7 @@ class ServerError(LorakitError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Asking:
+class GenerationSettings:
     """How a server is to answer; None leaves a setting to the server."""
 
     max_tokens: int | None = None
@@ -95,7 +95,9 @@ class Client:
         except (KeyError, TypeError, AttributeError):
             raise self._unreadable("/models") from None
 
-    def answer(self, model: str, prompt: Prompt, how: Asking, tools: Sequence[Mapping[str, Any]] = ()) -> Answer:
+    def answer(
+        self, model: str, prompt: Prompt, how: GenerationSettings, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Answer:
         """Return the answer to a prompt. Raises ServerError."""
         path, body = _request(model, prompt, how, tools)
         answered = self._json("POST", path, body)
@@ -106,7 +108,7 @@ class Client:
         except (KeyError, IndexError, TypeError, AttributeError):
             raise self._unreadable(path) from None
 
-    def stream(self, model: str, prompt: Prompt, how: Asking) -> Iterator[str]:
+    def stream(self, model: str, prompt: Prompt, how: GenerationSettings) -> Iterator[str]:
         """Yield the answer's text as it arrives. Raises ServerError, also in the middle of an answer."""
         path, body = _request(model, prompt, how, ())
         with self._answered("POST", path, body | {"stream": True}) as response:
@@ -216,7 +218,9 @@ def _base_url(url: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def _request(model: str, prompt: Prompt, how: Asking, tools: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+def _request(
+    model: str, prompt: Prompt, how: GenerationSettings, tools: Sequence[Mapping[str, Any]]
+) -> tuple[str, dict[str, Any]]:
     settings = {
         "max_tokens": how.max_tokens,
         "temperature": how.temperature,

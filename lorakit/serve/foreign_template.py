@@ -47,7 +47,7 @@ class Bounds:
 
 
 class UnusableTemplateError(DataError):
-    """A template that is none, or exceeds the bounds: not one that rejects a conversation."""
+    """A template that is invalid, or exceeds the bounds: not one that rejects a conversation."""
 
 
 class TemplateProcess:
@@ -174,7 +174,7 @@ class ForeignTemplate:
         **kwargs: Any,
     ) -> str:
         """Return the text of a conversation. chat_template: this template with its clock set (`templates.dated`)."""
-        assert not tokenize, "text is wanted"
+        assert not tokenize, "only text is rendered here"
         if self._process.spent > self._until:
             seconds = self._process.bounds.request_seconds
             raise DataError(f"it took more than {seconds:g} s of processor time for this request")

@@ -22,7 +22,7 @@ from lorakit.serve.messages import REQUEST
 from lorakit.serve.renderer import Renderer
 from lorakit.serve.tool_calls.families import PLAIN, SYNTAXES, syntax_of
 from lorakit.serve.tool_calls.forced import FORCED
-from lorakit.serve.tool_calls.stream import Delta, ToolStream, read_calls
+from lorakit.serve.tool_calls.stream import ToolDelta, ToolStream, read_calls
 from lorakit.serve.tool_calls.syntax import Syntax
 
 TOOL = {
@@ -177,7 +177,7 @@ SAMPLES = [
 sampled = pytest.mark.parametrize("sample", SAMPLES, ids=[sample.syntax.name for sample in SAMPLES])
 
 
-def read(text: str, syntax: Syntax, cut: str = "whole", parallel: bool = True) -> Delta:
+def read(text: str, syntax: Syntax, cut: str = "whole", parallel: bool = True) -> ToolDelta:
     """Content and calls of a text that arrives whole, letter by letter, or in pieces of random length."""
     if cut == "whole":
         return read_calls(text, syntax, [TOOL], parallel=parallel)
@@ -188,14 +188,14 @@ def read(text: str, syntax: Syntax, cut: str = "whole", parallel: bool = True) -
         at += length
     stream = ToolStream(syntax, [TOOL], parallel=parallel)
     deltas = [*map(stream.feed, pieces), stream.finish()]
-    return Delta(
+    return ToolDelta(
         "".join(d.content for d in deltas),
         tuple(call for d in deltas for call in d.calls),
         "".join(d.reasoning for d in deltas),
     )
 
 
-def calls_of(delta: Delta) -> list[tuple[str, Any]]:
+def calls_of(delta: ToolDelta) -> list[tuple[str, Any]]:
     return [(call.name, json.loads(call.arguments)) for call in delta.calls]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.errors import ConfigError
 from lorakit.serve import client as client_module
-from lorakit.serve.client import Answer, Asking, Client, Served, ServerError
+from lorakit.serve.client import Answer, Client, GenerationSettings, Served, ServerError
 
 MESSAGES = [{"role": "user", "content": "Ada: 3"}]
 
@@ -36,8 +36,10 @@ def test_models_and_answers():
     with openai_stub.serving(lambda path, body: f"{body['model']} says hi") as stub:
         client = Client(stub.url + "/")
         assert client.models() == [Served("base"), Served("sql", "base")]
-        assert client.answer("sql", MESSAGES, Asking(max_tokens=4, temperature=0.0)) == Answer("sql says hi")
-        assert client.answer("sql", "Once", Asking()) == Answer("sql says hi")
+        assert client.answer("sql", MESSAGES, GenerationSettings(max_tokens=4, temperature=0.0)) == Answer(
+            "sql says hi"
+        )
+        assert client.answer("sql", "Once", GenerationSettings()) == Answer("sql says hi")
         assert [path for path, _, _ in stub.asked] == ["/v1/models", "/v1/chat/completions", "/v1/completions"]
         assert stub.asked[1][1] == {"model": "sql", "messages": MESSAGES, "max_tokens": 4, "temperature": 0.0}
         assert stub.asked[2][1] == {"model": "sql", "prompt": "Once"}
@@ -72,13 +74,13 @@ def test_openais_key_is_sent_to_openai_alone_and_lorakits_to_all(monkeypatch):
 @pytest.mark.parametrize("prompt", [MESSAGES, "Once"], ids=["chat", "text"])
 def test_streams_are_the_answer_in_pieces(prompt):
     with openai_stub.serving(lambda path, body: "one two three") as stub:
-        assert list(Client(stub.url).stream("base", prompt, Asking())) == ["one", " two", " three"]
+        assert list(Client(stub.url).stream("base", prompt, GenerationSettings())) == ["one", " two", " three"]
 
 
 def test_a_stream_that_breaks_off_is_an_error_after_its_pieces():
     with openai_stub.serving(lambda path, body: "one two three") as stub:
         stub.break_stream_after = 2
-        pieces = Client(stub.url).stream("base", MESSAGES, Asking())
+        pieces = Client(stub.url).stream("base", MESSAGES, GenerationSettings())
         assert [next(pieces), next(pieces)] == ["one", " two"]
         with pytest.raises(ServerError, match="broke"):
             next(pieces)
@@ -87,7 +89,7 @@ def test_a_stream_that_breaks_off_is_an_error_after_its_pieces():
 def test_an_error_within_a_stream_is_raised():
     text = 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'
     text += 'event: error\ndata: {"error": {"message": "no memory"}}\n\n'
-    pieces = answering(httpx2.Response(200, text=text)).stream("base", MESSAGES, Asking())
+    pieces = answering(httpx2.Response(200, text=text)).stream("base", MESSAGES, GenerationSettings())
     assert next(pieces) == "a"
     with pytest.raises(ServerError, match="no memory"):
         next(pieces)
@@ -97,27 +99,30 @@ def test_tool_calls_are_part_of_the_text():
     calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
     message = {"role": "assistant", "content": None, "tool_calls": calls}
     response = httpx2.Response(200, json={"choices": [{"message": message, "finish_reason": "tool_calls"}]})
-    assert answering(response).answer("base", MESSAGES, Asking()).text == '{"name": "f", "arguments": "{\\"x\\": 1}"}'
+    assert (
+        answering(response).answer("base", MESSAGES, GenerationSettings()).text
+        == '{"name": "f", "arguments": "{\\"x\\": 1}"}'
+    )
 
 
 def test_a_busy_server_is_asked_again_when_it_says(waits):
     busy = httpx2.Response(429, headers={"retry-after": "2.5"}, json={"error": {"message": "busy"}})
     fine = httpx2.Response(200, json={"choices": [{"text": "a", "finish_reason": "length"}]})
-    assert answering(busy, busy, fine).answer("base", "x", Asking()) == Answer("a", cut=True)
+    assert answering(busy, busy, fine).answer("base", "x", GenerationSettings()) == Answer("a", cut=True)
     assert waits == [2.5, 2.5]
 
 
 def test_a_stream_waits_for_a_busy_server_too(waits):
     busy = httpx2.Response(429, headers={"retry-after": "1.5"}, json={"error": {"message": "busy"}})
     fine = httpx2.Response(200, text='data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n')
-    assert list(answering(busy, fine).stream("base", "x", Asking())) == ["a"]
+    assert list(answering(busy, fine).stream("base", "x", GenerationSettings())) == ["a"]
     assert waits == [1.5]
 
 
 def test_asking_again_has_an_end(waits):
     busy = [httpx2.Response(503, headers={"retry-after": "100000"}, json={"error": {"message": "full"}})] * 5
     with pytest.raises(ServerError, match="answered 503: full") as caught:
-        answering(*busy).answer("base", "x", Asking())
+        answering(*busy).answer("base", "x", GenerationSettings())
     assert caught.value.status == 503
     assert waits == [client_module.LONGEST_WAIT] * 4
 
@@ -125,7 +130,7 @@ def test_asking_again_has_an_end(waits):
 def test_a_server_that_says_no_is_not_asked_again(waits):
     response = httpx2.Response(503, headers={"x-should-retry": "false"}, json={"error": {"message": "broken"}})
     with pytest.raises(ServerError, match="broken"):
-        answering(response).answer("base", "x", Asking())
+        answering(response).answer("base", "x", GenerationSettings())
     assert waits == []
 
 
@@ -147,7 +152,7 @@ def test_a_server_that_says_no_is_not_asked_again(waits):
 )
 def test_refusals_and_other_answers_say_what_came(response, message):
     with pytest.raises(ServerError, match=message):
-        answering(response).answer("base", "x", Asking())
+        answering(response).answer("base", "x", GenerationSettings())
 
 
 def test_a_server_that_is_not_there():

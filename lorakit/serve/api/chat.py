@@ -141,8 +141,8 @@ class _Reply:
     def _choice(self, answer: Answer, came: Sequence[AnswerDelta]) -> ChatChoice:
         text = "".join(delta.text for delta in came)
         message: AnswerMessage = {"role": "assistant", "content": text, "refusal": None}
-        if thought := "".join(delta.reasoning for delta in came):
-            message["reasoning_content"] = thought
+        if reasoning := "".join(delta.reasoning for delta in came):
+            message["reasoning_content"] = reasoning
         if calls := [call for delta in came for call in delta.calls]:
             message["content"] = text or None
             message["tool_calls"] = [cast(ToolCall, call.openai()) for call in calls]

@@ -139,8 +139,9 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
         allowed = (error.headers or {}).get("Allow", "POST")
         return ApiError(f"{path} answers {allowed}, not {request.method}", code="method_not_allowed", status=405)
     if error.status_code == 400:
-        # FastAPI's one error for both; `guard` has refused what is nested too deeply.
-        return ApiError("the body is not JSON that can be read: it is not in UTF-8, or nested too deeply")
+        if isinstance(error.__cause__, RecursionError):
+            return ApiError("the body is nested too deeply", code="nested_too_deep")
+        return ApiError("the body is not JSON that can be read; expected JSON in UTF-8")
     return ApiError(str(error.detail), status=error.status_code)
 
 

@@ -39,7 +39,7 @@ def _check_texts(given: Any) -> Any:
         shown = text.encode("ascii", "backslashreplace").decode()
         raise ApiError(f"half of a surrogate pair, which is no character, is in {shown!r}; write it as UTF-8") from None
     except RecursionError:
-        raise ApiError("the body is nested too deeply") from None
+        raise ApiError("the body is nested too deeply", code="nested_too_deep") from None
     return given
 
 

@@ -12,19 +12,19 @@ import re
 
 from .blocks import Blocks
 from .python_calls import arguments_of
-from .syntax import JSON, Parts, Spoken, Syntax, Tools, call_of
+from .syntax import JSON, ParsedCall, Parts, Syntax, Tools, call_of
 
 PYTHON_TAG = "<|python_tag|>"
 BETWEEN = "; \r\n\t"  # two calls
 BUILT_IN = re.compile(r"\s*([\w.-]+)\.call\((.*)\)\s*", re.S)
 
 
-def _calls(text: str, names: set[str]) -> list[Spoken] | None:
+def _calls(text: str, names: set[str]) -> list[ParsedCall] | None:
     text = text.strip().removeprefix(PYTHON_TAG).lstrip()
     built_in = BUILT_IN.fullmatch(text)
     if built_in is not None:
         arguments = arguments_of(f"f({built_in[2]})")
-        return None if arguments is None else [Spoken(built_in[1], arguments)]
+        return None if arguments is None else [ParsedCall(built_in[1], arguments)]
     found, at = [], 0
     while at < len(text):
         try:

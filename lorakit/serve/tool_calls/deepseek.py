@@ -11,14 +11,14 @@
 from __future__ import annotations
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, json_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, json_of
 
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 FENCE = "```"
 
 
-def _call(text: str) -> Spoken | None:
+def _call(text: str) -> ParsedCall | None:
     before, separator, after = text.partition(SEPARATOR)
     fenced, fence, arguments = after.partition(FENCE)
     quoted = arguments.rstrip()
@@ -27,10 +27,10 @@ def _call(text: str) -> Spoken | None:
     else:
         name, arguments = before.strip(), after
     value = json_of(arguments)
-    return Spoken(name, value) if separator and name and isinstance(value, dict) else None
+    return ParsedCall(name, value) if separator and name and isinstance(value, dict) else None
 
 
-def _parse(text: str) -> list[Spoken] | None:
+def _parse(text: str) -> list[ParsedCall] | None:
     pieces = [each.strip().removesuffix(CALL_END) for each in text.strip().removesuffix(END).split(CALL)]
     calls = [_call(piece) for piece in pieces[1:]]
     if pieces[0].strip() or not calls or None in calls:

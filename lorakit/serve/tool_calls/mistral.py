@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from .blocks import Blocks
-from .syntax import JSON, Part, Parts, Spoken, Syntax, Tools, call_of, json_of
+from .syntax import JSON, ParsedCall, Part, Parts, Syntax, Tools, call_of, json_of
 
 BEGIN, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?\[ARGS\](.*)", re.S)
@@ -24,7 +24,7 @@ def _parse(text: str) -> list[Part] | None:
         arguments = None if named is None else json_of(named[2])
         if named is None or not isinstance(arguments, dict):
             return None
-        found.append(Spoken(named[1], arguments))
+        found.append(ParsedCall(named[1], arguments))
     return found
 
 

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools
+from .syntax import ParsedCall, Parts, Syntax, Tools
 
 # A text that is not closed reaches to the end: looked for at each of its quotes, it would take quadratic time.
 STRING = re.compile(r"'(?:\\.|[^'\\])*+(?:'|\Z)|\"(?:\\.|[^\"\\])*+(?:\"|\Z)", re.S)
@@ -52,12 +52,12 @@ def _value(node: ast.expr) -> Any:
     return value
 
 
-def _spoken(node: ast.expr) -> Spoken | None:
+def _parsed_call(node: ast.expr) -> ParsedCall | None:
     if not isinstance(node, ast.Call) or node.args:
         return None
     try:
         name = ast.unparse(node.func)
-        return Spoken(name, {str(k.arg): _value(k.value) for k in node.keywords if k.arg is not None})
+        return ParsedCall(name, {str(k.arg): _value(k.value) for k in node.keywords if k.arg is not None})
     except (ValueError, TypeError, RecursionError):
         return None
 
@@ -65,14 +65,14 @@ def _spoken(node: ast.expr) -> Spoken | None:
 def arguments_of(text: str) -> dict[str, Any] | None:
     """Return the keyword arguments of one call, None if it is not one."""
     node = _tree(text)
-    call = None if node is None else _spoken(node)
+    call = None if node is None else _parsed_call(node)
     return None if call is None else dict(call.arguments)
 
 
-def _parse(text: str) -> list[Spoken] | None:
+def _parse(text: str) -> list[ParsedCall] | None:
     node = _tree(text)
     nodes = node.elts if isinstance(node, ast.List) else [] if node is None else [node]
-    calls = [_spoken(each) for each in nodes]
+    calls = [_parsed_call(each) for each in nodes]
     return [call for call in calls if call is not None] if calls and None not in calls else None
 
 

@@ -23,7 +23,7 @@ Tools = Sequence[Mapping[str, Any]]  # descriptions in OpenAI's form: {"type": "
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ParsedCall:
     """A call as a model wrote it: the function's name and its arguments."""
 
     name: str
@@ -31,13 +31,13 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Thought:
+class Reasoning:
     """Reasoning, where a family writes it apart from what it answers."""
 
     text: str
 
 
-Part = str | Spoken | Thought  # of an answer; a text is content
+Part = str | ParsedCall | Reasoning  # of an answer; a text is content
 
 
 class Parts(Protocol):
@@ -91,7 +91,7 @@ def value_of(text: str, schema: object) -> Any:
         return text
 
 
-def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) -> Spoken | None:
+def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) -> ParsedCall | None:
     """Return the call that a JSON value is: {"name": ..., "arguments": {...}}. None if it is not one.
 
     keys: what the arguments may be called. Arguments may be JSON text, as some models quote them.
@@ -106,11 +106,11 @@ def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) ->
             return None
     if arguments is None:
         arguments = {}
-    return Spoken(value["name"], arguments) if isinstance(arguments, dict) else None
+    return ParsedCall(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def json_of(text: str) -> Any:
-    """Return the value of a JSON text, None if it is none (or null)."""
+    """Return the value of a JSON text, None if it is invalid (or null)."""
     try:
         return JSON.decode(text)
     except (ValueError, RecursionError):

@@ -16,13 +16,13 @@ from __future__ import annotations
 import re
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, parameters_of, value_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, parameters_of, value_of
 
 FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
 
 
-def _call(text: str, tools: Tools) -> Spoken | None:
+def _call(text: str, tools: Tools) -> ParsedCall | None:
     function = FUNCTION.match(text)
     if function is None:
         return None
@@ -32,11 +32,11 @@ def _call(text: str, tools: Tools) -> Spoken | None:
         key = parameter[1].strip()
         arguments[key] = value_of(parameter[2], schemas.get(key))
         at = parameter.end()
-    return None if body[at:].strip() else Spoken(name, arguments)
+    return None if body[at:].strip() else ParsedCall(name, arguments)
 
 
 def _parts(tools: Tools) -> Parts:
-    def parse(text: str) -> list[Spoken] | None:
+    def parse(text: str) -> list[ParsedCall] | None:
         call = _call(text, tools)
         return None if call is None else [call]
 
