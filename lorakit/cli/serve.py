@@ -19,11 +19,12 @@ from .shared.quantizing import ComputeDtype, Double, Quantize
 from .shared.starting import starting
 
 if TYPE_CHECKING:
+    from ..serve.card import Card
     from ..serve.guard.guarded import GuardSettings
     from ..serve.guard.limits import Limits
     from ..serve.service import Service
 
-EXAMPLE = 'curl {url}/v1/chat/completions -H "Content-Type: application/json" -d {body}'
+EXAMPLE = 'curl {url}/v1/{path} -H "Content-Type: application/json" -d {body}'
 
 
 def serve(
@@ -162,9 +163,10 @@ def _say_ready(service: Service, first: str | None, url: str, needs_key: bool) -
     model = first or (cards[0].name if cards else service.facts.base)
     count = f"{len(cards)} adapter{'' if len(cards) == 1 else 's'}"
     print(f"serving {service.facts.base} and {count} at {url}/v1", flush=True)
-    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+    path, asked = example_for(next((card for card in cards if card.name == model), None))
+    body = {"model": model, **asked, "max_tokens": 64}
     key = ' -H "Authorization: Bearer $LORAKIT_API_KEY"' if needs_key else ""
-    print(f"next: {EXAMPLE.format(url=url, body=shlex.quote(json.dumps(body)))}{key}", flush=True)
+    print(f"next: {EXAMPLE.format(url=url, path=path, body=shlex.quote(json.dumps(body)))}{key}", flush=True)
 
 
 def _guard(
@@ -244,3 +246,10 @@ def name_of_adapter(path: str) -> str:
     if here.is_dir():
         return here.parent.name if here.name == "adapter" and here.parent.name else here.name
     return here.stem
+
+
+def example_for(card: Card | None) -> tuple[str, dict[str, Any]]:
+    """Return the path and the question that suit an adapter: a text to go on from if it was trained so, else a chat."""
+    if card is not None and card.chat.style == "none":
+        return "completions", {"prompt": "your prompt"}
+    return "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
