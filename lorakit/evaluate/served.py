@@ -1,9 +1,9 @@
 """Evaluate the models of a server on the same rows, side by side, by the texts that they answer.
 
-    report = evaluate_served(client, rows_of(...), ["base", "sql"], Asking(max_tokens=128, temperature=0))
+    report = evaluate_served(client, questions_of(examples), ["base", "sql"], Asking(max_tokens=128, temperature=0))
 
-Servers do not tell the loss. The prompt of a row is what stands before its first answer; the server formats it with the
-template of the model that is asked. Prompts, references and scores are those of `evaluate`.
+Servers do not report the loss. The prompt of a row is what stands before its first answer; the server formats it with
+the template of the model that is asked. Prompts, references and scores are those of `evaluate`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def questions_of(examples: Sequence[Example], continued: bool = False) -> list[Q
     """Return the distinct prompts in order of appearance, each with the distinct answers in its rows.
 
     continued: prompts are texts to continue, not conversations. Raises DataError for a row without a prompt, and for a
-    conversation that shall be continued.
+    conversation that is to be continued.
     """
     found: dict[str, list[Example]] = {}
     for example in examples:

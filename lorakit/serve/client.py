@@ -17,13 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ..errors import ConfigError, LorakitError
 
 if TYPE_CHECKING:
     import httpx2
 
-KEYS = ("LORAKIT_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
+KEY = "LORAKIT_API_KEY"  # environment variables
+OPENAI_KEY, OPENAI_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+OPENAI_HOST = "api.openai.com"
 TRIES = 5
 LONGEST_WAIT = 60.0  # seconds between two tries
 Prompt = str | Sequence[Mapping[str, Any]]  # a text to continue, or a conversation
@@ -39,7 +42,7 @@ class ServerError(LorakitError, RuntimeError):
 
 @dataclass(frozen=True)
 class Asking:
-    """How a server shall answer; None leaves a setting to the server."""
+    """How a server is to answer; None leaves a setting to the server."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -69,10 +72,13 @@ class Client:
     def __init__(
         self, url: str, key: str | None = None, seconds: float = 600.0, transport: httpx2.BaseTransport | None = None
     ):
-        """key: by default that of the environment (`KEYS`). transport: another way to reach it, for tests."""
+        """key: by default LORAKIT_API_KEY of the environment, for OpenAI's server OPENAI_API_KEY.
+
+        seconds: to wait for each part of an answer. transport: another way to reach the server, for tests.
+        """
         http = _http()
         self.url = _base_url(url)
-        key = key or next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+        key = key or _key_for(self.url)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._has_key = key is not None
         self._http = http.Client(headers=headers, timeout=http.Timeout(seconds, connect=10), transport=transport)
@@ -103,10 +109,7 @@ class Client:
     def stream(self, model: str, prompt: Prompt, how: Asking) -> Iterator[str]:
         """Yield the answer's text as it arrives. Raises ServerError, also in the middle of an answer."""
         path, body = _request(model, prompt, how, ())
-        with self._errors(), self._http.stream("POST", self.url + path, json=body | {"stream": True}) as response:
-            if response.status_code != 200:
-                response.read()
-                raise self._refused(response)
+        with self._answered("POST", path, body | {"stream": True}) as response:
             for line in response.iter_lines():
                 if not line.startswith("data:"):
                     continue
@@ -129,21 +132,26 @@ class Client:
             raise self._unreadable(path) from None
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """Return the JSON that the server answers, asking again where it says that this can help."""
+        with self._answered(method, path, body) as response:
+            response.read()
+            try:
+                return response.json()
+            except ValueError:
+                raise self._unreadable(path) from None
+
+    @contextmanager
+    def _answered(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[httpx2.Response]:
+        """Give the response, which is not read yet, asking again where the server says that this can help."""
         for tried in range(1, TRIES + 1):
-            with self._errors():
-                response = self._http.request(method, self.url + path, json=body)
-            if response.status_code == 200:
-                break
-            if response.status_code not in (429, 503) or tried == TRIES:
-                raise self._refused(response)
-            if response.headers.get("x-should-retry") == "false":
+            with self._errors(), self._http.stream(method, self.url + path, json=body) as response:
+                if response.status_code == 200:
+                    yield response
+                    return
+                response.read()
+            heals = response.status_code in (429, 503) and response.headers.get("x-should-retry") != "false"
+            if not heals or tried == TRIES:
                 raise self._refused(response)
             time.sleep(min(_wait(response.headers.get("retry-after"), tried), LONGEST_WAIT))
-        try:
-            return response.json()
-        except ValueError:
-            raise self._unreadable(path) from None
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -167,11 +175,8 @@ class Client:
             said = response.text[:200].strip()
         status, hint = response.status_code, ""
         if status in (401, 403):
-            hint = (
-                "\n  "
-                + ("its key was not accepted: check" if self._has_key else "it wants a key: set")
-                + f" the environment variable {' or '.join(KEYS)}"
-            )
+            problem = "the key was not accepted: check" if self._has_key else "it needs a key: set"
+            hint = f"\n  {problem} the environment variable {KEY}"
         elif status == 404 and "error" not in response.text:
             hint = "\n  expected the address of an OpenAI-compatible server, such as http://127.0.0.1:8000"
         elif 300 <= status < 400:
@@ -191,6 +196,17 @@ def _http() -> Any:
     except ImportError as error:
         raise ConfigError("asking a server needs httpx2\n  pip install 'lorakit[serve]'") from error
     return httpx2
+
+
+def _key_for(url: str) -> str | None:
+    """Return the environment's key for a server. OpenAI's own is for OpenAI, or the server it was set up for."""
+    if os.environ.get(KEY):
+        return os.environ[KEY]
+    set_up = os.environ.get(OPENAI_URL)
+    is_openais = urlsplit(url).hostname == OPENAI_HOST and url.startswith("https://")
+    if is_openais or (set_up and url == set_up.rstrip("/")):
+        return os.environ.get(OPENAI_KEY) or None
+    return None
 
 
 def _base_url(url: str) -> str:

@@ -146,7 +146,7 @@ class Engine(Protocol):
         """Be ready for `submit`. Raises LorakitError; `stop` then frees what was begun."""
 
     def submit(self, work: Work) -> Ticket:
-        """Queue a request. Raises Busy, TooLong, UnknownAdapter (a key that is not loaded), Cannot.
+        """Queue a request. Raises Busy, Stopping, TooLong, UnknownAdapter (a key that is not loaded), Cannot.
 
         What shows only later (a schema that cannot be compiled) is raised by the ticket, before its first piece.
         """

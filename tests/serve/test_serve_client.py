@@ -15,7 +15,7 @@ MESSAGES = [{"role": "user", "content": "Ada: 3"}]
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
-    for name in client_module.KEYS:
+    for name in ("LORAKIT_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -44,12 +44,29 @@ def test_models_and_answers():
         assert "authorization" not in {name.lower() for name in stub.asked[1][2]}
 
 
-def test_the_key_of_the_environment_is_sent(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "other")
+def key_sent(url: str) -> str | None:
+    """The key that a client of this URL sends."""
+    sent: list[str | None] = []
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        sent.append(request.headers.get("authorization"))
+        return httpx2.Response(200, json={"data": []})
+
+    Client(url, transport=httpx2.MockTransport(handler)).models()
+    return sent[0]
+
+
+def test_openais_key_is_sent_to_openai_alone_and_lorakits_to_all(monkeypatch):
+    """Most developers have OPENAI_API_KEY set; `--server http://colleague:8000` must not get it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "openais")
+    assert key_sent("https://api.openai.com/v1") == "Bearer openais"
+    for url in ("http://colleague:8000", "http://api.openai.com", "https://api.openai.com.evil.example", "http://b/v1"):
+        assert key_sent(url) is None
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1/")
+    assert key_sent("http://b") == "Bearer openais"
+    assert key_sent("http://colleague:8000") is None
     monkeypatch.setenv("LORAKIT_API_KEY", "ours")
-    with openai_stub.serving(lambda path, body: "") as stub:
-        Client(stub.url + "/v1").models()
-        assert stub.asked[0][2]["Authorization"] == "Bearer ours"
+    assert key_sent("http://colleague:8000") == key_sent("http://b") == "Bearer ours"
 
 
 @pytest.mark.parametrize("prompt", [MESSAGES, "Once"], ids=["chat", "text"])
@@ -90,6 +107,13 @@ def test_a_busy_server_is_asked_again_when_it_says(waits):
     assert waits == [2.5, 2.5]
 
 
+def test_a_stream_waits_for_a_busy_server_too(waits):
+    busy = httpx2.Response(429, headers={"retry-after": "1.5"}, json={"error": {"message": "busy"}})
+    fine = httpx2.Response(200, text='data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n')
+    assert list(answering(busy, fine).stream("base", "x", Asking())) == ["a"]
+    assert waits == [1.5]
+
+
 def test_asking_again_has_an_end(waits):
     busy = [httpx2.Response(503, headers={"retry-after": "100000"}, json={"error": {"message": "full"}})] * 5
     with pytest.raises(ServerError, match="answered 503: full") as caught:
@@ -110,7 +134,7 @@ def test_a_server_that_says_no_is_not_asked_again(waits):
     [
         (
             httpx2.Response(401, json={"error": {"message": "no key"}}),
-            "401: no key\n  it wants a key: set .*LORAKIT_API",
+            "401: no key\n  it needs a key: set .*LORAKIT_API",
         ),
         (httpx2.Response(404, text="<html>"), "404: <html>\n  expected the address of an OpenAI-compatible server"),
         (httpx2.Response(404, json={"error": {"message": "no model 'x'"}}), "404: no model 'x'$"),

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Ability, Facts, Source, Stats, Work, choice_of
-from ..errors import Busy, Cannot, EngineFailed, TooLong
+from ..errors import Busy, Cannot, EngineFailed, Stopping, TooLong
 from ..threads import in_thread
 from ..ticket import Ticket
 from .loop import Loop
@@ -74,7 +74,7 @@ class EmbeddedEngine:
         loop = self._running()
         self._check(work)
         if self._stopping:
-            raise Busy("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
+            raise Stopping("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
         if len(loop.open) >= self.rows + self.waiting:
             after = min(max(loop.counters.seconds_each / self.rows, 0.5), 60.0)
             raise Busy(

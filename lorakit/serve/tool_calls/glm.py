@@ -14,7 +14,8 @@ from .blocks import Blocks
 from .syntax import Parts, Spoken, Syntax, Tools, parameters_of, value_of
 
 NAME = re.compile(r"\s*([^\s<]+)\s*")
-ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.S)
+# Atomic groups: a key ends at the first </arg_key>. Trying later ones takes time quadratic in the answer's length.
+ARGUMENT = re.compile(r"\s*<arg_key>(?>(.*?)</arg_key>)\s*<arg_value>(?>(.*?)</arg_value>)", re.S)
 
 
 def _call(text: str, tools: Tools) -> Spoken | None:

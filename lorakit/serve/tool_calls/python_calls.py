@@ -8,13 +8,16 @@ Parsed as a syntax tree; nothing of it is run.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from typing import Any
 
 from .blocks import Blocks
 from .syntax import Parts, Spoken, Syntax, Tools
 
-STRING = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.S)
+# A text that is not closed reaches to the end: looked for at each of its quotes, it would take quadratic time.
+STRING = re.compile(r"'(?:\\.|[^'\\])*+(?:'|\Z)|\"(?:\\.|[^\"\\])*+(?:\"|\Z)", re.S)
+INTEGER_BITS = 4_096  # hexadecimal ones have no bound in Python, and long ones cannot be written in decimal
 NAMES = {"true": True, "false": False, "null": None}  # JSON's, as templates write arguments
 BEGIN, END = "<|tool_call_start|>", "<|tool_call_end|>"
 
@@ -42,6 +45,10 @@ def _value(node: ast.expr) -> Any:
     value = ast.literal_eval(node)
     if not isinstance(value, str | int | float | bool | None):
         raise ValueError(f"a {type(value).__name__} is not JSON")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("JSON has finite numbers only")
+    if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
+        raise ValueError("a number of that length cannot be written")
     return value
 
 

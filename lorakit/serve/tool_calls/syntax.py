@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a number of JSON")
+    return number
+
+
+# Python's own decoder takes NaN and Infinity, and makes infinity of 1e999. A client that reads a call's arguments takes
+# none of them. It raises ValueError or RecursionError.
+JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 Tools = Sequence[Mapping[str, Any]]  # descriptions in OpenAI's form: {"type": "function", "function": {"name", ...}}
 
 
@@ -74,7 +86,7 @@ def value_of(text: str, schema: object) -> Any:
     if kind == "string" or (isinstance(kind, list) and set(kind) <= {"string"}):
         return text
     try:
-        return json.loads(text)
+        return JSON.decode(text)
     except (ValueError, RecursionError):
         return text
 
@@ -89,7 +101,7 @@ def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) ->
     arguments: object = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = JSON.decode(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
             return None
     if arguments is None:
@@ -100,6 +112,6 @@ def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) ->
 def json_of(text: str) -> Any:
     """Return the value of a JSON text, None if it is none (or null)."""
     try:
-        return json.loads(text)
+        return JSON.decode(text)
     except (ValueError, RecursionError):
         return None
