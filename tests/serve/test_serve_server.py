@@ -143,7 +143,8 @@ def test_a_thread_that_hangs_at_the_start_does_not_hold_up_the_end(process):
 def test_headers_are_bounded(process):
     server = process("0", "0.2")
     assert httpx2.get(server.first, headers={"x-long": "y" * (HEADER_BYTES // 2)}).text == "ok"
-    assert httpx2.get(server.first, headers={"x-long": "y" * (2 * HEADER_BYTES)}).status_code == 400
+    with contextlib.suppress(httpx2.HTTPError):  # the connection may be closed while it still sends
+        assert httpx2.get(server.first, headers={"x-long": "y" * (2 * HEADER_BYTES)}).status_code == 400
     assert httpx2.get(server.first).text == "ok"
 
 

@@ -57,21 +57,26 @@ def unread(request: BaseModel) -> Iterator[str]:
         value = getattr(request, name)
         if isinstance(value, BaseModel):
             yield from (f"{name}.{key}" for key, one in (value.model_extra or {}).items() if is_asked(one))
-    response_format = getattr(request, "response_format", None)
+    response_format = _field(request, "response_format")
     if response_format:
         yield from _others(response_format, FORMAT_KEYS, "response_format")
         yield from _others(response_format.get("json_schema"), SCHEMA_KEYS, "response_format.json_schema")
     # The keys of a message and of a function are for the chat template, which the renderer checks.
-    for at, message in enumerate(getattr(request, "messages", None) or ()):
+    for at, message in enumerate(_field(request, "messages") or ()):
         content = message.get("content")
         for nth, part in enumerate(content if isinstance(content, list) else ()):
             yield from _others(part, PART_KEYS, f"messages[{at}].content[{nth}]")
-    by_schema = getattr(request, "tool_choice", None) not in (None, "auto", "none")
-    for at, tool in enumerate(getattr(request, "tools", None) or ()):
+    by_schema = _field(request, "tool_choice") not in (None, "auto", "none")
+    for at, tool in enumerate(_field(request, "tools") or ()):
         yield from _others(tool, TOOL_KEYS, f"tools[{at}]")
         function = tool.get("function")
         if isinstance(function, dict) and function.get("strict") is True and not by_schema:
             yield f"tools[{at}].function.strict"  # only a demanded call is held to the tool's schema
+
+
+def _field(request: BaseModel, name: str) -> Any:
+    """Return a field's value, None if this kind of request has no such field: an unknown key may have its name."""
+    return getattr(request, name) if name in type(request).model_fields else None
 
 
 def _others(value: object, known: frozenset[str], path: str) -> Iterator[str]:
