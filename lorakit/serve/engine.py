@@ -12,6 +12,7 @@ is known here by its content alone: a file that changes gets another key, so no 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -24,6 +25,16 @@ Choice = tuple[tuple[str, float], ...]  # (an adapter's key, its weight), ...; (
 Finish = Literal["stop", "length", "cancelled", "timeout"]
 Ability = Literal["mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"]
 BASE: Choice = ()
+
+
+def choice_of(parts: Iterable[tuple[str, float]]) -> Choice:
+    """Return (key, weight) pairs as one choice: by key, so that a mix written in another order is the same; each key
+    once, with its weights added up; without those of weight 0.
+    """
+    total: dict[str, float] = {}
+    for key, weight in parts:
+        total[key] = total.get(key, 0.0) + weight
+    return tuple(sorted((key, weight) for key, weight in total.items() if weight))
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Piece:
     """New tokens of an answer, without a stop token. `finish`: set in the last piece, which may have no tokens.
 
     logprobs: one for each id if they were asked for. cached: tokens of the prompt that were not computed again, given
-    with one piece: the first here, the last where vLLM tells so late.
+    with one piece: the embedded engine's first, and vLLM's last, as its server reports them only there.
     """
 
     ids: tuple[int, ...]
@@ -111,7 +122,9 @@ class Stats:
     memory_bytes: int = 0  # of those in memory, now
     loads: int = 0  # adapters brought to the device
     evictions: int = 0
-    last_step: float | None = None  # time.monotonic() of the last step's end; None before the first
+    # time.monotonic() of the last sign that it computes: the end of a step or of a chunk of a prompt, or the admission
+    # of a request after it was idle. None before the first.
+    last_step: float | None = None
     alive: bool = True
 
 
@@ -130,10 +143,10 @@ class Engine(Protocol):
     """What `embedded` and `vllm` do. All methods are called in the event loop's thread."""
 
     async def start(self) -> Facts:
-        """Be ready for `submit`. Raises LorakitError."""
+        """Be ready for `submit`. Raises LorakitError; `stop` then frees what was begun."""
 
     def submit(self, work: Work) -> Ticket:
-        """Queue a request. Raises Busy, TooLong, UnknownAdapter (a key that is not loaded), Cannot.
+        """Queue a request. Raises Busy, Stopping, TooLong, UnknownAdapter (a key that is not loaded), Cannot.
 
         What shows only later (a schema that cannot be compiled) is raised by the ticket, before its first piece.
         """

@@ -11,8 +11,9 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..engine import Ability, Choice, Facts, Source, Stats, Work
-from ..errors import Busy, Cannot, EngineFailed, TooLong
+from ..engine import Ability, Facts, Source, Stats, Work, choice_of
+from ..errors import Busy, Cannot, EngineFailed, Stopping, TooLong
+from ..threads import in_thread
 from ..ticket import Ticket
 from .loop import Loop
 from .request import Request
@@ -73,14 +74,14 @@ class EmbeddedEngine:
         loop = self._running()
         self._check(work)
         if self._stopping:
-            raise Busy("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
+            raise Stopping("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
         if len(loop.open) >= self.rows + self.waiting:
             after = min(max(loop.counters.seconds_each / self.rows, 0.5), 60.0)
             raise Busy(
                 f"all {self.rows} rows are taken and {self.waiting} requests wait\n  ask again in {after:.1f} s",
                 retry_after=after,
             )
-        request = Request(work, _merged(work.choice))
+        request = Request(work, choice_of(work.choice))
         self.tiers.claim(request.keys)
 
         def cancel() -> None:
@@ -146,7 +147,7 @@ class EmbeddedEngine:
         loop.cancel_all()
         await _emptied(loop, 60.0)  # within a step, unless the thread is stuck in one
         self._loop = None
-        await asyncio.to_thread(loop.close)
+        await in_thread(loop.close, "lorakit-close")  # a step may be stuck
         self.tiers.close()
         if self.grammars is not None:
             self.grammars.close()
@@ -191,14 +192,6 @@ class EmbeddedEngine:
         check_sampling(sampling, self.facts.vocabulary)
         if sampling.schema is not None and self.grammars is None:
             raise Cannot("this engine was started without grammars, so it has no JSON mode", "schema")
-
-
-def _merged(choice: Choice) -> Choice:
-    """Return a choice with each key once, in a fixed order, without those of weight 0: equal ones are the same then."""
-    weights: dict[str, float] = {}
-    for key, weight in choice:
-        weights[key] = weights.get(key, 0.0) + weight
-    return tuple(sorted((key, weight) for key, weight in weights.items() if weight))
 
 
 async def _emptied(loop: Loop, seconds: float) -> None:

@@ -25,7 +25,7 @@ from ...adapter.adapter import Adapter
 from ...bases.pipeline import as_module
 from ...errors import AdapterError, listing
 from ..engine import Source
-from ..errors import Cannot, EngineFailed, UnknownAdapter
+from ..errors import Cannot, EngineFailed, NoPlace, UnknownAdapter
 from . import heap
 from .calls import Calls
 from .entry import Entry
@@ -93,8 +93,8 @@ class Tiers:
         """Read an adapter, check it against the model, and make it known. See `Engine.load`.
 
         A pinned one is attached when this returns; others are in the next pass, if there is an empty place or a request
-        asks for them. Raises AdapterError for what cannot be served, and for a pin if all places are pinned; then
-        nothing has changed.
+        asks for them. Raises AdapterError for what cannot be served, and NoPlace for a pin if all places are pinned;
+        then nothing has changed.
         """
         with self._lock:
             entry = self._entries.get(key)
@@ -368,10 +368,10 @@ class Tiers:
             entry.placed = None
 
     def _check_pin(self, label: str) -> None:
-        """Raise AdapterError if no place is left for one more pinned adapter."""
+        """Raise NoPlace if no place is left for one more pinned adapter."""
         if len(self._pinned) >= self._places:
             labels = [f"'{entry.source.label}'" for entry in self._pinned.values()]
-            raise AdapterError(
+            raise NoPlace(
                 f"adapter '{label}' cannot be pinned: all {self._places} places of the device are, by "
                 f"{listing(labels)}\n"
                 "  unload one of them, or start the server with more places: --device-adapters"

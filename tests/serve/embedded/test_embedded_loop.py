@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 import time
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from embedded_parts import Held, adapters_for, all_alone, alone, answer, engine_for, read
 
 from lorakit.errors import AdapterError, LorakitError
+from lorakit.serve.embedded.prefill import Group
 from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.engine import Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, Stopping, TooLong, UnknownAdapter
 
 IDS = (5, 9, 11)
 
@@ -298,7 +300,7 @@ def test_stop_drains_then_cancels_and_refuses_new_work():
         runs, waits = engine.submit(greedy_work()), engine.submit(greedy_work(choice=(("never", 1.0),)))
         stopping = asyncio.create_task(engine.stop(0.3))
         await asyncio.sleep(0.01)
-        with pytest.raises(Busy, match="stopping"):
+        with pytest.raises(Stopping, match="stopping"):
             engine.submit(greedy_work())
         finished = await read(runs), await read(waits)
         await stopping
@@ -346,6 +348,41 @@ def test_stats_count_tokens_and_what_was_cached():
     assert (stats.prompt_tokens, stats.cached_tokens, stats.answer_tokens) == (42, 20, 10)
     assert (stats.running, stats.waiting, stats.alive) == (0, 0, True)
     assert stats.last_step is not None
+
+
+def test_the_time_since_the_last_step_is_not_that_of_idleness(monkeypatch):
+    """/health says by it whether the engine hangs. A prompt that is being computed is no step, but is progress."""
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
+    release, seen = threading.Event(), []
+    real = Group.advance
+
+    def advance(self, runner, tokens):
+        seen.append(counters[0].last_step)
+        release.wait(30)
+        time.sleep(0.002)
+        return real(self, runner, tokens)
+
+    monkeypatch.setattr(Group, "advance", advance)
+    counters = []
+
+    async def scenario(engine):
+        counters.append(engine._loop.counters)
+        assert engine.stats().last_step is None
+        counters[0].last_step = time.monotonic() - 3600  # as after an hour without requests
+        asking = asyncio.create_task(answer(engine, range(1, 25), (), 2))
+        while not seen:
+            await asyncio.sleep(0.01)
+        during = engine.stats()
+        release.set()
+        await asking
+        return during
+
+    during = run(scenario)
+    assert during.running == 1
+    assert time.monotonic() - during.last_step < 60
+    assert len(seen) > 2
+    assert seen == sorted(set(seen))  # later with each chunk
 
 
 def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_the_ticket():
@@ -413,6 +450,7 @@ def test_the_pace_of_prompts_bounds_a_chunk():
 
 
 def test_equal_prompts_are_computed_once_whoever_of_them_hangs_up(monkeypatch):
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
     monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
     monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
     prompt = tuple(range(1, 18))
