@@ -231,7 +231,7 @@ def hang_ups(bench: Bench, count: int = 50) -> None:
 
 def unread(bench: Bench, count: int = 6) -> None:
     """Clients that ask for streams and take nothing."""
-    deaf: list[socket.socket] = []
+    unread_clients: list[socket.socket] = []
 
     def act() -> str:
         for _ in range(count):
@@ -239,13 +239,13 @@ def unread(bench: Bench, count: int = 6) -> None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             raw.connect((bench.server.host, bench.server.port))
             raw.sendall(_long(stream=True, logprobs=9))
-            deaf.append(raw)
+            unread_clients.append(raw)
         time.sleep(3)
         return f"{count} clients asked for 4 streams each and read nothing"
 
     bench.beside("unread", act)
     print(f"{'':<10} all rows were free {_idle(bench, 'unread', 90):.1f} s later, with the clients still connected")
-    for raw in deaf:
+    for raw in unread_clients:
         raw.close()
 
 
