@@ -8,11 +8,10 @@ facts = await engine.start()
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Ability, Facts, Source, Stats, Work, check, choice_of
-from ..errors import Busy, EngineFailed
+from ..errors import Busy, EngineFailed, without_traceback
 from ..ticket import Ticket
 from .loop import Loop
 from .request import Request
@@ -56,14 +55,13 @@ class EmbeddedEngine:
         self.facts = Facts(base, self.runner.context, self.runner.vocabulary, can, MAX_LOGPROBS)
         self._loop: Loop | None = None
         self._stopping = False
-        self._compiling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Facts:
         """Start the thread that computes. See `Engine.start`."""
         if self._loop is not None or self._stopping:
             raise EngineFailed("the engine was started before\n  make another one", heals=False)
         loop = Loop(self.runner, self.tiers, self.prefixes, rows=self.rows, to=asyncio.get_running_loop())
-        self.tiers.wake = loop.wake
+        self.tiers.wake, self.tiers.has_gone = loop.wake, self.prefixes.forget
         loop.start()
         self._loop = loop
         return self.facts
@@ -93,9 +91,7 @@ class EmbeddedEngine:
         if work.sampling.schema is None:
             loop.give(request)
         else:
-            task = asyncio.create_task(self._with_grammar(loop, request, work.sampling.schema))
-            self._compiling.add(task)
-            task.add_done_callback(self._compiling.discard)
+            request.compiling = asyncio.create_task(self._with_grammar(loop, request, work.sampling.schema))
         if loop.failed is not None:  # since the check above; its thread may not have seen this request
             request.ticket.put(loop.failed)
         return request.ticket
@@ -107,10 +103,8 @@ class EmbeddedEngine:
 
     async def unload(self, key: str) -> int:
         """Forget an adapter once its requests are done. See `Engine.unload`."""
-        loop = self._running()
-        freed = await self.tiers.unload(key)
-        loop.call(partial(self.prefixes.forget, key))
-        return freed
+        self._running()
+        return await self.tiers.unload(key)
 
     def stats(self) -> Stats:
         """Return counts as of now."""
@@ -141,7 +135,7 @@ class EmbeddedEngine:
         await _emptied(loop, 60.0)  # within a step, unless the thread is stuck in one
         self._loop = None
         await asyncio.to_thread(loop.close)
-        self.tiers.close()
+        await asyncio.to_thread(self.tiers.close)
         if self.grammars is not None:
             self.grammars.close()
 
@@ -159,7 +153,7 @@ class EmbeddedEngine:
         if loop is None:
             raise EngineFailed("the engine is not running\n  call start() first; a stopped one does not start again")
         if loop.failed is not None:
-            raise loop.failed
+            raise without_traceback(loop.failed)
         return loop
 
 
