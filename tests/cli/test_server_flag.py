@@ -14,6 +14,7 @@ def test_eval_asks_the_base_and_each_adapter(lorakit, data):
         assert code == 0
         assert "text from" in out
         assert "BLEU" in out
+        assert out.endswith(f"next: lorakit chat --server {stub.url} --adapter sql\n")
         assert "loss and perplexity are measured by lorakit eval without --server" in out
         models = [body["model"] for path, body, _ in stub.asked if path == "/v1/chat/completions"]
         assert models.count("base") == models.count("sql") > 0

@@ -164,7 +164,7 @@ def test_an_unknown_model_is_404(app: Any):
         ("/v1/audio/transcriptions", "does not serve"),
         ("/v1/fine_tuning/jobs", "lorakit train"),
         ("/chat/completions", "must end with /v1"),
-        ("/v1/chat/completion", "no such path"),
+        ("/v1/chat/completion", "no such path: /v1/chat/completion; did you mean '/v1/chat/completions'?"),
         ("/nowhere", "no such path"),
     ],
 )

@@ -107,6 +107,9 @@ def evaluate_on_server(
         console.print(table)
     console.print(report.table())
     say("a server answers with text alone: loss and perplexity are measured by lorakit eval without --server")
+    from .next import command
+
+    say(f"next: {command('chat', server=url, adapter=list(adapters))}")
 
 
 def _counting(show: Callable[[str], Any]) -> Callable[[str, int], None]:

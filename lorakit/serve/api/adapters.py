@@ -35,6 +35,8 @@ def router(service: Service) -> APIRouter:
             raise ApiError(str(error), "lora_name", "name_taken") from error
         except AdapterError as error:
             raise ApiError(str(error), "lora_path", "adapter_refused") from error
+        except ConfigError as error:
+            raise ApiError(str(error), "lora_path") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter", responses={200: OK, **ERRORS}, response_model=None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine import Ability, Facts, Source, Stats, Work, check, choice_of
 from ..errors import Busy, EngineFailed, without_traceback
+from ..threads import in_thread
 from ..ticket import Ticket
 from .loop import Loop
 from .request import Request
@@ -134,8 +135,9 @@ class EmbeddedEngine:
         loop.cancel_all()
         await _emptied(loop, 60.0)  # within a step, unless the thread is stuck in one
         self._loop = None
-        await asyncio.to_thread(loop.close)
-        await asyncio.to_thread(self.tiers.close)
+        # A step may be stuck, and detaching takes a while.
+        await in_thread(loop.close, "lorakit-close")
+        await in_thread(self.tiers.close, "lorakit-close")
         if self.grammars is not None:
             self.grammars.close()
 

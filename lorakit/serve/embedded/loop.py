@@ -192,7 +192,10 @@ class Loop:
                 self._broke([request], error)
                 continue
             self.tiers.use(request.keys)
-            request.admitted = time.monotonic()
+            now = time.monotonic()
+            if not (admitted or self._groups or len(self._batches)):
+                self.counters.last_step = now  # it was idle: the time since its last step says nothing
+            request.admitted = now
             admitted.append(request)
         self.waiting = deque(still)
         return admitted
@@ -240,6 +243,7 @@ class Loop:
             try:
                 fed = group.advance(self.runner, left)
                 self._pace.saw(fed, time.perf_counter() - began)
+                self.counters.last_step = time.monotonic()
                 left -= fed
             except Flattened:
                 self._groups.extend(group.again(self.runner))

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...errors import AdapterError, listing
-from ..errors import Cannot
+from ...errors import listing
+from ..errors import Cannot, NoPlace
 
 
 @dataclass
@@ -65,10 +65,10 @@ def arrange(wants: Iterable[Sequence[str]], held: Mapping[str, Held], places: in
 
 
 def check_pin(label: str, pinned: Collection[str], places: int) -> None:
-    """Raise AdapterError if no place is left for one more pinned adapter. pinned: the names of those that are."""
+    """Raise NoPlace if no place is left for one more pinned adapter. pinned: the names of those that are."""
     if len(pinned) >= places:
         names = listing([f"'{name}'" for name in pinned])
-        raise AdapterError(
+        raise NoPlace(
             f"adapter '{label}' cannot be pinned: all {places} places of the device are, by {names}\n"
             "  unload one of them, or start the server with more places: --device-adapters"
         )

@@ -98,8 +98,8 @@ class Tiers:
         """Read an adapter, check it against the model, and make it known. See `Engine.load`.
 
         A pinned one is attached when this returns; others are in the next pass, if there is an empty place or a request
-        asks for them. Raises AdapterError for what cannot be served, and for a pin if all places are pinned; then
-        nothing has changed.
+        asks for them. Raises AdapterError for what cannot be served, and NoPlace for a pin if all places are pinned;
+        then nothing has changed.
         """
         with self._lock:
             entry = self._entries.get(key)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Each is refused with an error that names it; `waiting` with 429 and Retry-After."""
+    """What is beyond a bound is refused with an error that names the bound; `waiting` with 429 and Retry-After."""
 
     body: int = 1_000_000  # bytes of a request
     nesting: int = 32  # levels of its JSON

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from embedded_parts import Held, adapters_for, all_alone, alone, answer, engine_
 
 from lorakit.errors import AdapterError, LorakitError
 from lorakit.serve.embedded.grammar import Grammars
+from lorakit.serve.embedded.prefill import Group
 from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
@@ -350,6 +352,41 @@ def test_stats_count_tokens_and_what_was_cached():
     assert stats.last_step is not None
 
 
+def test_the_time_since_the_last_step_is_not_that_of_idleness(monkeypatch):
+    """/health says by it whether the engine hangs. A prompt that is being computed is no step, but is progress."""
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
+    release, seen = threading.Event(), []
+    real = Group.advance
+
+    def advance(self, runner, tokens):
+        seen.append(counters[0].last_step)
+        release.wait(30)
+        time.sleep(0.002)
+        return real(self, runner, tokens)
+
+    monkeypatch.setattr(Group, "advance", advance)
+    counters = []
+
+    async def scenario(engine):
+        counters.append(engine._loop.counters)
+        assert engine.stats().last_step is None
+        counters[0].last_step = time.monotonic() - 3600  # as after an hour without requests
+        asking = asyncio.create_task(answer(engine, range(1, 25), (), 2))
+        while not seen:
+            await asyncio.sleep(0.01)
+        during = engine.stats()
+        release.set()
+        await asking
+        return during
+
+    during = run(scenario)
+    assert during.running == 1
+    assert time.monotonic() - during.last_step < 60
+    assert len(seen) > 2
+    assert seen == sorted(set(seen))  # later with each chunk
+
+
 def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_the_ticket():
     class Refusing:
         async def compiled(self, schema):
@@ -454,6 +491,7 @@ def test_the_pace_of_prompts_bounds_a_chunk():
 
 
 def test_equal_prompts_are_computed_once_whoever_of_them_hangs_up(monkeypatch):
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
     monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
     monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
     prompt = tuple(range(1, 18))

@@ -17,7 +17,7 @@ from tier_sources import Given, alone, made, of_rank, passes, routed, until_read
 import lorakit as lk
 from lorakit.errors import AdapterError
 from lorakit.serve.embedded.tiers import Tiers
-from lorakit.serve.errors import Cannot, EngineFailed, UnknownAdapter
+from lorakit.serve.errors import Cannot, EngineFailed, NoPlace, UnknownAdapter
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_pins_take_places_and_the_last_one_is_refused_by_name(model, first):
         with pytest.raises(Cannot, match="needs 2 adapters at once; the device has places for 1 beside 1 pinned"):
             tiers.claim(["b", "c"])
         await passes(tiers, tiers.load("b", Given(first), pin=True))
-        with pytest.raises(AdapterError, match=r"'c' cannot be pinned: all 2 places .* by 'tenant-a', 'tenant-b'"):
+        with pytest.raises(NoPlace, match=r"'c' cannot be pinned: all 2 places .* by 'tenant-a', 'tenant-b'"):
             await tiers.load("c", Given(first, "c"), pin=True)
         with pytest.raises(Cannot, match="places for 0 beside 2 pinned"):
             tiers.claim(["c"])
