@@ -93,6 +93,7 @@ class EmbeddedEngine:
             loop.give(request)
         else:
             request.compiling = asyncio.create_task(self._with_grammar(loop, request, work.sampling.schema))
+            loop.wake()  # it keeps the deadline meanwhile
         if loop.failed is not None:  # since the check above; its thread may not have seen this request
             request.ticket.put(loop.failed)
         return request.ticket
