@@ -6,6 +6,7 @@ import asyncio
 import copy
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ import torch
 from embedded_parts import Held, adapters_for, all_alone, alone, answer, engine_for, read
 
 from lorakit.errors import AdapterError, LorakitError
+from lorakit.serve.embedded.grammar import Grammars
 from lorakit.serve.embedded.prefill import Group
 from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.engine import Sampling, Work
@@ -400,6 +402,45 @@ def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_th
         return await answer(engine, IDS)
 
     assert run(scenario, grammars=Refusing())[1] == "length"
+
+
+class SlowGrammars(Grammars):
+    """Each schema takes a while to be refused."""
+
+    def __init__(self):
+        super().__init__(SimpleNamespace(eos_token_id=0))
+        self.began: list[str] = []
+
+    def matcher(self, schema):
+        self.began.append(schema)
+        time.sleep(0.4)
+        raise Cannot(f"no {schema}", "schema")
+
+
+def test_a_schema_is_not_compiled_for_those_who_have_hung_up():
+    grammars = SlowGrammars()
+
+    async def scenario(engine):
+        for n in range(8):  # more than may be open at once
+            ticket = engine.submit(greedy_work(schema=f"of hung up {n}"))
+            ticket.cancel()
+            assert (await read(ticket))[1] == "cancelled"
+        with pytest.raises(Cannot, match="no honest"):
+            await answer(engine, IDS, (), 3, schema="honest")
+
+    run(scenario, grammars=grammars, rows=1, waiting=2)
+    assert len(grammars.began) <= 3  # one that was begun is finished
+    assert grammars.began[-1] == "honest"
+
+
+def test_a_deadline_is_kept_while_a_schema_is_compiled():
+    async def scenario(engine):
+        began = time.monotonic()
+        late = engine.submit(greedy_work(schema="late", deadline=began + 0.1))
+        assert (await read(late))[1] == "timeout"
+        return time.monotonic() - began
+
+    assert 0.1 <= run(scenario, grammars=SlowGrammars()) < 0.35
 
 
 def test_load_passes_on_what_the_tiers_refuse():
