@@ -35,6 +35,7 @@ COMMANDS = {
     "predict": Command("predict", "predict", "write labels, scores or answers for each row of a file"),
     "generate": Command("generate", "generate", "answer one prompt"),
     "chat": Command("chat", "chat", "chat with a model"),
+    "serve": Command("serve", "serve", "serve a base and its adapters over HTTP, in OpenAI's API"),
     "inspect": Command("inspect", "inspect", "show what an adapter or a model contains"),
     "compare": Command("compare", "compare", "compare two adapters"),
     "combine": Command("combine", "combine", "combine several adapters into one"),

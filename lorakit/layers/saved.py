@@ -10,7 +10,7 @@ a checkpoint of the base loads into the base, and transformers, which refuses sh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,22 +77,38 @@ def keep(adapter: str, module: nn.Module, name: str, value: nn.Parameter, tied: 
         child.put(version, child.get(version) | {name: parameter})
 
 
-def add_copies(model: nn.Module, name: str, values: Mapping[str, Tensor], trainable: bool) -> None:
-    """Register an adapter's copies of saved parameters (PEFT's modules_to_save). The base's own must be in use."""
-    copies: list[tuple[Tensor, Tensor, nn.Parameter]] = []
+class Copy(NamedTuple):
+    """An adapter's value of a saved parameter. `tied`: another of the adapter's parameters is the same object."""
+
+    parameter: nn.Parameter
+    tied: bool
+
+
+def copies(model: nn.Module, values: Mapping[str, Tensor], trainable: bool) -> dict[str, Copy]:
+    """Copy an adapter's values of saved parameters (PEFT's modules_to_save), by full name, to where the base's are."""
+    made: dict[str, Copy] = {}
+    kept: list[tuple[Tensor, Tensor, nn.Parameter]] = []
     for full, value in values.items():
-        module_name, _, last = full.rpartition(".")
+        module_name, _, name = full.rpartition(".")
         module = model.get_submodule(module_name)
-        own = module._parameters[last]
+        child = saved_of(module)
+        own = (child.get(BASE) if child else {}).get(name, module._parameters[name])
         assert own is not None
         # Tied weights stay tied: names that share the base's weight and the value share the copy.
-        kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
-        tied = kept is not None
-        if kept is None:
+        tied = next((p for o, v, p in kept if o is own and (v is value or torch.equal(v, value))), None)
+        if tied is None:
             # In the base's precision, since the module's own forward gets activations of that precision.
-            kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
-            copies.append((own, value, kept))
-        keep(name, module, last, kept, tied)
+            copy = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
+            kept.append((own, value, copy))
+        made[full] = Copy(copy if tied is None else tied, tied is not None)
+    return made
+
+
+def add_copies(model: nn.Module, adapter: str, made: Mapping[str, Copy]) -> None:
+    """Register an adapter's copies of saved parameters, not yet in use. The base's own must be in use."""
+    for full, copy in made.items():
+        module_name, _, name = full.rpartition(".")
+        keep(adapter, model.get_submodule(module_name), name, copy.parameter, copy.tied)
 
 
 def use(model: nn.Module, adapters: Iterable[str]) -> None:

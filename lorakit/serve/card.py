@@ -30,6 +30,11 @@ class Card:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
+    @property
+    def version(self) -> str:
+        """The name with the beginning of the content's hash, for logs and headers: sql@3fa9c1."""
+        return self.name if self.key is None else f"{self.name}@{self.key[:6]}"
+
 
 @dataclass(frozen=True)
 class Leased:

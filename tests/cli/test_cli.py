@@ -33,6 +33,7 @@ VERBS = [
     "eval",
     "generate",
     "chat",
+    "serve",
     "inspect",
     "merge",
     "bench",
@@ -44,12 +45,16 @@ CPU = torch.device("cpu")
 # ------------------------------------------------------------------------------------- help and version
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["train", "--help"], ["merge", "--help"]])
+HELPS = [["--help"], ["--version"], ["train", "--help"], ["serve", "--help"], ["merge", "--help"]]
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "fastapi", "uvicorn")
+
+
+@pytest.mark.parametrize("args", HELPS)
 def test_help_and_version_need_no_torch(args):
     code = (
         "import sys, lorakit.cli\n"
         f"code = lorakit.cli.run({args!r})\n"
-        "heavy = [m for m in ('torch', 'transformers', 'datasets', 'accelerate', 'numpy') if m in sys.modules]\n"
+        f"heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -24,6 +24,7 @@ VERBS = {
     "generate": ["generate", "hello"],
     "image generate": ["image", "generate", "a panda"],
     "chat": ["chat"],
+    "serve": ["serve", "--port", "0"],
     "inspect": ["inspect", "adapter"],
     "compare": ["compare", "a", "b"],
     "combine": ["combine", "a", "b", "--out", "c"],

@@ -1,0 +1,35 @@
+"""Loading and unloading adapters while the server runs, in vLLM's forms. Only for callers who may manage it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import PlainTextResponse, Response
+
+from ..service import Service
+from .forms import ERRORS
+from .requests import LoadRequest, UnloadRequest
+
+OK = {"description": "What was done", "content": {"text/plain": {"schema": {"type": "string"}}}}
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["adapters"])
+    registry = service.registry
+
+    @routes.post("/v1/load_lora_adapter", responses={200: OK, **ERRORS}, response_model=None)
+    async def load_lora_adapter(request: LoadRequest) -> Response:
+        """Load an adapter, and check that it fits the base. A name that is taken is an error unless load_inplace."""
+        name, in_place = request.lora_name, bool(request.load_inplace)
+        await registry.load(name, request.lora_path, pin=bool(request.pin), in_place=in_place)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    @routes.post("/v1/unload_lora_adapter", responses={200: OK, **ERRORS}, response_model=None)
+    async def unload_lora_adapter(request: UnloadRequest) -> Response:
+        """Forget an adapter once its requests are done; new ones are refused at once."""
+        freed = await registry.unload(request.lora_name)
+        return PlainTextResponse(
+            f"Success: LoRA adapter '{request.lora_name}' removed successfully ({freed:,} bytes freed)."
+        )
+
+    return routes

@@ -1,0 +1,28 @@
+"""The HTTP face: FastAPI's app over a `Service`, in the forms of OpenAI's API. A file for each of its paths.
+
+chat, completions     answers                         both: asked -> sampling -> answers -> events
+models, adapters      what can be asked for           load and unload, as vLLM's
+tokenize, health      what a prompt becomes; whether the engine answers
+errors, offered       OpenAI's error objects; what is not served, by name
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from ...version import VERSION
+from ..service import Service
+from . import adapters, chat, completions, errors, health, models, tokenize
+
+ABOUT = """Many LoRA adapters on one base, in OpenAI's API. `model` names the adapter, the base, or a mix such as
+`a:0.7+b:0.3`; any client of OpenAI's API works with the base URL `http://HOST:PORT/v1`."""
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the app. Hosts, keys and the size of bodies are checked around it: see `guard`."""
+    # No pages of documentation: FastAPI's load their scripts from another host. /openapi.json describes everything.
+    app = FastAPI(title="lorakit", version=VERSION, description=ABOUT, docs_url=None, redoc_url=None)
+    for part in (chat, completions, models, adapters, tokenize, health):
+        app.include_router(part.router(service))
+    errors.install(app)
+    return app

@@ -1,0 +1,162 @@
+"""Errors as OpenAI's objects, with statuses by which its clients retry what can heal and nothing else.
+
+    {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": null}}
+
+The openai client asks again after 408, 409, 429 and 5xx, unless the answer says `x-should-retry: false`. So what the
+caller must change is 400 or 404, never 409 or 422, and a failure that will not heal carries that header.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ...errors import AdapterError, ConfigError, DataError, LorakitError, StateError, choices, did_you_mean, expectation
+from ..errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from .offered import missing
+
+log = logging.getLogger("lorakit.serve")
+
+# The request's field behind each ability that an engine may lack.
+FIELDS = {"mix": "model", "scale": "lorakit.scale", "schema": "response_format", "repetition": "repetition_penalty"}
+NO_RETRY = {"x-should-retry": "false"}
+SHOWN = 60  # characters of a wrong value in a message
+
+
+class ApiError(LorakitError):
+    """A request that cannot be answered. `param`: the field to change; `code`: what a program can branch on."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class TimedOut(LorakitError):
+    """The request's time was over before its answer was."""
+
+
+class Stopping(LorakitError):
+    """The server stopped while it answered."""
+
+
+def body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return the error object for a status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return status, body and headers for an error. What is not an error of the caller's is logged, and not shown."""
+    text = str(error)
+    match error:
+        case ApiError():
+            return error.status, body(text, error.status, error.param, error.code), {}
+        case UnknownAdapter():
+            return 404, body(text, 404, "model", "model_not_found"), {}
+        case TooLong():
+            return 400, body(text, 400, None, "context_length_exceeded"), {}
+        case Cannot():
+            return 400, body(text, 400, FIELDS.get(error.what, error.what), "unsupported"), {}
+        case Busy():
+            wait = max(error.retry_after, 0.05)
+            headers = {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
+            return 429, body(text, 429, None, "overloaded"), headers
+        case TimedOut():
+            return 504, body(text, 504, None, "timeout"), NO_RETRY
+        case Stopping():
+            return 503, body(text, 503, None, "stopping"), {}
+        case EngineFailed():
+            status = 500 if error.heals else 503
+            return status, body(text, status, None, "engine_failed"), {} if error.heals else NO_RETRY
+        case AdapterError():
+            return 400, body(text, 400, "model", "adapter_refused"), {}
+        case ConfigError() | DataError() | StateError():
+            return 400, body(text, 400), {}
+    log.error("a request failed", exc_info=error)
+    return 500, body("the server failed; its log says why", 500, None, "internal_error"), NO_RETRY
+
+
+def response(error: Exception) -> Response:
+    """Return an error's response."""
+    from .replies import Json
+
+    status, content, headers = described(error)
+    return Json(content, status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the app, also FastAPI's own, one of these objects."""
+
+    async def failed(_: Request, error: Exception) -> Response:
+        return response(error)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return response(validation(error.errors(), error.body))
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return response(_of_http(request, error))
+
+    app.add_exception_handler(LorakitError, failed)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(Exception, failed)
+
+
+def _of_http(request: Request, error: HTTPException) -> ApiError:
+    path = request.url.path
+    if error.status_code == 404:
+        return ApiError(missing(path), code="not_found", status=404)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "POST")
+        return ApiError(f"{path} answers {allowed}, not {request.method}", code="method_not_allowed", status=405)
+    if error.status_code == 400:
+        return ApiError("the body is not JSON that can be read: it is not in UTF-8, or nested too deeply")
+    return ApiError(str(error.detail), status=error.status_code)
+
+
+def validation(problems: Sequence[Mapping[str, Any]], given: object) -> ApiError:
+    """Turn pydantic's problems with a body into one error, which names the first field that is wrong."""
+    if not problems:
+        return ApiError("the request is not valid")
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return ApiError(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    if not isinstance(given, dict) and first["loc"] == ("body",):
+        return ApiError('the body is not a JSON object; send one, with the header "content-type: application/json"')
+    fields: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        fields.setdefault(tuple(_field(problem, given)), []).append(problem)
+    path, items = min(fields.items(), key=lambda entry: len(entry[0]))
+    param = ".".join(str(part) for part in path) or None
+    if items[0]["type"] == "missing":
+        return ApiError(f"{param} is missing", param)
+    if items[0]["type"] == "extra_forbidden":
+        return ApiError(f"{param} is not known", param)
+    value = items[0].get("input")
+    hint = did_you_mean(value, choices(items)) if isinstance(value, str) else ""
+    shown = repr(value)
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+    return ApiError(f"{param or 'the request'}: {expectation(items)}, not {shown}{hint}", param)
+
+
+def _field(problem: Mapping[str, Any], given: object) -> Iterator[str | int]:
+    """Walk to a problem's field. pydantic also names which member of a union it tried: that is not part of the path."""
+    parts = [part for part in problem["loc"] if part != "body"]
+    for position, part in enumerate(parts):
+        inside = isinstance(given, dict) and part in given
+        within = isinstance(given, list) and isinstance(part, int) and part < len(given)
+        if inside or within:
+            given = given[part]  # type: ignore[index]
+            yield part
+        elif problem["type"] == "missing" and position == len(parts) - 1:
+            yield part

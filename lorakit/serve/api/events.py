@@ -1,0 +1,67 @@
+"""Server-sent events: `data: {json}` and an empty line, `data: [DONE]` at the end.
+
+A stream sends a chunk for every token of every answer, so a chunk costs little: what stays the same is encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import Send
+
+from .errors import described
+from .forms import Usage
+from .replies import json_bytes
+
+DONE = b"data: [DONE]\n\n"
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+def text_json(text: str) -> bytes:
+    """Encode a text as a JSON string."""
+    return _ENCODER.encode(text).encode("utf-8", "backslashreplace")
+
+
+class Chunks:
+    """Chunks of one stream, as events. fixed: the keys that all have. with_usage: the last one counts the tokens."""
+
+    def __init__(self, fixed: Mapping[str, Any], with_usage: bool):
+        self._head = b"data: " + json_bytes(fixed)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+        self._with_usage = with_usage
+
+    def of(self, choice: bytes) -> bytes:
+        """Return the chunk with one choice, given as JSON."""
+        return self._head + choice + self._tail
+
+    def last(self, usage: Usage) -> bytes:
+        """Return what ends the stream."""
+        return (self._head + b'],"usage":' + json_bytes(usage) + b"}\n\n" if self._with_usage else b"") + DONE
+
+
+class EventStream:
+    """A response of events. It begins with the first `write`; an error after that goes into the stream."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str]):
+        self._send, self._headers = send, headers
+        self.begun = False
+
+    async def write(self, events: bytes, last: bool = False) -> None:
+        """Send events. Waits while the client is slow to read: meanwhile the engine's pieces wait in the ticket."""
+        if not self.begun:
+            self.begun = True
+            headers = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+                "x-accel-buffering": "no",  # nginx would collect the events
+            } | dict(self._headers)
+            raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._send({"type": "http.response.body", "body": events, "more_body": not last})
+
+    async def fail(self, error: Exception) -> None:
+        """End the stream with an error: no [DONE], so that nobody takes half an answer for all of it."""
+        _, body, _ = described(error)
+        await self.write(b"event: error\ndata: " + json_bytes(body) + b"\n\n", last=True)

@@ -1,0 +1,131 @@
+"""What clients send: OpenAI's fields, vLLM's for sampling, and ours under `lorakit`.
+
+Keys that are not read here are accepted, as clients send ever more of them, and named in the header `x-lorakit-warning`
+(`offered.not_used`). Those that would change the answer are refused by name (`offered.REFUSED`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, Strict
+
+Int = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), AllowInfNan(False)]
+Flag = Annotated[bool, Strict()]
+TokenId = Annotated[int, Strict(), Field(ge=0)]
+
+MODEL = "an adapter's name, the base's, base:adapter, or a mix such as a:0.7+b:0.3; see /v1/models"
+
+
+class Open(BaseModel):
+    """A body whose unknown keys are kept, to be named."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Ours(BaseModel):
+    """What OpenAI's API has no field for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scale: Number | None = Field(None, description="factor on the adapter's change; 0 is the base, 1 as trained")
+
+
+class StreamOptions(Open):
+    """How a stream is sent."""
+
+    include_usage: Flag | None = Field(None, description="end with a chunk that counts the tokens")
+
+
+class Sampled(Open):
+    """What both kinds of completion have."""
+
+    model: str = Field(description=MODEL)
+    max_tokens: Int | None = Field(None, ge=1, description="the most tokens of the answer")
+    n: Int | None = Field(None, ge=1, description="answers to give for each prompt")
+    stream: Flag | None = Field(None, description="send the answer as it grows, as server-sent events")
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = Field(None, description="texts that end the answer, and are not part of it")
+    stop_token_ids: list[TokenId] | None = Field(None, description="tokens that end the answer, besides the usual ones")
+    ignore_eos: Flag | None = Field(None, description="go on after end tokens, up to max_tokens")
+    seed: Int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="the same seed gives the same answer; answer i of n has seed + i"
+    )
+    temperature: Number | None = Field(None, ge=0, le=2, description="0: always the likeliest token; else 1 by default")
+    top_p: Number | None = Field(None, gt=0, le=1, description="sample from the likeliest tokens of this mass")
+    top_k: Int | None = Field(None, ge=-1, description="sample from this many likeliest tokens; 0 and -1: from all")
+    min_p: Number | None = Field(None, ge=0, le=1, description="leave out tokens below this part of the likeliest's")
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    repetition_penalty: Number | None = Field(None, gt=0, le=10, description="above 1: against tokens seen before")
+    logit_bias: dict[str, Annotated[float, Strict(), Field(ge=-100, le=100)]] | None = Field(
+        None, description="token id to what is added to its logit"
+    )
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, or json_schema with the schema that the answer must satisfy"
+    )
+    lorakit: Ours | None = None
+
+
+class ChatRequest(Sampled):
+    """Body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(
+        min_length=1, description='such as {"role": "user", "content": "Hi"}; a content may be a list of text parts'
+    )
+    max_completion_tokens: Int | None = Field(None, ge=1, description="the same as max_tokens")
+    logprobs: Flag | None = Field(None, description="report each token's log probability")
+    top_logprobs: Int | None = Field(None, ge=0, le=20, description="likeliest tokens to report beside each")
+    tools: list[dict[str, Any]] | None = Field(None, description="functions that the answer may call")
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: Flag | None = Field(None, description="false: at most one call")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="what the chat template reads besides")
+
+
+class CompletionRequest(Sampled):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        description="a text, its token ids, or a list of either; each gets an answer"
+    )
+    suffix: str | None = Field(None, description="not served: must be null or empty")
+    echo: Flag | None = Field(None, description="put the prompt before the answer")
+    best_of: Int | None = Field(None, ge=1, description="answers to compute, of which the n likeliest are given")
+    logprobs: Int | None = Field(None, ge=0, le=20, description="likeliest tokens to report beside each token")
+
+
+class LoadRequest(Open):
+    """Body of /v1/load_lora_adapter, as vLLM's."""
+
+    lora_name: str = Field(min_length=1, max_length=256, description="name to ask for it by")
+    lora_path: str = Field(
+        min_length=1, max_length=4096, description="path below one of the server's roots, or an allowed hub id"
+    )
+    load_inplace: Flag | None = Field(None, description="replace an adapter that is loaded under this name")
+    pin: Flag | None = Field(None, description="keep it on the device")
+
+
+class UnloadRequest(Open):
+    """Body of /v1/unload_lora_adapter, as vLLM's."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+
+
+class TokenizeRequest(Open):
+    """Body of /tokenize, as vLLM's: a prompt or messages."""
+
+    model: str | None = Field(None, description=MODEL)
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: Flag | None = Field(None, description="for a prompt; true by default")
+    return_token_strs: Flag | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Open):
+    """Body of /detokenize, as vLLM's."""
+
+    model: str | None = Field(None, description=MODEL)
+    tokens: list[TokenId]

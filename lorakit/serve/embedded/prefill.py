@@ -1,0 +1,111 @@
+"""Compute the keys and values of prompts, in groups of similar length and in bounded chunks.
+
+A prompt's last token is not fed here: the first step of the answer does that, together with all rows that decode. So
+prefill needs no logits, and a prompt whose start was kept from before (`prefixes`) may need no prefill at all.
+
+    groups = grouped([(request, found), ...])
+    group.advance(runner, tokens=512)      # one chunk; how many tokens were fed
+    group.done, group.rows()               # each request with its keys and values, to be copied into a slot
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from .request import Request
+from .slots import KeysValues
+
+if TYPE_CHECKING:
+    from .runner import Runner
+
+# A group's rows are padded to the longest. They are split where that would add more than a quarter; below that, a call
+# more costs more than the padding: 32 prompts of 12 to 64 tokens are then three or four groups.
+PADDING = 1.25
+PADDING_FREE = 8  # tokens; short prompts share a group
+
+
+class Start(NamedTuple):
+    """A request, and the keys and values of its prompt's first `length` tokens."""
+
+    request: Request
+    length: int = 0
+    keys_values: KeysValues | None = None
+
+    @property
+    def missing(self) -> int:
+        """Tokens to be fed before the last one of the prompt."""
+        return self.request.fed - self.length
+
+
+def grouped(runner: Runner, starts: Sequence[Start]) -> list[Group]:
+    """Group requests by how many tokens they miss; all of them miss some. Those without a known start are apart.
+
+    (They need no mask, see `masks`.)
+    """
+    groups: list[list[Start]] = []
+    for start in sorted(starts, key=lambda s: (s.length > 0, s.missing)):
+        last = groups[-1] if groups else None
+        if (
+            last is None
+            or runner.one_by_one
+            or (last[0].length > 0) != (start.length > 0)
+            or start.missing > PADDING * last[0].missing + PADDING_FREE
+        ):
+            last = []
+            groups.append(last)
+        last.append(start)
+    return [Group(runner, group) for group in groups]
+
+
+class Group:
+    """Prompts that are computed together, in slots of their own."""
+
+    def __init__(self, runner: Runner, starts: Sequence[Start]):
+        self.starts = list(starts)
+        self.fed = 0  # tokens so far, of each row
+        self.missing = max(start.missing for start in starts)
+        self.slots = runner.slots(len(starts))
+        for start in starts:
+            self.slots.append(start.request, start.keys_values, start.length)
+
+    @property
+    def done(self) -> bool:
+        """Whether all prompts are computed."""
+        return self.fed >= self.missing
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those whose prompts these are."""
+        return [start.request for start in self.starts]
+
+    def again(self, runner: Runner) -> list[Group]:
+        """Return groups for the same prompts, as the runner takes them now."""
+        return grouped(runner, self.starts)
+
+    def drop(self, ended: Collection[Request]) -> None:
+        """Drop the requests that have ended; those of others are no matter."""
+        for at in range(len(self.starts) - 1, -1, -1):
+            if self.starts[at].request in ended:
+                last = self.starts.pop()
+                if at < len(self.starts):
+                    self.starts[at] = last
+                self.slots.remove(at)
+        self.missing = max((start.missing for start in self.starts), default=0)
+
+    def advance(self, runner: Runner, tokens: int) -> int:
+        """Feed a chunk of about so many tokens over all rows. Returns how many were fed, padding included."""
+        width = min(max(1, tokens // len(self.starts)), self.missing - self.fed)
+        ids = []
+        for start in self.starts:
+            first = start.length + self.fed
+            row = start.request.ids[first : min(first + width, start.request.fed)]
+            ids.append(row + start.request.ids[-1:] * (width - len(row)))  # on the right: no token before it sees it
+        runner.prefill(self.slots, ids)
+        self.fed += width
+        return width * len(ids)
+
+    def rows(self) -> Iterator[tuple[Request, KeysValues]]:
+        """Yield each request with the keys and values of its prompt but the last token."""
+        for at, start in enumerate(self.starts):
+            yield start.request, self.slots.read(at, start.request.fed)

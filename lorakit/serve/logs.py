@@ -1,0 +1,63 @@
+"""The server's log on stderr: a line for each request, and errors with their traceback. No prompts, answers and keys.
+
+    2026-11-30T18:20:03Z 127.0.0.1 "POST /v1/chat/completions" 200 0.412s adapter=sql@3fa9c1d2 req-5f0c…
+
+An unexpected error is logged with the lines it passed through but without its message, which may quote the request.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import traceback
+from typing import TextIO
+
+from .guard.shield import Broken
+from .observe import Seen
+
+LOG = logging.getLogger("lorakit.serve")
+_PATH_LENGTH = 200
+
+
+def configure(access: bool = True, stream: TextIO | None = None) -> None:
+    """Send our log and uvicorn's warnings to `stream`, or stderr. access: a line for each request too."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    form.converter = time.gmtime
+    handler.setFormatter(form)
+    handler.addFilter(_is_news)
+    for log, level in ((LOG, logging.INFO if access else logging.WARNING), (_uvicorn(), logging.WARNING)):
+        log.handlers[:] = [handler]
+        log.setLevel(level)
+        log.propagate = False
+
+
+def access_line(seen: Seen) -> None:
+    """Log a request that has ended."""
+    adapter = f" adapter={_plain(seen.adapter)}" if seen.adapter else ""
+    cut = "" if seen.complete else " incomplete"
+    LOG.info(
+        '%s "%s %s" %d %.3fs%s%s %s',
+        _plain(seen.client), _plain(seen.method), _plain(seen.path), seen.status, seen.seconds, cut, adapter, seen.id,
+    )  # fmt: skip
+
+
+def report(name: str, error: BaseException) -> None:
+    """Log an error that broke the answer to the request `name`: its type, and the lines of code it passed through."""
+    lines = "".join(traceback.format_tb(error.__traceback__))
+    LOG.error("%s failed with %s\n%s", name, type(error).__qualname__, lines.rstrip())
+
+
+def _plain(text: str) -> str:
+    """Return text that cannot start a line of its own nor colour the terminal."""
+    shown = text if len(text) <= _PATH_LENGTH else f"{text[:_PATH_LENGTH]}..."
+    return "".join(c if c.isprintable() and c != '"' else ascii(c)[1:-1] for c in shown)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], Broken))
+
+
+def _uvicorn() -> logging.Logger:
+    return logging.getLogger("uvicorn.error")

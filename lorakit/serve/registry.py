@@ -1,0 +1,437 @@
+"""The server's adapters by public name: where they lie, which content each stands for, and who uses it now.
+
+    registry = Registry(engine, facts, base_names=["qwen"], roots=Roots([folder]), hub=Hub(), state=path)
+    registry.add("sql", "runs/sql/adapter")               # the command line's, before the start
+    await registry.start()                                # the state file's, those below the roots
+    async with registry.lease("sql:0.7+chat:0.3", None) as leased: ...      # held until the request is done
+
+A name is `registered` until its first use, which reads its files, hashes them and loads them into the engine under the
+hash. A file that changes afterwards changes nothing until the name is loaded again in place; then new requests get the
+new content, and those that run keep the old one until they are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ..data.chat_record import ChatRecord
+from ..errors import LorakitError, StateError
+from . import names
+from .card import Card, Leased
+from .engine import Choice, Engine, Facts
+from .errors import Busy, Cannot, EngineFailed, UnknownAdapter
+from .guard.hub import Hub
+from .guard.roots import Roots
+from .places import Places
+from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter
+from .state_file import Loaded, StateFile
+from .versions import Version, Versions
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+READERS = 2  # threads that read adapters: hashing and parsing them takes processor time from the engine's steps
+# Unknown names look for new folders below the roots, but not more often than this, nor for more than a tenth of the
+# time: anybody can ask for names that are not there.
+RESCAN_SECONDS = 0.5
+# A failure that is not a file's (the hub is out of reach) is tried again after this time.
+RETRY_SECONDS = 5.0
+_TRANSIENT = (Busy, EngineFailed, OSError)
+
+Origin = Literal["command line", "root", "http"]
+
+
+@dataclass
+class _Entry:
+    """One public name."""
+
+    card: Card  # replaced, never changed, when the content is: requests keep the one they were leased
+    origin: Origin
+    locate: Callable[[], AdapterFiles]
+    version: Version | None = None
+    files: AdapterFiles | None = None  # of the version
+    running: int = 0
+    loading: asyncio.Task[None] | None = None  # the first use, which others wait for
+    failed: tuple[Stamp, float, LorakitError] | None = None  # the files then (() if not found), the time, the error
+
+
+class Registry:
+    """See above. All methods are called in the event loop's thread; `add` before `start`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        facts: Facts,
+        *,
+        base_names: Sequence[str],
+        roots: Roots | None = None,
+        hub: Hub | None = None,
+        state: Path | None = None,
+        max_registered: int = 10_000,
+        allow_pickle: bool = False,
+        base: Any = None,
+    ):
+        """base_names: what requests call the base, its main name first. allow_pickle: for `add` only. base: the base's
+        folder or transformers config, which the GGUF of a Llama needs.
+        """
+        self.facts = facts
+        self.base_names = tuple(base_names)
+        self.places = Places(roots or Roots(), hub or Hub(), allow_pickle)
+        self.max_registered = max_registered
+        self.base = base
+        self.versions = Versions(engine)
+        self._entries: dict[str, _Entry] = {}
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._state = StateFile(state, facts.base) if state is not None else None
+        self._writing = asyncio.Lock()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lorakit-adapters")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._next_scan = 0.0
+        self._scanning = asyncio.Lock()
+        self._look: asyncio.Task[None] | None = None  # that has not begun yet
+        self._unnameable: set[str] = set()  # said already
+
+    # ------------------------------------------------------------------------------------------ at the start
+
+    def add(self, name: str, path: str | Path, *, pin: bool = False) -> Card:
+        """Register an adapter of the command line: any path on this machine, or a hub id.
+
+        Raises ConfigError for a name that cannot be one, StateError for one that is taken, AdapterError if there is
+        no adapter.
+        """
+        names.check_name(name, self.base_names)
+        if name in self._entries:
+            raise StateError(f"two adapters are called '{name}'\n  give each a name of its own: --adapter NAME=PATH")
+        text = str(path)
+        located = self.places.on_command_line(text, name)
+        card = Card(name, text, located.modified, pinned=pin)
+        self._entries[name] = _Entry(card, "command line", lambda: self.places.on_command_line(text, name))
+        return card
+
+    async def start(self) -> None:
+        """Restore what the state file lists, register what lies below the roots, and load the command line's.
+
+        Raises ConfigError or WriteError for the state file, and the error of the first adapter of the command line that
+        cannot be served: who starts a server is there to mend it. The state file's are loaded at their first use.
+        """
+        if self._state is not None:
+            for loaded in await asyncio.to_thread(self._state.open):
+                self._restore(loaded)
+        await self.rescan()
+        for name, entry in list(self._entries.items()):
+            if entry.origin == "command line":
+                await self._first_use(name, entry)
+
+    def _restore(self, loaded: Loaded) -> None:
+        if loaded.name in self._entries or loaded.name in self.base_names:
+            log.warning("the state file's adapter '%s' is left out: the command line gives that name", loaded.name)
+            return
+        card = Card(loaded.name, loaded.place, loaded.created, pinned=loaded.pinned)
+        self._entries[loaded.name] = _Entry(card, "http", self._over_http(loaded.place, loaded.name))
+
+    async def rescan(self) -> int:
+        """Register the adapters below the roots that are new, forget those not in use that are gone; return how many
+        are new. Names that others have are left to them.
+        """
+        async with self._scanning:
+            return await self._scan()
+
+    async def _scan(self) -> int:
+        begin = time.monotonic()
+        found = await asyncio.to_thread(lambda: list(self.places.below_roots()))
+        end = time.monotonic()
+        self._next_scan = end + max(RESCAN_SECONDS, 10 * (end - begin))
+        there = {name for name, _, _ in found}
+        for name, entry in list(self._entries.items()):
+            if entry.origin == "root" and name not in there and entry.version is None and entry.loading is None:
+                del self._entries[name]
+        self._warn_of_names([place for name, place, _ in found if not names.is_name(name)])
+        taken = {*self._entries, *self.base_names}
+        new = [one for one in found if names.is_name(one[0]) and one[0] not in taken]
+        room = max(self.max_registered - len(self._entries), 0)
+        if len(new) > room:
+            log.warning("%d adapters below the roots are not registered: the limit is %d", len(new) - room, room)
+        for name, place, written in new[:room]:
+            self._entries[name] = _Entry(Card(name, place, written), "root", self._over_http(place, name))
+        return len(new[:room])
+
+    def _warn_of_names(self, places: Sequence[str]) -> None:
+        new = [place for place in places if place not in self._unnameable]
+        self._unnameable.update(new)
+        if new:
+            log.warning("%s", names.skipped(new))
+
+    async def close(self) -> None:
+        """Wait for loads and unloads that are under way, and unlock the state file. The engine stays as it is."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.versions.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        if self._state is not None:
+            self._state.close()
+
+    # ------------------------------------------------------------------------------------------ what there is
+
+    def cards(self) -> list[Card]:
+        """Return a card for each name, in the order of registration."""
+        return [self._card(entry) for entry in self._entries.values()]
+
+    def get(self, name: str) -> Card:
+        """Return a name's card. Raises UnknownAdapter."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise names.unknown(name, self._entries, self.base_names)
+        return self._card(entry)
+
+    @staticmethod
+    def _card(entry: _Entry) -> Card:
+        return replace(entry.card, running=entry.running)
+
+    # ------------------------------------------------------------------------------------------ a request
+
+    @asynccontextmanager
+    async def lease(self, model: str, scale: float | None = None) -> AsyncIterator[Leased]:
+        """Hold the adapters that a request's `model` names (`names.parse`), all weights multiplied by `scale`.
+
+        The first use of a name loads it; others wait for the same load. Raises UnknownAdapter for a name that nothing
+        has, ConfigError for a weight or scale that is none, Cannot for a mix or scale that the engine has not got,
+        AdapterError for an adapter that cannot be read or served, and what `Engine.load` raises.
+        """
+        parts = names.scaled(await self._parts(model), scale)
+        self._check_ability(parts)
+        held: list[tuple[_Entry, Version]] = []
+        try:
+            cards = []
+            for name, weight in parts:
+                entry, version = await self._hold(name)
+                held.append((entry, version))
+                cards.append((abs(weight), self._card(entry)))
+            choice = _choice([(version.key, weight) for (_, version), (_, weight) in zip(held, parts, strict=True)])
+            by_weight = sorted(cards, key=lambda one: -one[0])  # stable: as written where weights are equal
+            yield Leased(model, choice, tuple(card for _, card in by_weight))
+        finally:
+            for entry, version in held:
+                entry.running -= 1
+                self.versions.release(version)
+
+    async def _parts(self, model: str) -> names.Parts:
+        try:
+            return names.parse(model, self._entries, self.base_names)
+        except UnknownAdapter:
+            if not self.places.roots or self._next_scan > time.monotonic() + RESCAN_SECONDS:
+                raise
+        await self._next_look()
+        return names.parse(model, self._entries, self.base_names)
+
+    async def _next_look(self) -> None:
+        """Wait for the next look below the roots, which all who wait for it share."""
+        if self._look is None:
+            self._look = self._task(self._look_when_due())
+        await asyncio.shield(self._look)
+
+    async def _look_when_due(self) -> None:
+        await asyncio.sleep(max(self._next_scan - time.monotonic(), 0))
+        self._look = None  # who comes from here on may ask for what this look has passed
+        await self.rescan()
+
+    def _check_ability(self, parts: names.Parts) -> None:
+        if len(parts) > 1 and "mix" not in self.facts.can:
+            raise Cannot("this engine answers with one adapter at a time\n  name one adapter as the model", "mix")
+        if any(weight != 1 for _, weight in parts) and "scale" not in self.facts.can:
+            raise Cannot("this engine uses adapters at their own scale only\n  leave out scale and weights", "scale")
+
+    async def _hold(self, name: str) -> tuple[_Entry, Version]:
+        """Return a name's version, loaded, counted as in use."""
+        while True:
+            entry = self._entries.get(name)
+            if entry is None:  # unloaded meanwhile
+                raise names.unknown(name, self._entries, self.base_names)
+            if entry.version is not None:
+                self.versions.use(entry.version)
+                entry.running += 1
+                return entry, entry.version
+            await self._first_use(name, entry)
+
+    # ------------------------------------------------------------------------------------------ loading
+
+    async def _first_use(self, name: str, entry: _Entry) -> None:
+        """Load a registered name, once for all who ask. A client that hangs up does not end it."""
+        if entry.loading is None:
+            entry.loading = self._task(self._load_registered(name, entry))
+        await asyncio.shield(entry.loading)
+
+    async def _load_registered(self, name: str, entry: _Entry) -> None:
+        stamp: Stamp = ()
+        try:
+            async with self._lock(name):
+                if entry.version is not None or self._entries.get(name) is not entry:
+                    return
+                self._fail_again(entry, ())
+                files = await asyncio.to_thread(entry.locate)
+                stamp = await asyncio.to_thread(files.stamp)
+                self._fail_again(entry, stamp)
+                read = await self._read(files)
+                version = await self.versions.bring(read, files, self.base, entry.card.pinned)
+                self._activate(entry, version, files, _card(entry.card, read))
+        except LorakitError as error:
+            if not isinstance(error, _TRANSIENT):
+                entry.failed = (stamp, time.monotonic(), error)
+                entry.card = replace(entry.card, status="failed", problem=str(error))
+            raise
+        finally:
+            entry.loading = None
+
+    @staticmethod
+    def _fail_again(entry: _Entry, stamp: Stamp) -> None:
+        """Raise the error of the last try if the files are as they were then; without files, for RETRY_SECONDS."""
+        if entry.failed is not None:
+            before, when, error = entry.failed
+            if before == stamp and (stamp or time.monotonic() < when + RETRY_SECONDS):
+                raise error.with_traceback(None)
+
+    async def load(self, name: str, place: str, *, pin: bool = False, in_place: bool = False) -> Card:
+        """Load an adapter over HTTP. place: relative to a root, or an allowed hub id. Returns its card.
+
+        in_place: replace a name's content; requests that run keep what they have. A load that fails changes nothing.
+        Raises ConfigError for a name that cannot be one and for places that are not allowed, StateError for a name that
+        is loaded already (without in_place) or is not a client's to change, AdapterError for what is not there or
+        cannot be served, WriteError if the state file cannot be written, and what `Engine.load` raises.
+        """
+        names.check_name(name, self.base_names)
+        return await asyncio.shield(self._task(self._load(name, place, pin, in_place)))
+
+    async def _load(self, name: str, place: str, pin: bool, in_place: bool) -> Card:
+        async with self._lock(name):
+            entry = self._entries.get(name)
+            self._check_load(name, entry, place, in_place)
+            configured = entry is not None and entry.origin == "command line"
+            locate = entry.locate if entry is not None and configured else self._over_http(place, name)
+            files = await asyncio.to_thread(locate)
+            read = await self._read(files)
+            version = await self.versions.bring(read, files, self.base, pin)
+            created = int(time.time()) if entry is None or entry.version is not version else entry.card.created
+            card = _card(Card(name, place, created, pinned=pin), read)
+            try:
+                if not configured:
+                    await self._save(name, Loaded(name, place, pin, created))
+            except BaseException:
+                self.versions.drop_name(version, files, pin)
+                raise
+            entry = self._entries.setdefault(name, _Entry(card, "http", locate))
+            entry.locate, entry.origin = locate, entry.origin if configured else "http"
+            self._activate(entry, version, files, card)
+            return self._card(entry)
+
+    def _check_load(self, name: str, entry: _Entry | None, place: str, in_place: bool) -> None:
+        if entry is None:
+            if len(self._entries) >= self.max_registered:
+                raise StateError(f"{self.max_registered:,} adapters are registered already\n  unload some")
+            return
+        if entry.version is not None and not in_place:
+            raise StateError(
+                f"an adapter '{name}' is loaded already\n"
+                '  unload it first, or replace it: "load_inplace": true; requests that run keep the old one'
+            )
+        if entry.origin == "command line" and place != entry.card.place:
+            raise StateError(f"the name '{name}' was given on the server's command line\n  choose another name")
+
+    def _activate(self, entry: _Entry, version: Version, files: AdapterFiles, card: Card) -> None:
+        """Let a name stand for a version, and let go of the one before."""
+        before, old_files, was_pinned = entry.version, entry.files, entry.card.pinned
+        entry.version, entry.files, entry.card, entry.failed = version, files, card, None
+        if before is not None and old_files is not None:
+            self.versions.drop_name(before, old_files, was_pinned)
+
+    async def unload(self, name: str) -> int:
+        """Unload an adapter and return the bytes freed, when its requests are done; new ones do not get it.
+
+        A name that came over HTTP is forgotten. One of the command line or below a root stays registered: its next use
+        reads its files anew. Raises UnknownAdapter, and WriteError if the state file cannot be written.
+        """
+        return await asyncio.shield(self._task(self._unload(name)))
+
+    async def _unload(self, name: str) -> int:
+        async with self._lock(name):
+            entry = self._entries.get(name)
+            if entry is None:
+                raise names.unknown(name, self._entries, self.base_names)
+            if entry.origin == "http":
+                await self._save(name, None)
+                del self._entries[name]
+            version, files, pinned = entry.version, entry.files, entry.card.pinned
+            entry.version = entry.files = entry.failed = None
+            entry.card = replace(entry.card, status="registered", key=None, problem=None, chat=ChatRecord())
+            if version is None or files is None:
+                return 0
+            freed = self.versions.drop_name(version, files, pinned)
+        return await freed
+
+    # ------------------------------------------------------------------------------------------ helpers
+
+    def _over_http(self, place: str, name: str) -> Callable[[], AdapterFiles]:
+        return lambda: self.places.over_http(place, name)
+
+    async def _save(self, name: str, changed: Loaded | None) -> None:
+        """Write the state file with one name changed, or without it."""
+        if self._state is None:
+            return
+        async with self._writing:
+            loaded = {
+                one: Loaded(one, entry.card.place, entry.card.pinned, entry.card.created)
+                for one, entry in self._entries.items()
+                if entry.origin == "http" and one != name
+            }
+            if changed is not None:
+                loaded[name] = changed
+            await asyncio.to_thread(self._state.write, list(loaded.values()))
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """Return the lock of a name, which is held while it is loaded or unloaded."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run something that is to end even if who waits for it goes away."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # read, so that asyncio does not call it lost when nobody waits any more
+
+    async def _read(self, files: AdapterFiles) -> ReadAdapter:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read_adapter, files, self.base)
+
+
+def _card(card: Card, read: ReadAdapter) -> Card:
+    """Return a card with what was read of the adapter."""
+    metadata = read.adapter.metadata
+    return replace(
+        card,
+        key=read.key,
+        status="ready",
+        size=read.size,
+        rank=read.adapter.rank,
+        chat=ChatRecord.of(metadata),
+        metadata={name: value for name, value in metadata.items() if name != "header"},
+        problem=None,
+    )
+
+
+def _choice(parts: Sequence[tuple[str, float]]) -> Choice:
+    """Return the engine's choice: by key, so that a mix written in another order is the same; equal contents added up;
+    without those of weight 0.
+    """
+    total: dict[str, float] = {}
+    for key, weight in parts:
+        total[key] = total.get(key, 0.0) + weight
+    return tuple(sorted((key, weight) for key, weight in total.items() if weight))

@@ -1,0 +1,128 @@
+"""Put a server together: engine, registry, renderer, API and guards, as the settings ask.
+
+    running = await start(settings, notice=print)       # ready to be served by `server.serve`
+
+An engine is a folder here, named as in --engine, whose `build.build(settings)` loads what it needs and returns `Built`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import LorakitError, listing
+from .server import Running
+from .settings import ServeSettings
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .service import Service
+
+T = TypeVar("T")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance", "httpx2")  # of the extra `serve`
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that is not started yet, and what the renderer needs. ends: tokens that end the model's generation."""
+
+    engine: Engine
+    tokenizer: Any
+    ends: Sequence[int]
+
+
+def check_packages() -> None:
+    """Raise LorakitError if the extra `serve` is not installed."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise LorakitError(
+            f"the server needs packages that are not installed: {listing(missing)}\n  pip install 'lorakit[serve]'"
+        )
+
+
+async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> Running:
+    """Load the model and the adapters of the command line. notice: gets the service once it is complete.
+
+    Raises LorakitError for what cannot be loaded; then nothing is left running.
+    """
+    build: Callable[[ServeSettings], Built] = import_module(f".{settings.engine}.build", __package__).build
+    built = await _in_thread(lambda: build(settings))
+    facts = await built.engine.start()
+    try:
+        service = await _service(settings, built, facts)
+        app = _app(settings, service)
+    except BaseException:
+        await built.engine.stop(0)
+        raise
+    notice(service)
+    return Running(app, built.engine.stop)
+
+
+async def _service(settings: ServeSettings, built: Built, facts: Any) -> Service:
+    from .guard.hub import Hub
+    from .guard.roots import Roots
+    from .registry import Registry
+    from .renderer import Renderer
+    from .service import Service
+
+    registry = Registry(
+        built.engine,
+        facts,
+        base_names=(settings.name,),
+        roots=Roots(settings.roots),
+        hub=Hub(settings.hub),
+        state=settings.state,
+    )
+    for name, path in settings.adapters.items():
+        registry.add(name, path)
+    for name in settings.adapters:  # one that cannot be served should end the command, not the first request for it
+        async with registry.lease(name, None):
+            pass
+    renderer = Renderer(built.tokenizer, built.ends, template=settings.chat_template)
+    return Service(built.engine, facts, registry, renderer, settings.guard.limits)
+
+
+def _app(settings: ServeSettings, service: Service) -> Any:
+    from .api.app import create_app
+    from .guard.guarded import guarded
+    from .logs import access_line, configure, report
+    from .metrics import Metrics, add_metrics
+    from .observe import observed
+
+    configure(settings.access_log)
+    app = create_app(service)
+    metrics = Metrics(
+        service.engine.stats, {route.path for route in app.routes if hasattr(route, "path")} | {"/metrics"}
+    )
+    add_metrics(app, metrics)
+    return observed(guarded(app, settings.guard, report), (metrics.observe, access_line))
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Run in a thread that a signal need not wait for: asyncio's own are joined when the loop is closed."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(value)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            outcome: tuple[T | None, BaseException | None] = function(), None
+        except BaseException as error:  # SystemExit too: whoever waits must hear of it
+            outcome = None, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="lorakit-load", daemon=True).start()
+    return await done

@@ -1,0 +1,202 @@
+"""The API over an engine that answers by script, and clients for it: in this process, or over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import httpx2
+import openai
+import tiny_lm
+import uvicorn
+from scripted_engine import ScriptedEngine
+
+from lorakit.serve.api.app import create_app
+from lorakit.serve.card import Card, Leased
+from lorakit.serve.engine import Work
+from lorakit.serve.errors import UnknownAdapter
+from lorakit.serve.guard.limits import Limits
+from lorakit.serve.renderer import Renderer
+from lorakit.serve.service import Service
+
+HELLO = [{"role": "user", "content": "Hi"}]
+ASK = {"model": "base", "messages": HELLO}
+
+
+@cache
+def tokenizer() -> Any:
+    return tiny_lm.tokenizer(tiny_lm.CHATML)
+
+
+def ids(text: str, end: bool = True) -> list[int]:
+    """The ids of a text, a token a byte, and the end token."""
+    return tokenizer().encode(text, add_special_tokens=False) + [tiny_lm.EOS] * end
+
+
+class Names:
+    """The registry's interface over a list of adapters that are loaded."""
+
+    def __init__(self, engine: ScriptedEngine, adapters: Sequence[str]):
+        self.engine, self.base_names = engine, ["base"]
+        self.by_name = {name: Card(name, f"{name}.safetensors", 1, "f" * 64, "ready") for name in adapters}
+        self.asked: list[tuple[str, float | None]] = []
+        self.leased = 0
+        self.loads: list[tuple[Any, ...]] = []
+        engine.loaded.update({f"key-{name}": None for name in adapters})  # type: ignore[dict-item]
+
+    @contextlib.asynccontextmanager
+    async def lease(self, model: str, scale: float | None) -> AsyncIterator[Leased]:
+        self.asked.append((model, scale))
+        cards = [] if model == "base" else [self.get(part.partition(":")[0]) for part in model.split("+")]
+        self.leased += 1
+        try:
+            yield Leased(model, tuple((f"key-{card.name}", scale or 1.0) for card in cards), tuple(cards))
+        finally:
+            self.leased -= 1
+
+    def cards(self) -> list[Card]:
+        return list(self.by_name.values())
+
+    def get(self, name: str) -> Card:
+        if name not in self.by_name:
+            raise UnknownAdapter(f"there is no model '{name}'; did you mean 'sql'?")
+        return self.by_name[name]
+
+    async def load(self, name: str, place: str, *, pin: bool = False, in_place: bool = False) -> Card:
+        self.loads.append((name, place, pin, in_place))
+        self.by_name[name] = Card(name, place, 1, "0" * 64, "ready", pin)
+        return self.by_name[name]
+
+    async def unload(self, name: str) -> int:
+        del self.by_name[self.get(name).name]
+        return 1234
+
+
+@dataclass
+class Served:
+    """An app with what is behind it."""
+
+    engine: ScriptedEngine
+    names: Names
+    service: Service
+    app: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.app = create_app(self.service)
+
+    def http(self) -> httpx2.AsyncClient:
+        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1")
+
+    def openai(self, retries: int = 0) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url="http://127.0.0.1/v1", api_key="none", http_client=self.http(), max_retries=retries
+        )
+
+    def post(self, path: str, body: Any) -> httpx2.Response:
+        """Send a body, as JSON unless it is bytes, and return the answer."""
+
+        async def send() -> httpx2.Response:
+            async with self.http() as client:
+                if isinstance(body, bytes):
+                    return await client.post(path, content=body, headers={"content-type": "application/json"})
+                return await client.post(path, json=body)
+
+        return asyncio.run(send())
+
+    def get(self, path: str) -> httpx2.Response:
+        async def send() -> httpx2.Response:
+            async with self.http() as client:
+                return await client.get(path)
+
+        return asyncio.run(send())
+
+    def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the chunks of a stream; it must be whole, and end with [DONE]."""
+        answer = self.post(path, {**body, "stream": True})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert answer.text.endswith("data: [DONE]\n\n")
+        events = answer.text.split("\n\n")[:-2]
+        assert all(event.startswith("data: {") for event in events)
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def served(
+    answer: str | Callable[[Work], Sequence[int]] = "Hello!",
+    adapters: Sequence[str] = ("sql", "chat"),
+    limits: Limits | None = None,
+    context: int = 512,
+) -> Served:
+    """Return the app over an engine that answers with a text, or as a function says."""
+    engine = ScriptedEngine((lambda work: ids(answer)) if isinstance(answer, str) else answer, context, 258)
+    names = Names(engine, adapters)
+    renderer = Renderer(tokenizer(), (tiny_lm.EOS,))
+    return Served(engine, names, Service(engine, engine.facts, names, renderer, limits or Limits()))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def live(app: Any) -> Iterator[str]:
+    """Serve an app on a free port of this machine, in a thread; yield its address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listening.close()
+
+
+class Exchange:
+    """One request to an ASGI app by hand: `sent` are its messages; `hang_up()` is the client going away."""
+
+    def __init__(self, app: Any, path: str, body: Any):
+        self.app, self.path, self.body = app, path, json.dumps(body).encode()
+        self.sent: list[dict[str, Any]] = []
+        self.arrived = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._read = False
+
+    async def run(self) -> None:
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        await self.app(scope, self._receive, self._send)
+
+    def hang_up(self) -> None:
+        self._gone.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._read:
+            self._read = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+        self.arrived.set()

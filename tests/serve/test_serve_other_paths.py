@@ -1,0 +1,136 @@
+"""Models, loading, tokens, health, and the OpenAPI page."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+import tiny_lm
+from served_app import HELLO, ids, served, tokenizer
+
+from lorakit.serve.engine import Stats
+
+
+def test_models_lists_base_and_adapters_for_the_openai_client():
+    app = served()
+
+    async def ask() -> tuple[list[Any], Any]:
+        async with app.openai() as client:
+            return [model async for model in client.models.list()], await client.models.retrieve("sql")
+
+    models, one = asyncio.run(ask())
+    assert [model.id for model in models] == ["base", "sql", "chat"]
+    assert (models[0].parent, models[0].root, models[0].max_model_len) == (None, "base", 512)
+    assert (one.parent, one.root, one.owned_by, one.object) == ("base", "sql.safetensors", "lorakit", "model")
+    assert one.lorakit["version"] == "f" * 12
+
+
+def test_a_model_that_failed_is_not_listed_but_says_why():
+    app = served()
+    card = app.names.by_name["sql"]
+    card.status, card.problem = "failed", "factors hold NaN"
+    assert [model["id"] for model in app.get("/v1/models").json()["data"]] == ["base", "chat"]
+    assert app.get("/v1/models/sql").json()["lorakit"]["problem"] == "factors hold NaN"
+
+
+def test_names_with_slashes_and_unknown_ones():
+    app = served(adapters=["team/sql"])
+    assert app.get("/v1/models/team/sql").json()["id"] == "team/sql"
+    answer = app.get("/v1/models/nothing")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_adapters_are_loaded_and_unloaded_in_vllms_forms():
+    app = served(adapters=[])
+    answer = app.post("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "team/new"})
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'new' added successfully.")
+    app.post("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "b", "load_inplace": True, "pin": True})
+    assert app.names.loads == [("new", "team/new", False, False), ("b", "b", True, True)]
+    answer = app.post("/v1/unload_lora_adapter", {"lora_name": "new"})
+    assert answer.text == "Success: LoRA adapter 'new' removed successfully (1,234 bytes freed)."
+    assert app.post("/v1/unload_lora_adapter", {"lora_name": "new"}).status_code == 404
+
+
+@pytest.mark.parametrize("body", [{}, {"lora_name": "x"}, {"lora_name": "", "lora_path": "y"}, {"lora_name": 1}])
+def test_bad_loads_are_400(body: Any):
+    app = served()
+    answer = app.post("/v1/load_lora_adapter", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] in ("lora_name", "lora_path")
+    assert not app.names.loads
+
+
+def test_tokens_of_a_prompt_and_of_messages_and_back():
+    app = served()
+    answer = app.post("/tokenize", {"prompt": "Hé", "return_token_strs": True}).json()
+    assert answer["tokens"] == ids("Hé", end=False)
+    assert (answer["count"], answer["max_model_len"], len(answer["token_strs"])) == (3, 512, 3)
+    answer = app.post("/tokenize", {"model": "sql", "messages": HELLO}).json()
+    assert tokenizer().decode(answer["tokens"]) == "<user>Hi<assistant>"
+    assert answer["token_strs"] is None
+    assert app.post("/detokenize", {"tokens": [*ids("Hé"), tiny_lm.EOS]}).json()["prompt"].startswith("Hé")
+    assert app.post("/tokenize", {}).status_code == 400
+    assert app.post("/tokenize", {"prompt": "a", "messages": HELLO}).status_code == 400
+    assert app.post("/tokenize", {"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
+    assert app.post("/detokenize", {"tokens": [258]}).status_code == 400
+    assert app.post("/tokenize", {"prompt": "\ud800"}).status_code == 400
+    assert app.names.leased == 0
+
+
+@pytest.mark.parametrize(
+    "stats, status",
+    [
+        (Stats(), 200),
+        (Stats(running=1, last_step=-1.0), 200),
+        (Stats(running=1, last_step=-100.0), 503),
+        (Stats(running=0, last_step=-100.0), 200),
+        (Stats(alive=False), 503),
+    ],
+)
+def test_health_is_200_only_if_idle_or_stepping(stats: Stats, status: int):
+    from dataclasses import replace
+
+    app = served()
+    last = None if stats.last_step is None else time.monotonic() + stats.last_step
+    app.engine.stats = lambda: replace(stats, last_step=last)  # type: ignore[method-assign]
+    answer = app.get("/health")
+    assert answer.status_code == status
+    assert answer.json()["status"] == ("ok" if status == 200 else "failed")
+
+
+def test_the_openapi_page_has_every_path_and_loads_nothing_from_elsewhere():
+    app = served()
+    page = app.get("/openapi.json").json()
+    assert set(page["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+    }
+    for path in page["paths"].values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+            assert {"200", "400"} <= set(operation["responses"])
+    assert app.get("/docs").status_code == 404
+
+
+def test_an_answer_on_the_openapi_page_is_the_one_sent():
+    """The sent objects have exactly the documented keys."""
+    app = served("Hello")
+    schemas = app.get("/openapi.json").json()["components"]["schemas"]
+    answer = app.post("/v1/chat/completions", {"model": "base", "messages": HELLO, "logprobs": True}).json()
+    assert set(answer) == set(schemas["ChatCompletion"]["properties"])
+    assert set(answer["choices"][0]) == set(schemas["ChatChoice"]["properties"])
+    assert set(answer["choices"][0]["message"]) == set(schemas["AnswerMessage"]["required"])
+    assert set(answer["choices"][0]["logprobs"]["content"][0]) == set(schemas["ChatLogprob"]["properties"])
+    assert set(answer["usage"]) == set(schemas["Usage"]["properties"])
+    model = app.get("/v1/models/sql").json()
+    assert set(model) == set(schemas["ModelObject"]["properties"])
+    assert set(model["lorakit"]) == set(schemas["AboutModel"]["properties"])

@@ -1,0 +1,161 @@
+"""The server's process: it says when it is ready, drains when it is stopped, and takes no longer than its bound."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from lorakit.errors import ConfigError
+from lorakit.serve.server import is_loopback, listen, url_of
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent as Unix does")
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Process:
+    def __init__(self, *args: str):
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "served.py"), *args],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.first = self.process.stdout.readline().strip()
+
+    def stop(self, number: int, times: int = 1) -> tuple[int, str, float]:
+        """Send the signal. Return the exit code, what was printed, and the seconds it took."""
+        began = time.monotonic()
+        for _ in range(times):
+            self.process.send_signal(number)
+            time.sleep(0.2)
+        out, err = self.process.communicate(timeout=30)
+        assert "Traceback" not in err, err
+        return self.process.returncode, out.strip(), time.monotonic() - began
+
+
+@pytest.fixture
+def process():
+    running: list[Process] = []
+
+    def run(*args: str) -> Process:
+        running.append(Process(*args))
+        return running[-1]
+
+    yield run
+    for one in running:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.communicate()
+
+
+def in_thread(url: str, got: list[bytes]) -> threading.Thread:
+    def read() -> None:
+        with httpx2.stream("GET", url, timeout=30) as answer:
+            try:
+                for part in answer.iter_raw():
+                    got.append(part)
+            except httpx2.HTTPError as error:
+                got.append(type(error).__name__.encode())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not got:
+        time.sleep(0.01)
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_running_answers_are_drained_and_new_ones_refused(process, number):
+    server, got = process("0", "0.6"), []
+    assert httpx2.get(server.first).text == "ok"
+    thread = in_thread(f"{server.first}/slow", got)
+    server.process.send_signal(number)
+    time.sleep(0.3)
+    before = len(got)
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(server.first)
+    thread.join()
+    assert len(got) > before  # it went on while the server was stopping
+    assert got[-1] == b"ok"  # to its end
+    out, _ = server.process.communicate(timeout=30)
+    assert out.split(" ")[:2] == [signal.Signals(number).name, "[0.6]"]
+
+
+def test_an_answer_that_does_not_end_is_cut_after_the_bound(process):
+    server, got = process("0", "0.2"), []
+    thread = in_thread(f"{server.first}/stuck", got)
+    code, _, seconds = server.stop(signal.SIGTERM)
+    thread.join()
+    assert code == 0
+    assert seconds < 12  # 0.2 and 3 for what was cancelled, on a busy machine
+
+
+def test_a_second_signal_ends_it_at_once(process):
+    server, got = process("0", "60"), []
+    thread = in_thread(f"{server.first}/slow", got)
+    code, _, seconds = server.stop(signal.SIGTERM, times=2)
+    thread.join()
+    assert code == 128 + signal.SIGTERM
+    assert seconds < 5
+
+
+def test_it_can_be_stopped_while_it_starts(process):
+    server = process("0", "60", "slow")
+    assert server.first == "starting"
+    code, out, seconds = server.stop(signal.SIGTERM)
+    assert (code, out.split(" ")[:2]) == (0, ["SIGTERM", "[]"])
+    assert seconds < 5
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(process):
+    server = process("0", "0.2")
+    host, port = server.first.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as deaf:
+        deaf.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        time.sleep(0.3)
+        assert httpx2.get(server.first).text == "ok"
+        code, _, seconds = server.stop(signal.SIGTERM)
+    assert code == 0
+    assert seconds < 12
+
+
+def test_a_taken_port_is_an_error_that_names_another_one():
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"127.0.0.1:{port} cannot be used: Address already in use\n  try --port"
+        ):
+            listen("127.0.0.1", port)
+
+
+def test_an_address_that_is_not_here_is_named():
+    with pytest.raises(ConfigError, match=r"no.such.host.invalid: there is no such address"):
+        listen("no.such.host.invalid", 0)
+    with pytest.raises(ConfigError, match=r"203.0.113.7:0 cannot be used"):
+        listen("203.0.113.7", 0)
+
+
+@pytest.mark.parametrize(
+    "host, loopback", [("127.0.0.1", True), ("localhost", True), ("127.9.9.9", True), ("0.0.0.0", False)]
+)
+def test_an_address_is_loopback_if_only_this_machine_reaches_it(host, loopback):
+    with listen(host, 0) as listener:
+        assert is_loopback(listener) is loopback
+        assert url_of(listener).startswith("http://127." if host != "localhost" else "http://")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux has it")
+def test_the_system_closes_connections_of_clients_that_do_not_read():
+    with listen("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
