@@ -326,6 +326,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+
 def main() -> None:
     control = Path(os.environ["VLLM_STUB"])
     Handler.stub = stub = Stub(sys.argv, control)
@@ -335,9 +340,7 @@ def main() -> None:
     if "die_at_start" in found:
         print("ValueError: No available memory for the cache blocks.", flush=True)
         sys.exit(found["die_at_start"])
-    server = ThreadingHTTPServer((stub.flags["--host"], int(stub.flags["--port"])), Handler)
-    server.daemon_threads = True
-    server.serve_forever()
+    Server((stub.flags["--host"], int(stub.flags["--port"])), Handler).serve_forever()
 
 
 if __name__ == "__main__":

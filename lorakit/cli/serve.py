@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import sys
 from contextlib import ExitStack
@@ -139,8 +140,9 @@ def serve(
         except StoppedError as stopped:
             until_ready.close()
             interrupted = stopped.signal == "SIGINT"
-            print(f"lorakit: stopped by {'Ctrl-C' if interrupted else stopped.signal}", file=sys.stderr)
-            raise typer.Exit(130 if interrupted else 0) from None
+            print(f"lorakit: stopped by {'Ctrl-C' if interrupted else stopped.signal}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130 if interrupted else 0)  # not sys.exit, which waits for a thread that may still compute
 
 
 def _say_ready(service: Service, url: str, needs_key: bool) -> None:

@@ -19,7 +19,7 @@ completion are concatenated as given: a space between them must be in the data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,8 +91,9 @@ class TokenizerBehaviour:
 class Renderer:
     """Renders the examples of a dataset; tokenizer and template are probed once.
 
-    ends: the ids that end the model's generation, besides the tokenizer's end token. Raises ConfigError for chat
-    options that the template does not read.
+    ends: the ids that end the model's generation, besides the tokenizer's end token. apply: renders the chat template
+    in place of `tokenizer.apply_chat_template`, with the same arguments. Raises ConfigError for chat options that the
+    template does not read.
     """
 
     def __init__(
@@ -103,10 +104,11 @@ class Renderer:
         turns: Turns = "all",
         options: ChatOptions | None = None,
         ends: Sequence[int] = (),
+        apply: Callable[..., Any] | None = None,
     ):
         self.tokenizer, self.template, self.train_on, self.turns = tokenizer, template, train_on, turns
         self._behaviour = TokenizerBehaviour.of(tokenizer)
-        self._chat = ChatTemplate(tokenizer, options or ChatOptions())
+        self._chat = ChatTemplate(tokenizer, options or ChatOptions(), apply)
         # A config's end token may be the default of its class, which is an ordinary token of this tokenizer.
         added = added_tokens(tokenizer)
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -153,6 +155,22 @@ class Renderer:
             segments = [*segments, Segment(opening[len(written) if segments else 0 :], False)]
         return self._tokens(segments, style, example, with_end=False).ids
 
+    def prompt_notes(self, example: Example) -> list[str]:
+        """Return what to tell of a prompt: what its turns, tools and arguments hold and the template does not write.
+
+        Raises DataError for contents and calls that it leaves out.
+        """
+        style = style_for(example.kind, self.tokenizer, self.template)
+        notes = self._chat.unread(example) if style == "chat" else []
+        return notes + self._unshown_for(style).of_prompt(example, self._writer(example, style))
+
+    def end_ids(self, kind: Literal["text", "completion", "chat"], with_tools: bool = False) -> frozenset[int]:
+        """Return the tokens that end answers to examples of a kind: those given, and the one that the template writes.
+
+        with_tools: of conversations with tools, for which some tokenizers have another template.
+        """
+        return frozenset(self._ends_for(style_for(kind, self.tokenizer, self.template), with_tools).all)
+
     def written_ends(self) -> list[int]:
         """The tokens that end trained answers although neither tokenizer nor model ends generation with them."""
         return sorted({ends.written for ends in self._ends.values() if ends.written is not None})
@@ -172,9 +190,12 @@ class Renderer:
             notes.append(OTHER_START)
         if style == "chat":
             notes += self._chat.unread(example)
+        return rows, notes + self._unshown_for(style).notes(example, write, answers)
+
+    def _unshown_for(self, style: Style) -> Unshown:
         if style not in self._unshown:
             self._unshown[style] = Unshown(lambda other: self._writer(other, style))
-        return rows, notes + self._unshown[style].notes(example, write, answers)
+        return self._unshown[style]
 
     def _rows_of(
         self, example: Example, write: Writer, answered: Sequence[int], style: Style

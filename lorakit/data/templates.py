@@ -174,10 +174,17 @@ def style_for(kind: str, tokenizer: PreTrainedTokenizerBase, template: Template)
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with a run's options; one object serves many examples."""
+    """A tokenizer's chat template with a run's options; one object serves many examples.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions):
+    apply: renders in place of `tokenizer.apply_chat_template`, with the same arguments (a server's, for templates that
+    must not run in its process).
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions, apply: Callable[..., Any] | None = None
+    ):
         self.tokenizer, self.options = tokenizer, options
+        self._renders = apply
         self._forms: dict[bool, TemplateForms] = {}
         self._words = set(re.findall(r"[A-Za-z_]\w*", source_of(tokenizer) + source_of(tokenizer, True)))
         for name in options.kwargs:
@@ -249,8 +256,9 @@ class ChatTemplate:
         more: dict[str, Any] = {"documents": list(documents)} if documents else {}
         if self.options.date is not None and source:  # without a text, transformers says which templates there are
             more["chat_template"] = source
+        renders = self._renders or self.tokenizer.apply_chat_template
         return str(
-            self.tokenizer.apply_chat_template(
+            renders(
                 list(turns), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt, **more, **kwargs
             )
         )

@@ -59,6 +59,18 @@ class Unshown:
             notes.append(AFTER_LAST)
         return notes + self._of_row(example, last)
 
+    def of_prompt(self, example: Example, write: Writer) -> list[str]:
+        """The same for a prompt: an example whose last message is yet to be written."""
+        turns = replace(example, messages=example.messages[:-1])
+
+        def prompt(messages: Sequence[Message], _: bool) -> str:
+            return write(messages, True)
+
+        last = Answer(len(turns.messages) - 1, "", "", prompt(turns.messages, True))
+        notes = [message.note for message in turns.messages if message.note]
+        notes += self._of_others(turns, prompt, last, range(len(turns.messages)))
+        return notes + self._of_row(turns, last, adds_prompt=True)
+
     def _of_answer(self, example: Example, write: Writer, answer: Answer) -> list[str]:
         messages, where = example.messages[: answer.index + 1], example.row.where
         message, notes = messages[-1], []
@@ -129,18 +141,23 @@ class Unshown:
                     f"{messages[index].role} turn's content\n{FIX}"
                 )
 
-    def _of_row(self, example: Example, last: Answer) -> list[str]:
-        """What a row holds beside its turns."""
+    def _of_row(self, example: Example, last: Answer, adds_prompt: bool = False) -> list[str]:
+        """What a row holds beside its turns. adds_prompt: `last.rendered` ends with the generation prompt."""
         notes = []
         for name in ("tools", "documents"):
             if getattr(example, name) and ("row", name) not in self._known:
                 fewer: Any = {name: ()}
                 write = self._writer_of(replace(example, **fewer))
-                if _is_same(write, example.messages[: last.index + 1], last.rendered):
-                    notes.append(f"the chat template does not show the column {name}")
+                if _is_same(write, example.messages[: last.index + 1], last.rendered, adds_prompt):
+                    notes.append(column_note(name))
                 else:
                     self._known.add(("row", name))
         return notes
+
+
+def column_note(name: str) -> str:
+    """Return the note on a column, tools or documents, that is not shown."""
+    return f"the chat template does not show the column {name}"
 
 
 def _further_keys(message: Message) -> list[str]:
@@ -169,10 +186,10 @@ def _emptied(message: Message) -> Message:
     return replace(message, content="", given={**message.turn, "content": ""})
 
 
-def _is_same(write: Writer, messages: Sequence[Message], rendered: str) -> bool:
+def _is_same(write: Writer, messages: Sequence[Message], rendered: str, adds_prompt: bool = False) -> bool:
     """Whether other messages give the same text. A template that rejects them has read what they lack."""
     try:
-        return write(messages, False) == rendered
+        return write(messages, adds_prompt) == rendered
     except DataError:
         return False
 

@@ -77,7 +77,7 @@ class Piece:
     """New tokens of an answer, without a stop token. `finish`: set in the last piece, which may have no tokens.
 
     logprobs: one for each id if they were asked for. cached: tokens of the prompt that were not computed again, given
-    with the first piece.
+    with one piece: the first here, the last where vLLM tells so late.
     """
 
     ids: tuple[int, ...]
@@ -133,7 +133,10 @@ class Engine(Protocol):
         """Be ready for `submit`. Raises LorakitError."""
 
     def submit(self, work: Work) -> Ticket:
-        """Queue a request. Raises Busy, TooLong, UnknownAdapter (a key that is not loaded), Cannot."""
+        """Queue a request. Raises Busy, TooLong, UnknownAdapter (a key that is not loaded), Cannot.
+
+        What shows only later (a schema that cannot be compiled) is raised by the ticket, before its first piece.
+        """
 
     async def load(self, key: str, source: Source, *, pin: bool = False) -> None:
         """Make an adapter usable: read, check against the base, and attach between two steps.

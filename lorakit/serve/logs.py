@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import traceback
-from typing import TextIO
+from typing import Any, TextIO
 
 from .guard.shield import Broken
 from .observe import Seen
@@ -23,9 +23,7 @@ _PATH_LENGTH = 200
 def configure(access: bool = True, stream: TextIO | None = None) -> None:
     """Send our log and uvicorn's warnings to `stream`, or stderr. access: a line for each request too."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    form.converter = time.gmtime
-    handler.setFormatter(form)
+    handler.setFormatter(_Form("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"))
     handler.addFilter(_is_news)
     for log, level in ((LOG, logging.INFO if access else logging.WARNING), (_uvicorn(), logging.WARNING)):
         log.handlers[:] = [handler]
@@ -44,9 +42,18 @@ def access_line(seen: Seen) -> None:
 
 
 def report(name: str, error: BaseException) -> None:
-    """Log an error that broke the answer to the request `name`: its type, and the lines of code it passed through."""
-    lines = "".join(traceback.format_tb(error.__traceback__))
-    LOG.error("%s failed with %s\n%s", name, type(error).__qualname__, lines.rstrip())
+    """Log an error that broke the answer to the request `name`."""
+    LOG.error("%s failed", name, exc_info=error)
+
+
+class _Form(logging.Formatter):
+    """Times in UTC, and errors without their messages."""
+
+    converter = staticmethod(time.gmtime)
+
+    def formatException(self, ei: Any) -> str:
+        """Return the lines of code that the error passed through, and its type."""
+        return f"{''.join(traceback.format_tb(ei[2]))}{ei[0].__qualname__}"
 
 
 def _plain(text: str) -> str:

@@ -80,7 +80,7 @@ class Metrics:
 
     def _label(self, adapter: str) -> str:
         """Return the label of an adapter as an answer names it: without the hash; all mixes have one label."""
-        name = MIX if "+" in adapter else adapter.rpartition("@")[0] or adapter
+        name = MIX if ", " in adapter else adapter.rpartition("@")[0] or adapter
         if name not in self._adapters and len(self._adapters) >= MAX_ADAPTERS:
             return OTHER
         self._adapters.add(name)

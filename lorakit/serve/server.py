@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, LorakitError, StoppedError
 from .guard.asgi import App
+from .logs import LOG
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -101,10 +102,15 @@ async def serve(
             ready()
         await asyncio.wait({answering, stopped}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
-        # Both at once: the engine ends the answers that uvicorn waits for.
-        await asyncio.gather(running.stop(drain), answering)
+        try:
+            async with asyncio.timeout(drain + 2 * AFTER_DRAIN):
+                await asyncio.gather(
+                    running.stop(drain), answering
+                )  # the engine ends the answers that uvicorn waits for
+        except TimeoutError:
+            LOG.error("the engine did not stop in time; what it still computes is given up")
         if not stopped.done():
-            raise LorakitError("the server stopped by itself; its log says why")
+            raise LorakitError("the server stopped by itself\n  its log, above, says why")
         raise StoppedError(f"stopped by {stopped.result()}", stopped.result())
 
 

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import LorakitError, listing
+from .guard.guarded import guarded
+from .logs import access_line, configure, report
+from .metrics import Metrics, add_metrics
+from .observe import observed
 from .server import Running
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine import Engine, Facts
+    from .registry import Registry
     from .service import Service
 
 T = TypeVar("T")
@@ -50,49 +55,58 @@ async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> R
 
     Raises LorakitError for what cannot be loaded; then nothing is left running.
     """
-    build: Callable[[ServeSettings], Built] = import_module(f".{settings.engine}.build", __package__).build
-    built = await _in_thread(lambda: build(settings))
-    facts = await built.engine.start()
-    try:
-        service = await _service(settings, built, facts)
-        app = _app(settings, service)
-    except BaseException:
-        await built.engine.stop(0)
-        raise
-    notice(service)
-    return Running(app, built.engine.stop)
-
-
-async def _service(settings: ServeSettings, built: Built, facts: Any) -> Service:
-    from .guard.hub import Hub
-    from .guard.roots import Roots
-    from .registry import Registry
     from .renderer import Renderer
     from .service import Service
 
+    build: Callable[[ServeSettings], Built] = import_module(f".{settings.engine}.build", __package__).build
+    built = await _in_thread(lambda: build(settings))
+    facts = replace(await built.engine.start(), base=settings.name)  # an engine may call it by its path
+    closing: list[Callable[[], Awaitable[None]]] = []
+
+    async def stop(drain: float) -> None:
+        """Let running answers end within `drain` seconds; then nothing holds what the other parts have."""
+        await built.engine.stop(drain)
+        for close in reversed(closing):
+            await close()
+
+    try:
+        registry = _registry(settings, built.engine, facts)
+        closing.append(registry.close)
+        await registry.start()
+        renderer = Renderer(built.tokenizer, built.ends, template=settings.chat_template)
+        closing.append(renderer.close)
+        service = Service(built.engine, facts, registry, renderer, settings.guard.limits)
+        app = _app(settings, service)
+    except BaseException:
+        await stop(0)
+        raise
+    notice(service)
+    return Running(app, stop)
+
+
+def _registry(settings: ServeSettings, engine: Engine, facts: Facts) -> Registry:
+    from ..bases.load import model_path
+    from .guard.hub import Hub
+    from .guard.roots import Roots
+    from .registry import Registry
+
     registry = Registry(
-        built.engine,
+        engine,
         facts,
         base_names=(settings.name,),
         roots=Roots(settings.roots),
         hub=Hub(settings.hub),
         state=settings.state,
+        allow_pickle=settings.allow_pickle,
+        base=model_path(settings.base),
     )
     for name, path in settings.adapters.items():
         registry.add(name, path)
-    for name in settings.adapters:  # one that cannot be served should end the command, not the first request for it
-        async with registry.lease(name, None):
-            pass
-    renderer = Renderer(built.tokenizer, built.ends, template=settings.chat_template)
-    return Service(built.engine, facts, registry, renderer, settings.guard.limits)
+    return registry
 
 
 def _app(settings: ServeSettings, service: Service) -> Any:
     from .api.app import create_app
-    from .guard.guarded import guarded
-    from .logs import access_line, configure, report
-    from .metrics import Metrics, add_metrics
-    from .observe import observed
 
     configure(settings.access_log)
     app = create_app(service)

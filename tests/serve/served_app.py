@@ -27,13 +27,21 @@ from lorakit.serve.guard.limits import Limits
 from lorakit.serve.renderer import Renderer
 from lorakit.serve.service import Service
 
+# The tiny template, with tools and calls as Qwen's and Hermes' write them.
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 HELLO = [{"role": "user", "content": "Hi"}]
 ASK = {"model": "base", "messages": HELLO}
 
 
 @cache
 def tokenizer() -> Any:
-    return tiny_lm.tokenizer(tiny_lm.CHATML)
+    return tiny_lm.tokenizer(TEMPLATE)
 
 
 def ids(text: str, end: bool = True) -> list[int]:
@@ -134,7 +142,7 @@ def served(
     answer: str | Callable[[Work], Sequence[int]] = "Hello!",
     adapters: Sequence[str] = ("sql", "chat"),
     limits: Limits | None = None,
-    context: int = 512,
+    context: int = 1024,
 ) -> Served:
     """Return the app over an engine that answers with a text, or as a function says."""
     engine = ScriptedEngine((lambda work: ids(answer)) if isinstance(answer, str) else answer, context, 258)

@@ -6,18 +6,21 @@ import asyncio
 import json
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from served_app import ASK, HELLO, served
 
+from lorakit.serve.engine import Piece, Work
 from lorakit.serve.guard.limits import Limits
+from lorakit.serve.ticket import Ticket
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return served(limits=Limits(answer_tokens=300, prompt_tokens=400))
+    return served(limits=Limits(answer_tokens=300, prompt_tokens=400), context=512)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_a_missing_field_is_named(app: Any, missing: str):
         (b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}', ""),
         (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', ""),
         (b'{"model": "base", "messages": [{"role": "\\ud800", "content": "x"}]}', ""),
-        (b'{"model": "base", "messages": [{"role": "user", "content": "x"}], "stop": "\\ud800", "n": 99}', "n is 99"),
+        (b'{"model": "base", "messages": [{"role": "user", "content": "x"}], "stop": "\\ud800"}', "surrogate"),
     ],
 )
 def test_bodies_that_are_no_request(app: Any, body: bytes, message: str):
@@ -182,7 +185,7 @@ def test_a_wrong_method_is_405_with_the_right_one(app: Any):
     assert answer.headers["allow"] == "POST"
 
 
-def test_a_fault_of_ours_is_500_without_its_text_and_is_not_retried(caplog: Any):
+def test_a_fault_of_ours_is_500_without_its_text_is_not_retried_and_is_for_the_server_to_log():
     app = served()
 
     def broken(*_: Any, **__: Any) -> None:
@@ -193,6 +196,28 @@ def test_a_fault_of_ours_is_500_without_its_text_and_is_not_retried(caplog: Any)
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.headers["x-should-retry"] == "false"
+
+    async def raises() -> None:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app.app), base_url="http://127.0.0.1") as client:
+            await client.post(CHAT, json=ASK)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(raises())
+
+
+def test_a_fault_in_a_stream_is_logged_and_ends_it_without_its_text(caplog: Any):
+    app = served()
+
+    def broken(work: Work) -> Ticket:
+        ticket = Ticket(lambda: None)
+        ticket.put(Piece((70,)))
+        ticket.put(ZeroDivisionError("/secret/path"))
+        return ticket
+
+    app.engine.submit = broken  # type: ignore[method-assign]
+    answer = app.post(CHAT, {**ASK, "stream": True})
+    assert answer.text.endswith('"code":"internal_error"}}\n\n')
+    assert "secret" not in answer.text
     assert "ZeroDivisionError" in caplog.text
 
 

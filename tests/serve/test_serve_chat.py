@@ -197,6 +197,36 @@ def test_a_call_that_is_demanded_comes_back_as_one(choice: Any):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_a_call_in_the_familys_syntax_is_read_and_its_result_is_answered():
+    app = served('Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>')
+    answer = chat(app, tools=[WEATHER])
+    (call,) = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Rome"}
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Let me see.", "tool_calls")
+    assert app.engine.works[0].sampling.schema is None
+    chunks = streamed(app, tools=[WEATHER])
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Let me see."
+    calls = [call for chunk in chunks for call in (chunk.choices[0].delta.tool_calls or ())]
+    assert calls[0].function.name == "weather"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    said = answer.choices[0].message.model_dump(exclude_none=True)
+    chat(app, messages=[*HELLO, said, result], tools=[WEATHER])
+    assert "<tool>sunny<assistant>" in tokenizer().decode(app.engine.works[-1].ids)
+    text = chat(app, tools=[WEATHER], tool_choice="none").choices[0]
+    assert "<tool_call>" in text.message.content
+    assert text.finish_reason == "stop"
+
+
+def test_one_call_only_if_asked_so():
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    app = served(call * 2 + "x" * 50)
+    assert len(chat(app, tools=[WEATHER]).choices[0].message.tool_calls) == 2
+    answer = chat(app, tools=[WEATHER], parallel_tool_calls=False).choices[0]
+    assert len(answer.message.tool_calls) == 1
+    assert answer.finish_reason == "tool_calls"
+    assert app.engine.cancelled == 1
+
+
 def test_a_schema_reaches_the_engine():
     app = served("{}")
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

@@ -121,7 +121,7 @@ def test_best_of_gives_the_likeliest_per_token():
         ({"prompt": ""}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": None}, "prompt"),
-        ({"prompt": "x" * 600}, None),
+        ({"prompt": "x" * 1100}, None),
         ({"logprobs": 50}, "logprobs"),
     ],
 )

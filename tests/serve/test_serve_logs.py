@@ -51,6 +51,18 @@ def test_a_path_cannot_forge_a_line_nor_fill_the_log(log):
     assert len(log.getvalue()) < 600
 
 
+def test_an_error_is_logged_with_its_lines_of_code_and_without_its_text(log):
+    try:
+        raise ValueError("the text of a prompt")
+    except ValueError as error:
+        logs.report("req-1", error)
+        logging.getLogger("lorakit.serve.api").error("a request failed", exc_info=error)
+    assert "req-1 failed\n" in log.getvalue()
+    assert log.getvalue().count("ValueError\n") == 2
+    assert log.getvalue().count("test_serve_logs.py") == 2
+    assert "prompt" not in log.getvalue().replace('raise ValueError("the text of a prompt")', "")
+
+
 def test_warnings_of_the_http_server_are_shown_and_broken_answers_are_not_shown_twice(log):
     uvicorn = logging.getLogger("uvicorn.error")
     uvicorn.warning("Invalid HTTP request received.")
@@ -67,4 +79,4 @@ def test_the_access_log_can_be_switched_off(log):
     call(app())
     assert log.getvalue() == ""
     logs.report("req-1", ValueError("x"))
-    assert "req-1 failed with ValueError" in log.getvalue()
+    assert "req-1 failed\nValueError" in log.getvalue()

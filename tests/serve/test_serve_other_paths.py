@@ -22,7 +22,7 @@ def test_models_lists_base_and_adapters_for_the_openai_client():
 
     models, one = asyncio.run(ask())
     assert [model.id for model in models] == ["base", "sql", "chat"]
-    assert (models[0].parent, models[0].root, models[0].max_model_len) == (None, "base", 512)
+    assert (models[0].parent, models[0].root, models[0].max_model_len) == (None, "base", 1024)
     assert (one.parent, one.root, one.owned_by, one.object) == ("base", "sql.safetensors", "lorakit", "model")
     assert one.lorakit["version"] == "f" * 12
 
@@ -66,7 +66,7 @@ def test_tokens_of_a_prompt_and_of_messages_and_back():
     app = served()
     answer = app.post("/tokenize", {"prompt": "Hé", "return_token_strs": True}).json()
     assert answer["tokens"] == ids("Hé", end=False)
-    assert (answer["count"], answer["max_model_len"], len(answer["token_strs"])) == (3, 512, 3)
+    assert (answer["count"], answer["max_model_len"], len(answer["token_strs"])) == (3, 1024, 3)
     answer = app.post("/tokenize", {"model": "sql", "messages": HELLO}).json()
     assert tokenizer().decode(answer["tokens"]) == "<user>Hi<assistant>"
     assert answer["token_strs"] is None
@@ -75,7 +75,7 @@ def test_tokens_of_a_prompt_and_of_messages_and_back():
     assert app.post("/tokenize", {"prompt": "a", "messages": HELLO}).status_code == 400
     assert app.post("/tokenize", {"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
     assert app.post("/detokenize", {"tokens": [258]}).status_code == 400
-    assert app.post("/tokenize", {"prompt": "\ud800"}).status_code == 400
+    assert app.post("/tokenize", b'{"prompt": "\\ud800"}').status_code == 400
     assert app.names.leased == 0
 
 

@@ -82,6 +82,9 @@ async def _answer(service: Service, request: ChatRequest, send: Send) -> None:
             parallel_tool_calls=request.parallel_tool_calls is not False,
             kwargs=request.chat_template_kwargs,
         )
+        if len(prompt.schema or "") > service.limits.schema:
+            most = service.limits.schema
+            raise ApiError(f"tools: a demanded call's schema has more than {most:,} characters; give fewer", "tools")
         wanted = request.max_completion_tokens or request.max_tokens
         how = sampling.sampling(
             request,

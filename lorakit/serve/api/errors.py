@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,14 @@ from starlette.responses import Response
 from ...errors import AdapterError, ConfigError, DataError, LorakitError, StateError, choices, did_you_mean, expectation
 from ..errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
 from .offered import missing
+from .replies import Json
 
 log = logging.getLogger("lorakit.serve")
 
 # The request's field behind each ability that an engine may lack.
 FIELDS = {"mix": "model", "scale": "lorakit.scale", "schema": "response_format", "repetition": "repetition_penalty"}
+# Errors of the renderer begin with the place in the request that is wrong, such as messages[2].content.
+FIELD_AT_START = re.compile(r"(messages|prompt|tools|tool_choice|response_format|chat_template_kwargs)\b[\w.$\[\]]*")
 NO_RETRY = {"x-should-retry": "false"}
 SHOWN = 60  # characters of a wrong value in a message
 
@@ -51,6 +55,9 @@ def body(message: str, status: int, param: str | None = None, code: str | None =
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+INTERNAL = body("the server failed; its log says why", 500, None, "internal_error")
 
 
 def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -79,17 +86,16 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         case AdapterError():
             return 400, body(text, 400, "model", "adapter_refused"), {}
         case ConfigError() | DataError() | StateError():
-            return 400, body(text, 400), {}
+            field = FIELD_AT_START.match(text)
+            return 400, body(text, 400, field and field[0]), {}
     log.error("a request failed", exc_info=error)
-    return 500, body("the server failed; its log says why", 500, None, "internal_error"), NO_RETRY
+    return 500, INTERNAL, NO_RETRY
 
 
-def response(error: Exception) -> Response:
+def response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error's response."""
-    from .replies import Json
-
-    status, content, headers = described(error)
-    return Json(content, status, headers)
+    status, content, own = described(error)
+    return Json(content, status, {**own, **(headers or {})})
 
 
 def install(app: FastAPI) -> None:
@@ -98,18 +104,22 @@ def install(app: FastAPI) -> None:
     async def failed(_: Request, error: Exception) -> Response:
         return response(error)
 
+    async def broken(_: Request, error: Exception) -> Response:
+        # Starlette raises it again, for the server to log.
+        return Json(INTERNAL, 500, NO_RETRY)
+
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return response(validation(error.errors(), error.body))
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return response(_of_http(request, error))
+        return response(_of_http(request, error), error.headers)
 
     app.add_exception_handler(LorakitError, failed)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(Exception, broken)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
@@ -136,7 +146,9 @@ def validation(problems: Sequence[Mapping[str, Any]], given: object) -> ApiError
     fields: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
     for problem in problems:
         fields.setdefault(tuple(_field(problem, given)), []).append(problem)
-    path, items = min(fields.items(), key=lambda entry: len(entry[0]))
+    # Of a union, the member whose problem lies deepest is the one that was meant.
+    start = next(iter(fields))[:1]
+    path, items = max((entry for entry in fields.items() if entry[0][:1] == start), key=lambda entry: len(entry[0]))
     param = ".".join(str(part) for part in path) or None
     if items[0]["type"] == "missing":
         return ApiError(f"{param} is missing", param)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, Strict
+from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, Strict, model_validator
+
+from .errors import ApiError
 
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
@@ -22,6 +24,30 @@ class Open(BaseModel):
     """A body whose unknown keys are kept, to be named."""
 
     model_config = ConfigDict(extra="allow")
+
+
+class Body(Open):
+    """A body of which every text is one that can be encoded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, given: Any) -> Any:
+        if (text := _unpaired(given)) is not None:
+            shown = text[:60].encode("ascii", "backslashreplace").decode()
+            raise ApiError(f"half of a surrogate pair, which is no character, is in {shown!r}; write it as UTF-8")
+        return given
+
+
+def _unpaired(value: object) -> str | None:
+    """Return the first text that has half of a surrogate pair, None if there is none. JSON lets one write it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value
+        return None
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((text for part in parts if (text := _unpaired(part)) is not None), None)
 
 
 class Ours(BaseModel):
@@ -38,7 +64,7 @@ class StreamOptions(Open):
     include_usage: Flag | None = Field(None, description="end with a chunk that counts the tokens")
 
 
-class Sampled(Open):
+class Sampled(Body):
     """What both kinds of completion have."""
 
     model: str = Field(description=MODEL)
@@ -95,7 +121,7 @@ class CompletionRequest(Sampled):
     logprobs: Int | None = Field(None, ge=0, le=20, description="likeliest tokens to report beside each token")
 
 
-class LoadRequest(Open):
+class LoadRequest(Body):
     """Body of /v1/load_lora_adapter, as vLLM's."""
 
     lora_name: str = Field(min_length=1, max_length=256, description="name to ask for it by")
@@ -106,13 +132,13 @@ class LoadRequest(Open):
     pin: Flag | None = Field(None, description="keep it on the device")
 
 
-class UnloadRequest(Open):
+class UnloadRequest(Body):
     """Body of /v1/unload_lora_adapter, as vLLM's."""
 
     lora_name: str = Field(min_length=1, max_length=256)
 
 
-class TokenizeRequest(Open):
+class TokenizeRequest(Body):
     """Body of /tokenize, as vLLM's: a prompt or messages."""
 
     model: str | None = Field(None, description=MODEL)
@@ -124,7 +150,7 @@ class TokenizeRequest(Open):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(Open):
+class DetokenizeRequest(Body):
     """Body of /detokenize, as vLLM's."""
 
     model: str | None = Field(None, description=MODEL)

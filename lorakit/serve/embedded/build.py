@@ -11,6 +11,7 @@ def build(settings: ServeSettings) -> Built:
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import end_tokens, load_model, load_tokenizer
     from .engine import EmbeddedEngine
+    from .grammar import Grammars
     from .prefixes import Prefixes
     from .tiers import Tiers
 
@@ -18,6 +19,7 @@ def build(settings: ServeSettings) -> Built:
     dtype = choose_dtype(settings.precision, device).value
     tokenizer = load_tokenizer(settings.base)
     model = load_model(settings.base, dtype, device, quantization=settings.quantization)
+    ends = end_tokens(settings.base)
     engine = EmbeddedEngine(
         model,
         base=settings.name,
@@ -26,5 +28,6 @@ def build(settings: ServeSettings) -> Built:
         waiting=settings.guard.limits.waiting,
         tiers=Tiers(model, tokenizer, device=settings.device_adapters, memory_bytes=settings.adapter_memory),
         prefixes=Prefixes(settings.prefix_memory),
+        grammars=Grammars(tokenizer, ends),
     )
-    return Built(engine, tokenizer, end_tokens(settings.base))
+    return Built(engine, tokenizer, ends)

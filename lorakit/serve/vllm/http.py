@@ -36,7 +36,8 @@ class VllmClient:
             base_url=f"http://127.0.0.1:{port}",
             headers={"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(_SECONDS, connect=5.0),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            # vLLM closes idle connections after 5 s: a request must not take one just then.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
             trust_env=False,  # a proxy from the environment is not for the loopback interface
         )
 

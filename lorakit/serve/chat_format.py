@@ -1,0 +1,171 @@
+"""How one adapter is written to: its chat record turned into prompts, stop tokens and a tool-call syntax.
+
+Adapters with the same record share one `ChatFormat`, and all share the base's tokenizer: what differs is the template's
+text. So hundreds of adapters cost no more than their distinct templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from ..data.chat_record import ChatRecord
+from ..data.render import Renderer as RowRenderer
+from ..data.render import question_ids
+from ..data.shapes import Example
+from ..data.templates import ChatOptions, Style, source_of
+from ..data.turns import Message, checked, conversation
+from ..data.unshown import column_note
+from ..errors import ConfigError, DataError, listing
+from .answer_text import TokenTexts
+from .foreign_template import ForeignTemplate, TemplateProcess
+from .messages import REQUEST
+from .tool_calls.families import PLAIN, syntax_of
+from .tool_calls.syntax import Syntax, Tools
+
+if TYPE_CHECKING:
+    from .card import Card
+
+KEPT = 256  # records whose formats are kept; another costs some trials of its template again
+NOT_READ = "the plain template does not read chat_template_kwargs"
+
+
+class Formats:
+    """The formats of a base and its adapters, those used last."""
+
+    def __init__(self, tokenizer: Any, texts: TokenTexts, model_ends: Collection[int], process: TemplateProcess):
+        self._tokenizer, self._texts, self._process = tokenizer, texts, process
+        self._ends = tuple(model_ends)
+        self._kept: OrderedDict[tuple[object, ...], ChatFormat] = OrderedDict()
+        self._lock = Lock()
+
+    def of(self, card: Card | None) -> ChatFormat:
+        """Return the format of an adapter, or of the base. Costs nothing the second time."""
+        record = ChatRecord() if card is None else card.chat
+        kwargs = json.dumps(dict(record.options.kwargs), sort_keys=True, default=str)
+        key = (record.style, record.template, kwargs, record.options.date, record.end_tokens)
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                found = ChatFormat(record, self._tokenizer, self._texts, self._ends, self._process)
+                self._kept[key] = found
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+        return found
+
+
+class ChatFormat:
+    """How adapters with one chat record are written to. `style`: none, chat or plain."""
+
+    def __init__(
+        self, record: ChatRecord, tokenizer: Any, texts: TokenTexts, model_ends: Sequence[int], process: TemplateProcess
+    ):
+        self._record, self._texts, self._model_ends = record, texts, model_ends
+        self._tokenizer = tokenizer
+        self._foreign: ForeignTemplate | None = None
+        if record.template is not None:
+            # Not `with_template`, which compiles: even that must not happen here, as constants are computed then.
+            self._tokenizer = copy(tokenizer)
+            self._tokenizer.chat_template = record.template
+            self._foreign = ForeignTemplate(process, record.template, tokenizer.special_tokens_map)
+        default: Style = "chat" if self._tokenizer.chat_template else "plain"
+        self.style: Style = record.style or default
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.text_stop_ids = frozenset([*own, *model_ends, *self._recorded_ends()])
+
+    def chat_ids(
+        self, turns: Sequence[dict[str, Any]], tools: Tools, kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Return the ids of a conversation up to the next answer, and notes on what of it is not shown.
+
+        turns: of `checked_messages`. Raises DataError where the template rejects the conversation, or leaves out a
+        content or the tools.
+        """
+        notes = [f"{NOT_READ}.{name}" for name in kwargs] if self.style == "plain" else []
+        rows = self._rows
+        try:
+            messages = conversation(list(turns), "messages", REQUEST)
+            example = Example(
+                "chat",
+                checked((*messages, Message("assistant", "", True)), REQUEST),
+                REQUEST,
+                tools=tuple(dict(tool) for tool in tools),
+                template_kwargs=kwargs if self.style == "chat" else {},
+            )
+            ids = rows.prompt(example)
+            notes += rows.prompt_notes(example)
+        except (ConfigError, DataError) as error:
+            # The lines after the first say how to mend a file of training data.
+            raise DataError(str(error).partition("\n")[0].removeprefix(f"{REQUEST.where}: ")) from error
+        if column_note("tools") in notes:
+            raise DataError(
+                "the chat template does not write tools, so the model would not know of them\n"
+                "  leave tools out of the request, or ask a model whose template has them"
+            )
+        return tuple(ids), tuple(dict.fromkeys(notes))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text without a template, with the start token that the tokenizer gives every text."""
+        ids = tuple(question_ids(text, self._tokenizer, "none"))
+        if not ids:
+            raise DataError("prompt is empty; expected at least one token")
+        return ids
+
+    def stop_ids(self, with_tools: bool) -> frozenset[int]:
+        """Return what ends a chat answer: the base's end tokens, the record's, and the one that the template writes."""
+        if self.style == "none":
+            return self.text_stop_ids
+        return self.text_stop_ids | self._rows.end_ids("chat", with_tools)
+
+    @cached_property
+    def syntax(self) -> Syntax | None:
+        """How its template writes tool calls, None if that is not known."""
+        return PLAIN if self.style == "plain" else syntax_of(source_of(self._tokenizer, with_tools=True))
+
+    @cached_property
+    def markers(self) -> frozenset[int]:
+        """The special tokens of the syntax, which have to stay in an answer's text."""
+        markers = () if self.syntax is None else self.syntax.markers
+        ids = (self._id(marker) for marker in markers)
+        return frozenset(token for token in ids if token is not None and self._texts.is_special(token))
+
+    def check(self) -> None:
+        """Try the record on a short conversation. Raises DataError."""
+        unknown = [token for token in self._record.end_tokens if self._id(token) is None]
+        if unknown:
+            raise DataError(
+                f"its answers end with {listing(unknown)}, which the base's tokenizer does not have\n"
+                "  serve it with the base that it was trained on"
+            )
+        if self.style != "none":
+            self.chat_ids([{"role": "user", "content": "Hello"}], (), {})
+
+    @cached_property
+    def _rows(self) -> RowRenderer:
+        """The renderer of training rows. Raises DataError for a record that does not fit the template."""
+        if self.style == "chat" and not self._tokenizer.chat_template:
+            raise DataError(
+                "this adapter was trained with a chat template, but the base has none\n"
+                "  start the server with the template: --chat-template FILE"
+            )
+        options = self._record.options if self.style == "chat" else ChatOptions()
+        template = "chat" if self.style == "chat" else "plain"
+        try:
+            return RowRenderer(self._tokenizer, template, options=options, ends=self._model_ends, apply=self._foreign)
+        except ConfigError as error:
+            raise DataError(f"this adapter's record does not fit its chat template: {error}") from error
+
+    def _recorded_ends(self) -> list[int]:
+        ids = map(self._id, self._record.end_tokens)
+        return [token for token in ids if token is not None]
+
+    def _id(self, token: str) -> int | None:
+        """Return the id of a token given as text, None if the tokenizer does not have it."""
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        return found if found is not None and self._tokenizer.convert_ids_to_tokens(found) == token else None
