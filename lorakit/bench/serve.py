@@ -1,9 +1,9 @@
 """Compare the embedded engine with the base alone, with transformers' `generate`, with PEFT, and with HTTP in between.
 
-64 requests, 32 at once, greedy; prompts of 12 to 64 tokens, answers of 12 to 48 (half of both on models of width 512 and
-more, a quarter in `--quick`). Every side answers the same requests, and the answers must be the same.
+64 requests, 32 at once, greedy; prompts of 12 to 64 tokens, answers of 12 to 48 (half of both on models of width 512
+and more, a quarter in `--quick`). Every side answers the same requests, and the answers must be the same.
 
-    routed         the engine, the requests taking turns between the adapters; over the engine on a model without adapters
+    routed         the engine, the requests taking turns between the adapters, over the engine without adapters
     static         transformers' `generate` on left-padded batches of 32: a batch runs until its longest answer ends
     PEFT           the same with adapters and `adapter_names`
     HTTP           the engine behind the API, streamed to clients in another process, over the engine called directly
@@ -69,8 +69,10 @@ def run(quick: bool = False) -> list[Row]:
     settings = [replace(SETTINGS[0], scale=0.25)] if quick else SETTINGS
     counts, rounds = ((1, 8), 3) if quick else ((1, 8, 32), 5)
     rows = [row for setting in settings for row in throughput(setting, counts, rounds)]
-    http = [through_http(model_of(settings[0]), asked(settings[0], 8), rounds)]
-    return [*rows, *http, *cold(quick)]
+
+    adapters = {f"adapter{i}": values(settings[0], f"adapter{i}", 8) for i in range(8)}
+    http = through_http(adapters, asked(settings[0], len(adapters)), AT_ONCE, rounds)
+    return [*rows, http, *cold(quick)]
 
 
 def throughput(setting: Setting, counts: Sequence[int], rounds: int) -> list[Row]:

@@ -10,16 +10,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
 import lorakit as lk
 
-from ..serve.engine import Choice, Sampling, Work
 from ..serve.embedded.engine import EmbeddedEngine
+from ..serve.engine import Choice, Sampling, Work
 from .serve_sides import Kept, engine_for
 from .suite import Row
 from .train_step import PROJECTIONS, Shape, llama
@@ -129,4 +129,4 @@ async def _record(engine: EmbeddedEngine, choice: Choice, new: int, arrivals: li
 def _waits(times: Sequence[float], began: float, ended: float) -> list[float]:
     """Return the waits between a stream's tokens that overlap a span of time, also one that has not ended yet."""
     closed = [*times, ended] if times and times[-1] < ended else list(times)
-    return [after - before for before, after in zip(closed, closed[1:]) if after > began and before < ended]
+    return [after - before for before, after in pairwise(closed) if after > began and before < ended]

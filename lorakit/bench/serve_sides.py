@@ -77,7 +77,7 @@ class Engine:
 
 
 class Static:
-    """transformers' `generate` on left-padded batches, one after the other. adapters: PEFT's `adapter_names` are used."""
+    """transformers' `generate` on left-padded batches in turn. adapters: PEFT's `adapter_names` are used."""
 
     def __init__(self, model: Any, rows: int, adapters: bool = False):
         self.model, self.rows, self.adapters = model, rows, adapters
