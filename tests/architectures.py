@@ -99,6 +99,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2": {**_ATTENTION, "full_attn_idxs": [1]},
     "rwkv": {**_COMMON, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64},
 }
+# Others with windows, or with windows in some layers.
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {**_ATTENTION, "sliding_window": 4},
+    "gemma2": {**_ATTENTION, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "qwen2": {**_ATTENTION, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {**_ATTENTION, "head_dim": 8},
+}
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "jamba")
 MOE = ("mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_next")
 
@@ -108,7 +115,7 @@ def config_of(architecture: str) -> Any:
 
     if architecture not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {architecture}")
-    return CONFIG_MAPPING[architecture](**CONFIGS[architecture])
+    return CONFIG_MAPPING[architecture](**(CONFIGS | WINDOWED)[architecture])
 
 
 def causal_lm(architecture: str, seed: int = 3, noise: float = 0.15):

@@ -1,4 +1,4 @@
-"""Parts of the embedded engine for its tests: tiers and a prefix cache of a few lines, and adapters to be served."""
+"""Parts of the embedded engine for its tests: tiers of a few lines, and adapters to be served."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 import lorakit as lk
 from lorakit.serve.embedded.engine import EmbeddedEngine
+from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import UnknownAdapter
 
@@ -37,7 +38,10 @@ class Counts:
 
 
 class PlainTiers:
-    """Attaches what is loaded, and keeps it. `held` counts claims and uses by key; `blocked`: keys that are not ready."""
+    """Attaches what is loaded, and keeps it.
+
+    held: claims and uses by key that were not given back. blocked: keys that are not ready.
+    """
 
     def __init__(self, model):
         self.model, self.wake = model, lambda: None
@@ -106,44 +110,6 @@ class PlainTiers:
         return +self.claims + +self.uses
 
 
-@dataclass
-class Start:
-    length: int
-    keys_values: list
-
-
-class PlainPrefixes:
-    """Keeps everything. `starts`: (choice, ids) -> keys and values."""
-
-    def __init__(self, least=4):
-        self.least, self.starts = least, {}
-
-    def find(self, choice, ids):
-        best = None
-        for (kept, known), keys_values in self.starts.items():
-            if kept != choice:
-                continue
-            same = next((n for n, (a, b) in enumerate(zip(known, ids)) if a != b), min(len(known), len(ids)))
-            same = min(same, len(ids) - 1)
-            if same >= self.least and (best is None or same > best.length):
-                best = Start(same, [(k[:, :same], v[:, :same]) for k, v in keys_values])
-        return best
-
-    def keep(self, choice, ids, keys_values):
-        length = len(ids)
-        self.starts[choice, tuple(ids)] = [(k[:, :length].clone(), v[:, :length].clone()) for k, v in keys_values]
-
-    def forget(self, key):
-        self.starts = {c: v for c, v in self.starts.items() if all(k != key for k, _ in c[0])}
-
-
-class NoPrefixes(PlainPrefixes):
-    """Keeps nothing."""
-
-    def keep(self, choice, ids, keys_values):
-        pass
-
-
 def adapters_for(model, number, rank=4, size=0.3, **settings):
     """Adapters with random factors, of ranks that differ, for a model: key -> Adapter."""
     made = {}
@@ -161,7 +127,7 @@ def engine_for(model, prefixes=None, **settings):
         model,
         base="tiny",
         tiers=settings.pop("tiers", None) or PlainTiers(model),
-        prefixes=PlainPrefixes() if prefixes is None else prefixes,
+        prefixes=Prefixes(1 << 26) if prefixes is None else prefixes,
         **settings,
     )
 
@@ -182,11 +148,23 @@ async def read(ticket):
 
 def alone(model, adapters, ids, choice=(), tokens=12):
     """What transformers' `generate` answers, greedy, with these adapters alone on a copy of the base."""
-    one = copy.deepcopy(model)
-    for key, _ in choice:
-        lk.attach(one, adapters[key], name=key)
-    if choice:
-        lk.activate(one, dict(choice))
+    return all_alone(model, adapters, [(ids, choice, tokens)])[0]
+
+
+def all_alone(model, adapters, jobs):
+    """The same for each of (prompt, choice, new tokens); the copies are shared by jobs of the same choice."""
+    copies = {}
+    for _, choice, _ in jobs:
+        if choice not in copies:
+            copies[choice] = one = copy.deepcopy(model)
+            for key, _ in choice:
+                lk.attach(one, adapters[key], name=key)
+            if choice:
+                lk.activate(one, dict(choice))
+    return [_generated(copies[choice], ids, tokens) for ids, choice, tokens in jobs]
+
+
+def _generated(one, ids, tokens):
     with torch.no_grad():
         out = one.generate(
             torch.tensor([list(ids)]),

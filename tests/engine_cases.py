@@ -1,6 +1,7 @@
 """The engines that `contracts/test_engines.py` runs over, on the embedded model, and adapters for them.
 
 scripted   `ScriptedEngine`, which answers by hashes
+embedded   `EmbeddedEngine`
 vllm       `VllmEngine` with `vllm_stub.py`, which answers by the same hashes
 real vllm  the same with a real vLLM, if LORAKIT_VLLM is its command (LORAKIT_VLLM_ARGS: more arguments)
 """
@@ -22,8 +23,12 @@ import vllm_stub
 from scripted_engine import ScriptedEngine
 
 import lorakit as lk
-from lorakit.bases.load import embedded_folder
+from lorakit.bases.load import embedded_folder, end_tokens, load_model, load_tokenizer
 from lorakit.errors import AdapterError
+from lorakit.serve.embedded.engine import EmbeddedEngine
+from lorakit.serve.embedded.grammar import Grammars
+from lorakit.serve.embedded.prefixes import Prefixes
+from lorakit.serve.embedded.tiers import Tiers
 from lorakit.serve.engine import Engine, Work
 from lorakit.serve.vllm.argv import VllmSettings
 from lorakit.serve.vllm.cache import ExportCache
@@ -33,7 +38,7 @@ WIDTH, LAYERS, VOCABULARY = 256, 6, 4096  # of the embedded model
 STUB = Path(vllm_stub.__file__)
 
 
-def made(seed: int, rank: int = 4, size: float = 0.2, ending: str = "q_proj", width: int = WIDTH) -> lk.Adapter:
+def made(seed: int, rank: int = 4, size: float = 0.3, ending: str = "o_proj", width: int = WIDTH) -> lk.Adapter:
     """An adapter of the embedded model that changes its answers."""
     numbers = torch.Generator().manual_seed(seed)
     updates = {
@@ -123,6 +128,25 @@ def hashed(work: Work) -> list[int]:
     return ids[len(work.ids) :]
 
 
+def embedded(folder: Path, environment: pytest.MonkeyPatch) -> Case:
+    tokenizer, ends = load_tokenizer("embedded"), end_tokens("embedded")
+
+    def engine(places: int) -> Engine:
+        model = load_model("embedded", torch.float32, torch.device("cpu"))
+        rows = max(places // 2, 1)
+        return EmbeddedEngine(
+            model,
+            base="embedded",
+            tiers=Tiers(model, tokenizer, device=8),
+            prefixes=Prefixes(16 << 20),
+            grammars=Grammars(tokenizer, ends),
+            rows=rows,
+            waiting=places - rows,
+        )
+
+    return Case(engine, lambda engine, seconds: None)
+
+
 def stubbed(folder: Path, environment: pytest.MonkeyPatch) -> Case:
     control = Control(folder)
     environment.setenv("VLLM_STUB", str(control.file))
@@ -145,6 +169,7 @@ def real(folder: Path, environment: pytest.MonkeyPatch) -> Case:
 
 CASES: Mapping[str, Callable[[Path, pytest.MonkeyPatch], Case]] = {
     "scripted": scripted,
+    "embedded": embedded,
     "vllm": stubbed,
     "real vllm": real,
 }

@@ -80,6 +80,9 @@ def serve(
         Literal["embedded", "vllm"], typer.Option(help="embedded: in this process; vllm: a child process")
     ] = "embedded",
     vllm: Annotated[str | None, typer.Option(help="the vllm command, of an environment of its own")] = None,
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(help="a flag for vllm: --vllm-arg=--gpu-memory-utilization=0.8; repeatable")
+    ] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="vllm: the largest rank that will be loaded")] = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, in OpenAI's API. `model` in a request names the adapter.
@@ -99,7 +102,8 @@ def serve(
         "quantization": Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype),
         "chat_template": _template(chat_template),
         "engine": engine,
-        "vllm": _vllm(engine, vllm, max_rank),
+        "vllm": _vllm(engine, vllm, max_rank, vllm_arg),
+        "vllm_arguments": tuple(vllm_arg or ()),
         "max_rank": max_rank,
         "adapter_memory": _bytes("--adapter-memory", adapter_memory),
         "prefix_memory": _bytes("--prefix-memory", prefix_memory),
@@ -199,13 +203,13 @@ def _template(path: str | None) -> str | None:
     return None if path is None else read_template(path)
 
 
-def _vllm(engine: str, command: str | None, max_rank: int | None) -> str | None:
+def _vllm(engine: str, command: str | None, max_rank: int | None, arguments: list[str] | None) -> str | None:
     if engine == "vllm" and command is None:
         raise ConfigError(
             "--engine vllm: which vllm is not known, as its packages do not fit into lorakit's environment\n"
             "  give its command: --vllm /path/to/venv/bin/vllm"
         )
-    for flag, value in (("--vllm", command), ("--max-rank", max_rank)):
+    for flag, value in (("--vllm", command), ("--max-rank", max_rank), ("--vllm-arg", arguments)):
         if engine != "vllm" and value is not None:
             raise ConfigError(f"{flag} is for --engine vllm, and the engine is {engine}\n  add --engine vllm")
     return command

@@ -27,7 +27,7 @@ from .originals import Originals
 from .plan import Plan, loaded, twins
 from .prepared import Prepared, check_free, check_own
 from .start import Sources, begin, check_sources
-from .state import STATE, State, qualified_name
+from .state import STATE, State, check_not_routed, qualified_name
 
 DEFAULT = "default"
 Model = TypeVar("Model")
@@ -109,13 +109,14 @@ def _attach(
     activate: bool,
     sources: Sources,
 ) -> None:
+    state = model.__dict__.get(STATE) or State()
+    check_not_routed(state, "attach")
     check_free(model, name)
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
     check_own(model, trainable)
     if isinstance(adapter, LoraConfig):
         check_effects(adapter)
-        state = model.__dict__.get(STATE) or State()
         plan = _begun(
             model, state, _fresh(model, adapter if strict else adapter.replace(strict_targets=False)), sources
         )

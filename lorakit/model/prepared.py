@@ -10,7 +10,7 @@ A server that attaches between two steps of a running batch needs the second one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -68,9 +68,8 @@ def prepare(model: Any, adapter: Adapter, name: str, *, strict: bool = True, for
 
 
 def check_free(model: nn.Module, name: str) -> None:
-    """Raise StateError inside `route`, while an adapter is merged, and for a name that cannot be attached."""
+    """Raise StateError for a name that cannot be attached, and while an adapter is merged."""
     state = model.__dict__.get(STATE) or State()
-    check_not_routed(state, "attach")
     check_new_name(state, name)
     if state.merged is not None:
         raise StateError(
@@ -98,10 +97,12 @@ class Prepared:
         self.updates: dict[str, LiveUpdate] = {}
         self.copies: dict[str, saved.Copy] = {}
         self.saved = list(plan.saved)
+        self.parked = False  # its tensors are in the processor's memory, and must be moved before it is attached
+        self._devices: dict[str, torch.device] = {}
         self._built = False
         self._config = _resolved(model, plan)
-        self._modules = {**plan.modules, **{twin: model.get_submodule(twin) for twin in plan.twins}}
-        self._parts = {m: plan.parts_of(m) for m in self._modules}
+        self.modules = {**plan.modules, **{twin: model.get_submodule(twin) for twin in plan.twins}}
+        self._parts = {m: plan.parts_of(m) for m in self.modules}
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -117,18 +118,41 @@ class Prepared:
 
     def is_adopted(self) -> bool:
         """Whether all its modules have their adapted class already, so that updates can be built for them."""
-        return all(isinstance(module, LoraLayer) for module in self._modules.values())
+        return all(isinstance(module, LoraLayer) for module in self.modules.values())
 
-    def to(self, device: torch.device | str) -> None:
-        """Move its tensors, while it is not attached."""
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether some of its tensors are in another memory than the processor's."""
+        return any(tensor.device.type != "cpu" for tensor in self.tensors)
+
+    def forget_computed(self) -> None:
+        """Drop what updates computed from their parameters and keep for the next forward."""
         for update in self.updates.values():
-            update.to(device)
-        for copy in self.copies.values():
-            copy.parameter.data = copy.parameter.data.to(device)
+            for each in update.modules():
+                if isinstance(each, LiveUpdate):
+                    each.forget_computed()
+
+    def park(self) -> None:
+        """Move its tensors to the processor's memory, while it is not attached."""
+        self._devices = {name: next(u.parameters(), torch.empty(0)).device for name, u in self.updates.items()}
+        self._devices |= {full: copy.parameter.device for full, copy in self.copies.items()}
+        self._move(dict.fromkeys(self._devices, torch.device("cpu")))
+        self.parked = True
+
+    def unpark(self) -> None:
+        """Move its tensors back to where they were before `park`."""
+        self._move(self._devices)
+        self.parked = False
+
+    def _move(self, devices: Mapping[str, torch.device]) -> None:
+        for name, update in self.updates.items():
+            update.to(devices[name])
+        for full, copy in self.copies.items():
+            copy.parameter.data = copy.parameter.data.to(devices[full])
 
     def build(self, model: nn.Module) -> None:
         """Build the updates and the copies of saved parameters, for modules that have their adapted class."""
-        plan, modules = self.plan, self._modules
+        plan, modules = self.plan, self.modules
         updates = {name: plan.update_of(modules[name], name, self.trainable) for name in plan.modules}
         by_kind: dict[type[LiveUpdate], list[LiveUpdate]] = {}
         for update in chain.from_iterable(update.modules() for update in updates.values()):
@@ -157,12 +181,13 @@ class Prepared:
     def attach(self, model: Any, activate: bool = False) -> None:
         """Attach it. Without `activate`, the active adapters stay as they are.
 
-        Raises StateError as `prepare` does, and what building raises if that was left to this. After an error the model
-        is unchanged.
+        Raises StateError inside `route` and as `prepare` does, and what building raises if that was left to this. After
+        an error the model is unchanged.
         """
         model = as_module(model)
-        check_free(model, self.name)
         state = model.__dict__.get(STATE) or State()
+        check_not_routed(state, "attach")
+        check_free(model, self.name)
         first = not state.adapters
         packed = list(quantized(model).values()) if first else []
         for module in packed:  # before a start calls the base, as that of a prefix does
@@ -199,10 +224,10 @@ class Prepared:
             self._built
         ):  # since then the last adapter of a module was detached: weights of experts are other objects now
             names = module_names(model)
-            self._modules = {m: names.get(m, module) for m, module in self._modules.items()}
-        fresh = [module for module in self._modules.values() if not isinstance(module, LoraLayer)]
+            self.modules = {m: names.get(m, module) for m, module in self.modules.items()}
+        fresh = [module for module in self.modules.values() if not isinstance(module, LoraLayer)]
         try:
-            for name, module in self._modules.items():
+            for name, module in self.modules.items():
                 adopt(module, self._parts[name], name == BODY)
         except BaseException:
             for module in fresh:
@@ -213,7 +238,7 @@ class Prepared:
     def _register(self, model: nn.Module, state: State, more_adapted: bool) -> None:
         plan, child = self.plan, child_name(self.name)
         for m, update in self.updates.items():
-            add_update(self._modules[m], child, update)
+            add_update(self.modules[m], child, update)
         if self.copies:
             use_saved(model, state, ())
             saved.add_copies(model, self.name, self.copies)
@@ -224,7 +249,7 @@ class Prepared:
         if self.trainable:
             state.own_attention = attention.use(model) or state.own_attention
         if state.routes is not None:
-            layers: dict[Any, str] = {self._modules[m]: m for m in self.updates}
+            layers: dict[Any, str] = {self.modules[m]: m for m in self.updates}
             state.routes.attached(child, layers)
         if not state.adapters:
             save_pretrained.adopt(model)

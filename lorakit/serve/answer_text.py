@@ -22,8 +22,8 @@ from ..data.end_tokens import added_tokens
 from .partial_end import partial_end
 
 UNFINISHED = "\ufffd"  # tokenizers decode bytes that are not (yet) a character to this
-# A window of undecodable bytes is given up after this many tokens: a character has four bytes at most.
-LONGEST_WINDOW = 64
+# A window that never ends with a whole character is given up after this many tokens; a character has four bytes.
+LONGEST_WINDOW = 32
 
 
 class TokenTexts:
@@ -39,7 +39,8 @@ class TokenTexts:
         self._anchor_text = self.decode(self._anchor)
         self._table = _byte_table()
         spelled = [token for i in tokenizer.encode("aé", add_special_tokens=False) for token in self._token(i)]
-        self._is_byte_level = "aé".encode() == bytes(self._table.get(letter, 0) for letter in spelled)
+        spelt = bytes(self._table.get(letter, 0) for letter in spelled)
+        self._is_byte_level = spelt.lstrip(b" ") == "aé".encode()  # some put a space before every text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""

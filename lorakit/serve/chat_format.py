@@ -146,6 +146,15 @@ class ChatFormat:
         if self.style != "none":
             self.chat_ids([{"role": "user", "content": "Hello"}], (), {})
 
+    def check_tokens(self, added: Mapping[str, int]) -> None:
+        """Raise DataError for tokens that an adapter added to the vocabulary, by id, and the base does not have."""
+        missing = [token for token, number in added.items() if self._id(token) != number]
+        if missing:
+            raise DataError(
+                f"it was trained with tokens of its own ({listing(missing)}), which the base's tokenizer lacks\n"
+                "  merge it into its base (lorakit merge) and serve the result"
+            )
+
     @cached_property
     def _rows(self) -> RowRenderer:
         """The renderer of training rows. Raises DataError for a record that does not fit the template."""

@@ -35,3 +35,10 @@ class EngineFailed(LorakitError, RuntimeError):
     def __init__(self, message: str, heals: bool = True):
         super().__init__(message)
         self.heals = heals
+
+
+def without_traceback(error: LorakitError) -> LorakitError:
+    """Return a copy of an error to keep: the frames of its traceback would keep what they worked on in memory."""
+    made = type(error).__new__(type(error), *error.args)
+    made.__dict__.update(error.__dict__)
+    return made

@@ -38,12 +38,11 @@ _OF_ENGINE = (
 class Metrics:
     """Counters of requests, and the page. A registry of its own: prometheus_client's global one is everybody's."""
 
-    def __init__(self, stats: Callable[[], Stats], paths: Iterable[str]):
-        """stats: the engine's. paths: the API's; others are counted together."""
+    def __init__(self, stats: Callable[[], Stats], paths: Iterable[str] = ()):
+        """stats: the engine's. paths: the API's; others are counted together. `add_metrics` sets them."""
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
-        self._stats = stats
-        self._paths = frozenset(paths)
+        self.paths = frozenset(paths)
         self._adapters: set[str] = set()
         self._registry = CollectorRegistry()
         of = {"registry": self._registry}
@@ -63,7 +62,7 @@ class Metrics:
 
     def observe(self, seen: Seen) -> None:
         """Count a request that has ended."""
-        path = seen.path if seen.path in self._paths else OTHER
+        path = seen.path if seen.path in self.paths else OTHER
         method = seen.method if seen.method in METHODS else OTHER
         self._requests.labels(method, path, str(seen.status)).inc()
         self._seconds.labels(path).observe(seen.seconds)
@@ -109,11 +108,12 @@ def add_metrics(app: Any, metrics: Metrics) -> None:
     """Give a FastAPI application the page /metrics."""
     from fastapi.responses import Response
 
-    async def page() -> Response:
+    async def page() -> Any:
         content, kind = metrics.page()
         return Response(content, headers={"content-type": kind})
 
     app.add_api_route(
-        "/metrics", page, methods=["GET"], response_class=Response, summary="Counters in Prometheus's text format",
+        "/metrics", page, methods=["GET"], response_class=Response, response_model=None, summary="Counters in Prometheus's text format",
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )  # fmt: skip
+    metrics.paths = frozenset(app.openapi()["paths"])

@@ -57,7 +57,11 @@ def parse(model: str, known: Collection[str], base_names: Sequence[str]) -> Part
         return ((model, 1.0),)
     for base in sorted(base_names, key=len, reverse=True):
         if model.startswith(f"{base}:") and len(model) > len(base) + 1:
-            return _mix(model, model[len(base) + 1 :], known, base_names)
+            rest = model[len(base) + 1 :]
+            first = rest.split("+")[0]
+            if first not in known and _WEIGHT.fullmatch(first):
+                raise _weighted_base(model)
+            return _mix(model, rest, known, base_names)
     return _mix(model, model, known, base_names)
 
 
@@ -94,16 +98,20 @@ def _mix(model: str, text: str, known: Collection[str], base_names: Sequence[str
     for part in parts:
         name, colon, weight = part.partition(":")
         if name in base_names and name not in known:
-            raise ConfigError(
-                f"{_shown(model)} has the base as a part of a mix, where only adapters have weights\n"
-                "  leave it out: the base is always there"
-            )
+            raise _weighted_base(model)
         if name not in known:
             raise unknown(name if len(parts) > 1 else text, known, base_names)
         if name in found:
             raise ConfigError(f"'{name}' is twice in the mix {_shown(model)}\n  expected each adapter once")
         found[name] = _weight(weight, name) if colon else 1.0
     return tuple(found.items())
+
+
+def _weighted_base(model: str) -> ConfigError:
+    return ConfigError(
+        f"{_shown(model)} gives the base a weight or a place in a mix, which only adapters have\n"
+        "  leave it out: the base is always there"
+    )
 
 
 def _weight(text: str, name: str) -> float:
@@ -125,6 +133,6 @@ def _shown(text: str) -> str:
 def skipped(paths: Sequence[str]) -> str:
     """Say which paths below a root cannot be names."""
     return (
-        f"{len(paths)} adapters have paths that cannot be names, and are not served: {listing(paths, 3)}\n"
+        f"{len(paths)} adapters have paths that cannot be names, and are not served: {listing(map(ascii, paths), 3)}\n"
         "  rename them with letters, digits, _ - . only"
     )

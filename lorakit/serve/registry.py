@@ -27,21 +27,19 @@ from ..data.chat_record import ChatRecord
 from ..errors import LorakitError, StateError
 from . import names
 from .card import Card, Leased
-from .engine import Choice, Engine, Facts
-from .errors import Busy, Cannot, EngineFailed, UnknownAdapter
+from .engine import Engine, Facts
+from .errors import Busy, Cannot, EngineFailed, UnknownAdapter, without_traceback
 from .guard.hub import Hub
 from .guard.roots import Roots
 from .places import Places
+from .root_scan import RootScan, Seen
 from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter
 from .state_file import Loaded, StateFile
-from .versions import Version, Versions
+from .versions import Version, Versions, choice_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 READERS = 2  # threads that read adapters: hashing and parsing them takes processor time from the engine's steps
-# Unknown names look for new folders below the roots, but not more often than this, nor for more than a tenth of the
-# time: anybody can ask for names that are not there.
-RESCAN_SECONDS = 0.5
 # A failure that is not a file's (the hub is out of reach) is tried again after this time.
 RETRY_SECONDS = 5.0
 _TRANSIENT = (Busy, EngineFailed, OSError)
@@ -64,7 +62,7 @@ class _Entry:
 
 
 class Registry:
-    """See above. All methods are called in the event loop's thread; `add` before `start`."""
+    """See above. All methods are called in the event loop's thread, `add` before `start`."""
 
     def __init__(
         self,
@@ -94,10 +92,7 @@ class Registry:
         self._writing = asyncio.Lock()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lorakit-adapters")
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._next_scan = 0.0
-        self._scanning = asyncio.Lock()
-        self._look: asyncio.Task[None] | None = None  # that has not begun yet
-        self._unnameable: set[str] = set()  # said already
+        self._scan = RootScan(self.places, self._register)
 
     # ------------------------------------------------------------------------------------------ at the start
 
@@ -111,8 +106,7 @@ class Registry:
         if name in self._entries:
             raise StateError(f"two adapters are called '{name}'\n  give each a name of its own: --adapter NAME=PATH")
         text = str(path)
-        located = self.places.on_command_line(text, name)
-        card = Card(name, text, located.modified, pinned=pin)
+        card = Card(name, text, self.places.on_command_line(text, name).modified, pinned=pin)
         self._entries[name] = _Entry(card, "command line", lambda: self.places.on_command_line(text, name))
         return card
 
@@ -122,13 +116,18 @@ class Registry:
         Raises ConfigError or WriteError for the state file, and the error of the first adapter of the command line that
         cannot be served: who starts a server is there to mend it. The state file's are loaded at their first use.
         """
-        if self._state is not None:
-            for loaded in await asyncio.to_thread(self._state.open):
-                self._restore(loaded)
-        await self.rescan()
-        for name, entry in list(self._entries.items()):
-            if entry.origin == "command line":
-                await self._first_use(name, entry)
+        try:
+            if self._state is not None:
+                for loaded in await asyncio.to_thread(self._state.open):
+                    self._restore(loaded)
+            await self.rescan()
+            for name, entry in list(self._entries.items()):
+                if entry.origin == "command line":
+                    await self._first_use(name, entry)
+        except BaseException:
+            if self._state is not None:
+                self._state.close()
+            raise
 
     def _restore(self, loaded: Loaded) -> None:
         if loaded.name in self._entries or loaded.name in self.base_names:
@@ -141,33 +140,20 @@ class Registry:
         """Register the adapters below the roots that are new, forget those not in use that are gone; return how many
         are new. Names that others have are left to them.
         """
-        async with self._scanning:
-            return await self._scan()
+        return await self._scan.now()
 
-    async def _scan(self) -> int:
-        begin = time.monotonic()
-        found = await asyncio.to_thread(lambda: list(self.places.below_roots()))
-        end = time.monotonic()
-        self._next_scan = end + max(RESCAN_SECONDS, 10 * (end - begin))
+    def _register(self, found: Sequence[Seen]) -> int:
         there = {name for name, _, _ in found}
         for name, entry in list(self._entries.items()):
             if entry.origin == "root" and name not in there and entry.version is None and entry.loading is None:
                 del self._entries[name]
-        self._warn_of_names([place for name, place, _ in found if not names.is_name(name)])
-        taken = {*self._entries, *self.base_names}
-        new = [one for one in found if names.is_name(one[0]) and one[0] not in taken]
+        new = [one for one in found if one[0] not in self._entries and one[0] not in self.base_names]
         room = max(self.max_registered - len(self._entries), 0)
-        if len(new) > room:
-            log.warning("%d adapters below the roots are not registered: the limit is %d", len(new) - room, room)
+        if (over := len(new) - room) > 0:
+            log.warning("%d adapters below roots are not registered: the limit is %d", over, self.max_registered)
         for name, place, written in new[:room]:
             self._entries[name] = _Entry(Card(name, place, written), "root", self._over_http(place, name))
         return len(new[:room])
-
-    def _warn_of_names(self, places: Sequence[str]) -> None:
-        new = [place for place in places if place not in self._unnameable]
-        self._unnameable.update(new)
-        if new:
-            log.warning("%s", names.skipped(new))
 
     async def close(self) -> None:
         """Wait for loads and unloads that are under way, and unlock the state file. The engine stays as it is."""
@@ -180,18 +166,14 @@ class Registry:
     # ------------------------------------------------------------------------------------------ what there is
 
     def cards(self) -> list[Card]:
-        """Return a card for each name, in the order of registration."""
-        return [self._card(entry) for entry in self._entries.values()]
+        """Return a card for each name, by name: a restarted server lists them in the same order."""
+        return [self._card(entry) for _, entry in sorted(self._entries.items())]
 
     def get(self, name: str) -> Card:
         """Return a name's card. Raises UnknownAdapter."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise names.unknown(name, self._entries, self.base_names)
-        return self._card(entry)
+        return self._card(self._entry(name))
 
-    @staticmethod
-    def _card(entry: _Entry) -> Card:
+    def _card(self, entry: _Entry) -> Card:
         return replace(entry.card, running=entry.running)
 
     # ------------------------------------------------------------------------------------------ a request
@@ -213,7 +195,7 @@ class Registry:
                 entry, version = await self._hold(name)
                 held.append((entry, version))
                 cards.append((abs(weight), self._card(entry)))
-            choice = _choice([(version.key, weight) for (_, version), (_, weight) in zip(held, parts, strict=True)])
+            choice = choice_of([(version.key, weight) for (_, version), (_, weight) in zip(held, parts, strict=True)])
             by_weight = sorted(cards, key=lambda one: -one[0])  # stable: as written where weights are equal
             yield Leased(model, choice, tuple(card for _, card in by_weight))
         finally:
@@ -225,21 +207,10 @@ class Registry:
         try:
             return names.parse(model, self._entries, self.base_names)
         except UnknownAdapter:
-            if not self.places.roots or self._next_scan > time.monotonic() + RESCAN_SECONDS:
+            if not self._scan.is_near():
                 raise
-        await self._next_look()
+        await self._scan.next()  # for a folder that was put there since
         return names.parse(model, self._entries, self.base_names)
-
-    async def _next_look(self) -> None:
-        """Wait for the next look below the roots, which all who wait for it share."""
-        if self._look is None:
-            self._look = self._task(self._look_when_due())
-        await asyncio.shield(self._look)
-
-    async def _look_when_due(self) -> None:
-        await asyncio.sleep(max(self._next_scan - time.monotonic(), 0))
-        self._look = None  # who comes from here on may ask for what this look has passed
-        await self.rescan()
 
     def _check_ability(self, parts: names.Parts) -> None:
         if len(parts) > 1 and "mix" not in self.facts.can:
@@ -250,9 +221,7 @@ class Registry:
     async def _hold(self, name: str) -> tuple[_Entry, Version]:
         """Return a name's version, loaded, counted as in use."""
         while True:
-            entry = self._entries.get(name)
-            if entry is None:  # unloaded meanwhile
-                raise names.unknown(name, self._entries, self.base_names)
+            entry = self._entry(name)  # again: it may be unloaded meanwhile
             if entry.version is not None:
                 self.versions.use(entry.version)
                 entry.running += 1
@@ -282,7 +251,7 @@ class Registry:
                 self._activate(entry, version, files, _card(entry.card, read))
         except LorakitError as error:
             if not isinstance(error, _TRANSIENT):
-                entry.failed = (stamp, time.monotonic(), error)
+                entry.failed = (stamp, time.monotonic(), without_traceback(error))
                 entry.card = replace(entry.card, status="failed", problem=str(error))
             raise
         finally:
@@ -294,7 +263,7 @@ class Registry:
         if entry.failed is not None:
             before, when, error = entry.failed
             if before == stamp and (stamp or time.monotonic() < when + RETRY_SECONDS):
-                raise error.with_traceback(None)
+                raise without_traceback(error)
 
     async def load(self, name: str, place: str, *, pin: bool = False, in_place: bool = False) -> Card:
         """Load an adapter over HTTP. place: relative to a root, or an allowed hub id. Returns its card.
@@ -324,6 +293,7 @@ class Registry:
             except BaseException:
                 self.versions.drop_name(version, files, pin)
                 raise
+            # Nothing is awaited from here on, so that no other load writes the state file without this one.
             entry = self._entries.setdefault(name, _Entry(card, "http", locate))
             entry.locate, entry.origin = locate, entry.origin if configured else "http"
             self._activate(entry, version, files, card)
@@ -359,9 +329,7 @@ class Registry:
 
     async def _unload(self, name: str) -> int:
         async with self._lock(name):
-            entry = self._entries.get(name)
-            if entry is None:
-                raise names.unknown(name, self._entries, self.base_names)
+            entry = self._entry(name)
             if entry.origin == "http":
                 await self._save(name, None)
                 del self._entries[name]
@@ -374,6 +342,11 @@ class Registry:
         return await freed
 
     # ------------------------------------------------------------------------------------------ helpers
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise names.unknown(name, self._entries, self.base_names)
+        return self._entries[name]
 
     def _over_http(self, place: str, name: str) -> Callable[[], AdapterFiles]:
         return lambda: self.places.over_http(place, name)
@@ -425,13 +398,3 @@ def _card(card: Card, read: ReadAdapter) -> Card:
         metadata={name: value for name, value in metadata.items() if name != "header"},
         problem=None,
     )
-
-
-def _choice(parts: Sequence[tuple[str, float]]) -> Choice:
-    """Return the engine's choice: by key, so that a mix written in another order is the same; equal contents added up;
-    without those of weight 0.
-    """
-    total: dict[str, float] = {}
-    for key, weight in parts:
-        total[key] = total.get(key, 0.0) + weight
-    return tuple(sorted((key, weight) for key, weight in total.items() if weight))

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..bases.vocabulary import recorded_tokens
 from ..data.templates import with_template
 from ..errors import DataError
 from .answer_text import AnswerText, TokenTexts
@@ -115,7 +116,7 @@ class Renderer:
 
     async def check(self, card: Card) -> None:
         """Try an adapter's chat record on a short conversation. Raises DataError, for its load to fail early."""
-        await asyncio.get_running_loop().run_in_executor(self._thread_for(card), lambda: self._formats.of(card).check())
+        await asyncio.get_running_loop().run_in_executor(self._thread_for(card), self._check, card)
 
     def answer(self, prompt: Prompt, stop: Sequence[str] = ()) -> AnswerText:
         """Return the reader of one answer's ids. stop: the request's stop texts."""
@@ -152,6 +153,11 @@ class Renderer:
         ids, notes = form.chat_ids(turns, wants.tools, kwargs)
         syntax, keep = self._syntax(form, wants.tools, wants.schema)
         return Prompt(ids, form.stop_ids(bool(wants.tools)), wants.schema, notes, wants.tools, syntax, keep, parallel)
+
+    def _check(self, card: Card) -> None:
+        form = self._formats.of(card)
+        form.check_tokens(recorded_tokens(card.metadata))
+        form.check()
 
     @staticmethod
     def _syntax(form: ChatFormat, tools: Tools, schema: str | None) -> tuple[Syntax | None, frozenset[int]]:

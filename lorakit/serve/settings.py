@@ -19,6 +19,7 @@ class ServeSettings:
     roots: folders below which every adapter has a name, and from which HTTP may load.
     context: positions for prompt and answer; None: what the model has. device_adapters: attached at once.
     adapter_memory, prefix_memory: bytes. state: where to keep what was loaded over HTTP. vllm: its command.
+    vllm_arguments: more flags for it.
     """
 
     base: str
@@ -29,6 +30,7 @@ class ServeSettings:
     allow_pickle: bool = False
     engine: str = "embedded"
     vllm: str | None = None
+    vllm_arguments: tuple[str, ...] = ()
     max_rank: int | None = None
     rows: int = 32
     context: int | None = None

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MOST_FILES = 10_000  # in an adapter's folder
+MOST_SAID = 2_000  # characters of an error, which may quote a file
 _CHUNK = 1 << 20
 _INSIDE = ("virtual_tokens", "adapter", "adapter/virtual_tokens")  # folders in which parts of an adapter may be
 _RUN = "config.yaml"  # a training run's: its result is in adapter/
@@ -108,7 +110,7 @@ def _files_in(folder: Path, label: str) -> dict[str, int | None]:
                         raise AdapterError(
                             f"'{label}' is a folder of more than {MOST_FILES:,} files; expected an adapter"
                         )
-                    if not entry.is_dir():
+                    if entry.name.isprintable() and not entry.is_dir():  # names end up in errors, as UTF-8
                         found[f"{inner}/{entry.name}" if inner else entry.name] = _size(entry)
         except OSError as error:
             raise AdapterError(f"'{label}' cannot be read: {(error.strerror or '').lower()}") from error
@@ -129,7 +131,7 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
     has no path but those relative to the adapter, and WriteError where the copy has no space.
     """
     with tempfile.TemporaryDirectory(prefix="lorakit-read-", ignore_cleanup_errors=True) as temporary:
-        copy = Path(temporary) / "adapter"
+        copy = Path(temporary) / re.sub(r"[^\w-]", "_", files.label)  # readers' log lines have it
         try:
             key, size = _copied(files, copy)
             check_files(copy, files.names, files.rules)
@@ -210,6 +212,7 @@ def _without(message: str, copy: Path, files: AdapterFiles) -> str:
     """Name files by the adapter's name instead of where the copy, or the original, is."""
     for path in (copy, files.folder):
         message = message.replace(f"{path}/", "").replace(str(path), files.label)
+    message = message.encode("utf8", "backslashreplace").decode()[:MOST_SAID]  # JSON can hold halves of surrogate pairs
     named = f"'{files.label}'" in message or message.startswith(files.label)
     return message if named else f"adapter '{files.label}': {message}"
 

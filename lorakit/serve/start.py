@@ -110,9 +110,7 @@ def _app(settings: ServeSettings, service: Service) -> Any:
 
     configure(settings.access_log)
     app = create_app(service)
-    metrics = Metrics(
-        service.engine.stats, {route.path for route in app.routes if hasattr(route, "path")} | {"/metrics"}
-    )
+    metrics = Metrics(service.engine.stats)
     add_metrics(app, metrics)
     return observed(guarded(app, settings.guard, report), (metrics.observe, access_line))
 

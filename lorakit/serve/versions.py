@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine import Engine
+from .engine import Choice, Engine
 from .sources import AdapterFiles, FileSource, ReadAdapter
 
 log = logging.getLogger(__name__)
@@ -141,3 +141,13 @@ class Versions:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def choice_of(parts: Sequence[tuple[str, float]]) -> Choice:
+    """Return the engine's choice: by key, so that a mix written in another order is the same; equal contents added up;
+    without those of weight 0.
+    """
+    total: dict[str, float] = {}
+    for key, weight in parts:
+        total[key] = total.get(key, 0.0) + weight
+    return tuple(sorted((key, weight) for key, weight in total.items() if weight))

@@ -51,6 +51,7 @@ def test_every_name_and_origin_are_allowed_only_with_a_key(refused, flag):
         (["--engine", "vllm"], "give its command: --vllm"),
         (["--vllm", "vllm"], "--vllm is for --engine vllm"),
         (["--max-rank", "16"], "--max-rank is for --engine vllm"),
+        (["--vllm-arg=-x"], "--vllm-arg is for --engine vllm"),
         (["--adapter", "a=x", "--adapter", "a=y"], "two adapters are named 'a'"),
         (["--host", "no.such.host.invalid"], "there is no such address"),
         (["--port", "70000"], "65535"),

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,12 +20,13 @@ import openai
 import tiny_lm
 import uvicorn
 from scripted_engine import ScriptedEngine
+from served_adapters import write
 
 from lorakit.serve.api.app import create_app
-from lorakit.serve.card import Card, Leased
 from lorakit.serve.engine import Work
-from lorakit.serve.errors import UnknownAdapter
 from lorakit.serve.guard.limits import Limits
+from lorakit.serve.guard.roots import Roots
+from lorakit.serve.registry import Registry
 from lorakit.serve.renderer import Renderer
 from lorakit.serve.service import Service
 
@@ -49,43 +52,16 @@ def ids(text: str, end: bool = True) -> list[int]:
     return tokenizer().encode(text, add_special_tokens=False) + [tiny_lm.EOS] * end
 
 
-class Names:
-    """The registry's interface over a list of adapters that are loaded."""
+@cache
+def root() -> Path:
+    """A folder with adapters by name; it is there until the tests end."""
+    folder = Path(_FOLDER.name)
+    for seed, name in enumerate(("sql", "chat", "team/sql", "other")):
+        write(folder / name, seed)
+    return folder
 
-    def __init__(self, engine: ScriptedEngine, adapters: Sequence[str]):
-        self.engine, self.base_names = engine, ["base"]
-        self.by_name = {name: Card(name, f"{name}.safetensors", 1, "f" * 64, "ready") for name in adapters}
-        self.asked: list[tuple[str, float | None]] = []
-        self.leased = 0
-        self.loads: list[tuple[Any, ...]] = []
-        engine.loaded.update({f"key-{name}": None for name in adapters})  # type: ignore[dict-item]
 
-    @contextlib.asynccontextmanager
-    async def lease(self, model: str, scale: float | None) -> AsyncIterator[Leased]:
-        self.asked.append((model, scale))
-        cards = [] if model == "base" else [self.get(part.partition(":")[0]) for part in model.split("+")]
-        self.leased += 1
-        try:
-            yield Leased(model, tuple((f"key-{card.name}", scale or 1.0) for card in cards), tuple(cards))
-        finally:
-            self.leased -= 1
-
-    def cards(self) -> list[Card]:
-        return list(self.by_name.values())
-
-    def get(self, name: str) -> Card:
-        if name not in self.by_name:
-            raise UnknownAdapter(f"there is no model '{name}'; did you mean 'sql'?")
-        return self.by_name[name]
-
-    async def load(self, name: str, place: str, *, pin: bool = False, in_place: bool = False) -> Card:
-        self.loads.append((name, place, pin, in_place))
-        self.by_name[name] = Card(name, place, 1, "0" * 64, "ready", pin)
-        return self.by_name[name]
-
-    async def unload(self, name: str) -> int:
-        del self.by_name[self.get(name).name]
-        return 1234
+_FOLDER = tempfile.TemporaryDirectory()
 
 
 @dataclass
@@ -93,12 +69,17 @@ class Served:
     """An app with what is behind it."""
 
     engine: ScriptedEngine
-    names: Names
+    registry: Registry
     service: Service
     app: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.app = create_app(self.service)
+
+    @property
+    def leased(self) -> int:
+        """Requests that hold an adapter now, counted once for each."""
+        return sum(card.running for card in self.registry.cards())
 
     def http(self) -> httpx2.AsyncClient:
         transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
@@ -146,9 +127,11 @@ def served(
 ) -> Served:
     """Return the app over an engine that answers with a text, or as a function says."""
     engine = ScriptedEngine((lambda work: ids(answer)) if isinstance(answer, str) else answer, context, 258)
-    names = Names(engine, adapters)
+    registry = Registry(engine, engine.facts, base_names=["base"], roots=Roots([root()]))
+    for name in adapters:
+        registry.add(name, root() / name)
     renderer = Renderer(tokenizer(), (tiny_lm.EOS,))
-    return Served(engine, names, Service(engine, engine.facts, names, renderer, limits or Limits()))  # type: ignore[arg-type]
+    return Served(engine, registry, Service(engine, engine.facts, registry, renderer, limits or Limits()))
 
 
 @contextlib.contextmanager

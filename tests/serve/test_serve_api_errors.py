@@ -148,7 +148,7 @@ def test_an_unknown_model_is_404(app: Any):
         asyncio.run(ask())
     assert caught.value.code == "model_not_found"
     assert "did you mean 'sql'" in caught.value.message
-    assert app.names.leased == 0
+    assert app.leased == 0
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_broken_adapter_names_the_problem():
     def lease(model: str, scale: float | None) -> Any:
         raise AdapterError("adapter 'sql': factors hold NaN")
 
-    app.names.lease = lease  # type: ignore[method-assign]
+    app.registry.lease = lease  # type: ignore[method-assign]
     answer = app.post(CHAT, {**ASK, "model": "sql"})
     assert answer.status_code == 400
     assert answer.json()["error"] == {

@@ -68,8 +68,7 @@ def test_fields_reach_the_engine():
     )
     work = app.engine.works[0]
     how = work.sampling
-    assert work.choice == (("key-sql", 0.5),)
-    assert app.names.asked == [("sql", 0.5)]
+    assert work.choice == ((app.registry.get("sql").key, 0.5),)
     assert (how.max_tokens, how.temperature, how.top_p, how.seed, how.top_k, how.min_p) == (5, 0.5, 0.9, 3, 4, 0.05)
     assert (how.presence, how.frequency, how.repetition, how.logit_bias) == (0.1, 0.2, 1.1, ((7, -100.0),))
     assert how.stop_ids == {tiny_lm.EOS, 9}
@@ -164,11 +163,17 @@ def test_headers_name_the_adapters_version_and_what_had_no_effect():
     body = {**ASK, "model": "sql", "temprature": 0, "user": "me", "verbosity": "low", "x\r\ny: z": 1}
     answer = app.post("/v1/chat/completions", body)
     assert answer.status_code == 200
-    assert answer.headers["x-lorakit-adapter"] == "sql@ffffffffffff"
+    version = app.registry.get("sql").version
+    assert version.startswith("sql@")
+    assert answer.headers["x-lorakit-adapter"] == version
     warning = answer.headers["x-lorakit-warning"]
     assert warning == "not used: temprature (did you mean temperature?), verbosity, x%0D%0Ay: z"
     stream = app.post("/v1/chat/completions", {**body, "stream": True})
-    assert stream.headers["x-lorakit-adapter"] == "sql@ffffffffffff"
+    assert stream.headers["x-lorakit-adapter"] == version
+    mix = app.post("/v1/chat/completions", {**ASK, "model": "chat:0.3+sql:0.7"})
+    assert mix.headers["x-lorakit-adapter"] == f"{version}+{app.registry.get('chat').version}"
+    assert mix.json()["model"] == "chat:0.3+sql:0.7"
+    assert [weight for _, weight in sorted(app.engine.works[-1].choice, key=lambda part: part[1])] == [0.3, 0.7]
     assert "x-lorakit-warning" not in app.post("/v1/chat/completions", {**ASK, "user": "me", "store": True}).headers
 
 
@@ -262,10 +267,10 @@ def test_a_full_server_is_429_with_when_to_come_back():
     app = served()
     app.engine.busy = True
     with pytest.raises(openai.RateLimitError) as caught:
-        chat(app)
+        chat(app, model="sql")
     assert caught.value.response.headers["retry-after"] == "2"
     assert caught.value.response.headers["retry-after-ms"] == "2000"
-    assert app.names.leased == 0
+    assert app.leased == 0
 
 
 def test_if_one_of_several_answers_finds_no_place_none_is_computed():

@@ -67,7 +67,7 @@ def test_log_probabilities_with_offsets_whole_and_streamed():
     assert found.tokens == ["a", "b", "c"]
     assert found.token_logprobs == [-0.5] * 3
     assert found.text_offset == [0, 1, 2]
-    assert found.top_logprobs[0] == {"a": -1.0, "b": -2.0}
+    assert found.top_logprobs[0] == {"a": -0.5, "b": -1.5}
     offsets = [
         offset
         for chunk in app.events("/v1/completions", {**ASK, "logprobs": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 from served_app import ASK, Exchange, ids, live, served
 
 from lorakit.serve.engine import Work
+from lorakit.serve.guard.limits import Limits
+
+SQL = {**ASK, "model": "sql"}
 
 
 def endless(work: Work) -> list[int]:
@@ -25,7 +29,7 @@ async def until(condition: Any, seconds: float = 5.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "path, body", [("/v1/chat/completions", ASK), ("/v1/completions", {"model": "sql", "prompt": "a"})]
+    "path, body", [("/v1/chat/completions", SQL), ("/v1/completions", {"model": "sql", "prompt": "a"})]
 )
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
@@ -36,11 +40,11 @@ def test_a_hang_up_cancels_all_answers_of_the_request(path: str, body: Any, stre
         exchange = Exchange(app.app, path, {**body, "stream": stream, "n": n, "max_tokens": 400})
         request = asyncio.create_task(exchange.run())
         await until(lambda: len(app.engine.works) == n)
-        assert app.names.leased == 1
+        assert app.leased == 1
         exchange.hang_up()
         await request
         await until(lambda: app.engine.cancelled == n)
-        assert app.names.leased == 0
+        assert app.leased == 0
         assert exchange.sent == []
 
     asyncio.run(hang_up_while_it_waits())
@@ -52,14 +56,14 @@ def test_a_hang_up_in_the_middle_of_a_stream_stops_within_a_token(n: int):
         app = served(endless)
         app.engine.hold = asyncio.Event()
         app.engine.hold.set()
-        exchange = Exchange(app.app, "/v1/chat/completions", {**ASK, "stream": True, "n": n, "max_tokens": 400})
+        exchange = Exchange(app.app, "/v1/chat/completions", {**SQL, "stream": True, "n": n, "max_tokens": 400})
         request = asyncio.create_task(exchange.run())
         await exchange.arrived.wait()
         app.engine.hold.clear()
         exchange.hang_up()
         await request
         await until(lambda: app.engine.cancelled == n)
-        assert app.names.leased == 0
+        assert app.leased == 0
         assert app.engine.stats().running == 0
 
     asyncio.run(hang_up_while_it_answers())
@@ -71,7 +75,7 @@ def test_a_client_that_does_not_read_holds_back_its_stream_until_it_is_cancelled
     async def never_reads() -> None:
         app = served(lambda work: ids("x" * 2000), context=4000)
         stuck = asyncio.Event()
-        exchange = Exchange(app.app, "/v1/chat/completions", {**ASK, "stream": True})
+        exchange = Exchange(app.app, "/v1/chat/completions", {**SQL, "stream": True})
 
         async def send(message: dict[str, Any]) -> None:
             exchange.sent.append(message)
@@ -85,7 +89,7 @@ def test_a_client_that_does_not_read_holds_back_its_stream_until_it_is_cancelled
         stuck.set()
         await request
         assert b"event: error" in exchange.sent[-1]["body"]
-        assert app.names.leased == 0
+        assert app.leased == 0
 
     asyncio.run(never_reads())
 
@@ -99,6 +103,32 @@ def test_a_request_in_time_is_not_cancelled_by_the_end_of_its_connection():
         assert app.engine.cancelled == 0
 
     asyncio.run(ask())
+
+
+def test_what_hangs_is_cut_off(monkeypatch: pytest.MonkeyPatch):
+    """A disk that does not answer: 504. A client that does not read its answer's end: its adapter is given back."""
+    monkeypatch.setattr("lorakit.serve.api.answering.GRACE", 0.05)
+
+    async def hang() -> None:
+        app = served("Hello", limits=Limits(seconds=0.1))
+        for hanging in (True, False):
+            exchange = Exchange(app.app, "/v1/chat/completions", {**SQL, "stream": True})
+            if hanging:
+                lease, app.registry.lease = app.registry.lease, never  # type: ignore[method-assign]
+                await exchange.run()
+                app.registry.lease = lease  # type: ignore[method-assign]
+                assert exchange.sent[0]["status"] == 504
+            else:
+                exchange._send = lambda message: asyncio.sleep(60)  # type: ignore[method-assign]
+                await exchange.run()
+            assert app.leased == 0
+
+    @contextlib.asynccontextmanager
+    async def never(model: str, scale: Any) -> Any:
+        await asyncio.sleep(60)
+        yield
+
+    asyncio.run(hang())
 
 
 def test_a_socket_that_closes_cancels():
@@ -119,4 +149,4 @@ def test_a_socket_that_closes_cancels():
             while app.engine.cancelled == before and time.monotonic() < end:
                 time.sleep(0.01)
             assert app.engine.cancelled == before + 1
-        assert app.names.leased == 0
+        assert app.leased == 0

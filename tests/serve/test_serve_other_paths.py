@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import tiny_lm
-from served_app import HELLO, ids, served, tokenizer
+from served_adapters import write
+from served_app import HELLO, ids, root, served, tokenizer
 
 from lorakit.serve.engine import Stats
 
@@ -21,18 +22,25 @@ def test_models_lists_base_and_adapters_for_the_openai_client():
             return [model async for model in client.models.list()], await client.models.retrieve("sql")
 
     models, one = asyncio.run(ask())
-    assert [model.id for model in models] == ["base", "sql", "chat"]
+    assert [model.id for model in models] == ["base", "chat", "sql"]
     assert (models[0].parent, models[0].root, models[0].max_model_len) == (None, "base", 1024)
-    assert (one.parent, one.root, one.owned_by, one.object) == ("base", "sql.safetensors", "lorakit", "model")
-    assert one.lorakit["version"] == "f" * 12
+    assert (one.parent, one.root, one.owned_by, one.object) == ("base", str(root() / "sql"), "lorakit", "model")
+    assert (one.lorakit["status"], one.lorakit["version"]) == ("registered", None)
+    app.post("/tokenize", {"model": "sql", "prompt": "x"})  # its first use
+    about = app.get("/v1/models/sql").json()["lorakit"]
+    assert (about["status"], about["rank"]) == ("ready", 2)
+    assert about["version"] == app.registry.get("sql").key[:12]
 
 
-def test_a_model_that_failed_is_not_listed_but_says_why():
-    app = served()
-    card = app.names.by_name["sql"]
-    card.status, card.problem = "failed", "factors hold NaN"
+def test_a_model_that_failed_is_not_listed_but_says_why(tmp_path: Any):
+    app = served(adapters=["chat"])
+    write(tmp_path / "bad", 7)
+    app.registry.add("bad", tmp_path / "bad")
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"not one")
+    answer = app.post("/v1/completions", {"model": "bad", "prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
     assert [model["id"] for model in app.get("/v1/models").json()["data"]] == ["base", "chat"]
-    assert app.get("/v1/models/sql").json()["lorakit"]["problem"] == "factors hold NaN"
+    assert app.get("/v1/models/bad").json()["lorakit"]["problem"] == answer.json()["error"]["message"]
 
 
 def test_names_with_slashes_and_unknown_ones():
@@ -44,22 +52,41 @@ def test_names_with_slashes_and_unknown_ones():
 
 def test_adapters_are_loaded_and_unloaded_in_vllms_forms():
     app = served(adapters=[])
-    answer = app.post("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "team/new"})
+    answer = app.post("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "team/sql"})
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'new' added successfully.")
-    app.post("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "b", "load_inplace": True, "pin": True})
-    assert app.names.loads == [("new", "team/new", False, False), ("b", "b", True, True)]
+    again = {"lora_name": "new", "lora_path": "other"}
+    assert app.post("/v1/load_lora_adapter", again).json()["error"]["param"] == "lora_name"
+    assert app.post("/v1/load_lora_adapter", {**again, "load_inplace": True, "pin": True}).status_code == 200
+    card = app.registry.get("new")
+    assert (card.place, card.pinned) == ("other", True)
+    assert app.engine.pinned == {card.key}
     answer = app.post("/v1/unload_lora_adapter", {"lora_name": "new"})
-    assert answer.text == "Success: LoRA adapter 'new' removed successfully (1,234 bytes freed)."
+    assert answer.text == "Success: LoRA adapter 'new' removed successfully (1 bytes freed)."
     assert app.post("/v1/unload_lora_adapter", {"lora_name": "new"}).status_code == 404
 
 
-@pytest.mark.parametrize("body", [{}, {"lora_name": "x"}, {"lora_name": "", "lora_path": "y"}, {"lora_name": 1}])
-def test_bad_loads_are_400(body: Any):
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({}, "lora_name"),
+        ({"lora_name": "x"}, "lora_path"),
+        ({"lora_name": "", "lora_path": "sql"}, "lora_name"),
+        ({"lora_name": 1, "lora_path": "sql"}, "lora_name"),
+        ({"lora_name": "base", "lora_path": "sql"}, "lora_name"),
+        ({"lora_name": "a b", "lora_path": "sql"}, "lora_name"),
+        ({"lora_name": "x", "lora_path": "../sql"}, "lora_path"),
+        ({"lora_name": "x", "lora_path": "/etc"}, "lora_path"),
+        ({"lora_name": "x", "lora_path": "nowhere"}, "lora_path"),
+        ({"lora_name": "x", "lora_path": "sql", "pin": "yes"}, "pin"),
+    ],
+)
+def test_bad_loads_are_400(body: Any, param: str):
     app = served()
     answer = app.post("/v1/load_lora_adapter", body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] in ("lora_name", "lora_path")
-    assert not app.names.loads
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert str(root()) not in answer.text
+    assert not app.engine.loaded
 
 
 def test_tokens_of_a_prompt_and_of_messages_and_back():
@@ -76,7 +103,7 @@ def test_tokens_of_a_prompt_and_of_messages_and_back():
     assert app.post("/tokenize", {"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
     assert app.post("/detokenize", {"tokens": [258]}).status_code == 400
     assert app.post("/tokenize", b'{"prompt": "\\ud800"}').status_code == 400
-    assert app.names.leased == 0
+    assert app.leased == 0
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,9 @@ class DoraFactors(LiveUpdate):
             g = self.magnitude.to(norm).flatten() / torch.where(norm > 0, norm, torch.inf)
             return g.view(-1, 1) if self.by_output != layer.lora_transposed else g.view(1, -1)
 
+    def forget_computed(self) -> None:
+        self._squares = self._kept = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_squares": None, "_kept": None}  # a copy has other tensors
 

@@ -130,6 +130,9 @@ class LoraFactors(LiveUpdate):
             self._kept = versions, subtracted
         return self._kept[1]
 
+    def forget_computed(self) -> None:
+        self._kept = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}  # a copy has other tensors
 

@@ -134,6 +134,9 @@ class LiveUpdate(Own):
         """Return the same update for another module that shares the weight (tied embeddings)."""
         raise NotImplementedError
 
+    def forget_computed(self) -> None:
+        """Drop what was computed from the parameters and is kept for the next call."""
+
     # Training
 
     def faster(self, layer: LoraLayer) -> tuple[str, ...]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
+from ...errors import AdapterError, ConfigError, StateError
+from ..names import check_name
 from ..service import Service
+from .errors import ApiError
 from .forms import ERRORS
 from .requests import LoadRequest, UnloadRequest
 
@@ -20,8 +23,17 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/load_lora_adapter", responses={200: OK, **ERRORS}, response_model=None)
     async def load_lora_adapter(request: LoadRequest) -> Response:
         """Load an adapter, and check that it fits the base. A name that is taken is an error unless load_inplace."""
+        try:
+            check_name(request.lora_name, registry.base_names)
+        except ConfigError as error:
+            raise ApiError(str(error), "lora_name") from error
         name, in_place = request.lora_name, bool(request.load_inplace)
-        await registry.load(name, request.lora_path, pin=bool(request.pin), in_place=in_place)
+        try:
+            await registry.load(name, request.lora_path, pin=bool(request.pin), in_place=in_place)
+        except StateError as error:
+            raise ApiError(str(error), "lora_name", "name_taken") from error
+        except AdapterError as error:
+            raise ApiError(str(error), "lora_path", "adapter_refused") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter", responses={200: OK, **ERRORS}, response_model=None)

@@ -6,7 +6,7 @@ pieces of tokens -> Answer -> Deltas: text that may be sent now, calls, log prob
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What came since the last one. logprobs: of the tokens behind the text. reason: set in the last delta."""
+    """What came since the last one. logprobs: of the tokens behind it. reason: set in the last delta.
+
+    reasoning: text that the model's family writes apart from the answer.
+    """
 
     text: str = ""
+    reasoning: str = ""
     calls: Sequence[Call] = ()
     logprobs: Sequence[TokenLogprob] = ()
     reason: Reason | None = None
@@ -70,25 +74,26 @@ class Answer:
             self.ticket.cancel()
         elif ended:
             text += self.text.finish()
-        calls: Sequence[Call] = ()
+        reasoning = ""
+        calls: tuple[Call, ...] = ()
         if self._tools is not None:
             came = self._tools.feed(text)
-            text, calls = came.content, came.calls
+            text, reasoning, calls = came.content, came.reasoning, came.calls
             if self._tools.ended and not ended:
                 ended = "stop"
                 self.ticket.cancel()
             if ended:
                 rest = self._tools.finish()
-                text, calls = text + rest.content, (*calls, *rest.calls)
+                text, reasoning, calls = text + rest.content, reasoning + rest.reasoning, calls + rest.calls
             self.called = self.called or bool(calls)
-        if not (text or calls or ended):
+        if not (text or calls or ended or reasoning):
             return None
         reason: Reason | None = "tool_calls" if ended == "stop" and self.called else ended
         held, self._held = (self._held, []) if self._held else ((), self._held)
-        return Delta(text, calls, held, reason)
+        return Delta(text, reasoning, calls, held, reason)
 
 
-async def deltas(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Delta]]:
+async def deltas(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, Delta], None]:
     """Yield the deltas of several answers as they come, each answer's in order.
 
     All are read at once: an answer that waited for its turn would be cancelled as one that nobody reads. Close it (see

@@ -56,8 +56,7 @@ def headers(request: Sampled, leased: Leased, notes: Sequence[str] = ()) -> dict
     """
     found = {}
     if leased.cards:
-        versions = [f"{quote(card.name, safe='/')}@{(card.key or '')[:12]}" for card in leased.cards]
-        found["x-lorakit-adapter"] = ", ".join(versions)
+        found["x-lorakit-adapter"] = "+".join(card.version for card in leased.cards)
     if warnings := [text for text in (_warning(request), *notes) if text]:
         found["x-lorakit-warning"] = "; ".join(quote(text, safe=PRINTABLE, errors="replace") for text in warnings)
     return found

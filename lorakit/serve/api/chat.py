@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -22,7 +22,7 @@ from .answering import Answering
 from .answers import Answer, Delta, deltas, submitted, usage, works
 from .errors import ApiError
 from .events import Chunks, EventStream, text_json
-from .forms import ERRORS, AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs
+from .forms import ERRORS, AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs, ToolCall
 from .logprobs import chat_logprobs
 from .replies import json_bytes, send_json
 from .requests import ChatRequest
@@ -46,7 +46,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", responses={200: OK, **ERRORS}, response_model=None)
     async def create_chat_completion(request: ChatRequest) -> Response:
         """Answer a conversation. The chat template and the end tokens are those that the adapter was trained with."""
-        return Answering(partial(_answer, service, request))
+        return Answering(partial(_answer, service, request), service.limits.seconds)
 
     return routes
 
@@ -131,9 +131,11 @@ class _Reply:
     def _choice(self, answer: Answer, came: Sequence[Delta]) -> ChatChoice:
         text = "".join(delta.text for delta in came)
         message: AnswerMessage = {"role": "assistant", "content": text, "refusal": None}
+        if thought := "".join(delta.reasoning for delta in came):
+            message["reasoning_content"] = thought
         if calls := [call for delta in came for call in delta.calls]:
             message["content"] = text or None
-            message["tool_calls"] = [call.openai() for call in calls]
+            message["tool_calls"] = [cast(ToolCall, call.openai()) for call in calls]
         reason = came[-1].reason
         assert reason is not None
         tokens = [token for delta in came for token in delta.logprobs]
@@ -162,8 +164,12 @@ class _Reply:
     def _events(self, chunks: Chunks, answer: Answer, delta: Delta) -> bytes:
         """Return a delta as events: text, calls, and the reason in a chunk of its own."""
         out = []
-        if delta.calls or (delta.logprobs and self.reported):
-            content: dict[str, Any] = {"content": delta.text} if delta.text or not delta.calls else {}
+        if delta.calls or delta.reasoning or (delta.logprobs and self.reported):
+            content: dict[str, Any] = {}
+            if delta.reasoning:
+                content["reasoning_content"] = delta.reasoning
+            if delta.text or not (delta.calls or delta.reasoning):
+                content["content"] = delta.text
             if delta.calls:
                 content["tool_calls"] = [call.openai(streamed=True) for call in delta.calls]
             logprobs = json_bytes(self._logprobs(delta.logprobs))

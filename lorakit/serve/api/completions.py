@@ -38,7 +38,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions", responses={200: OK, **ERRORS}, response_model=None)
     async def create_completion(request: CompletionRequest) -> Response:
         """Complete a text. A prompt is not put into a chat template."""
-        return Answering(partial(_answer, service, request))
+        return Answering(partial(_answer, service, request), service.limits.seconds)
 
     return routes
 

@@ -62,6 +62,7 @@ class AnswerMessage(TypedDict):
     content: str | None
     refusal: None
     tool_calls: NotRequired[list[ToolCall]]
+    reasoning_content: NotRequired[str]  # vLLM's and DeepSeek's key for reasoning that is written apart
 
 
 class ChatChoice(TypedDict):

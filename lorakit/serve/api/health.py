@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -20,7 +21,7 @@ LONGEST_STEP = 60.0
 def router(service: Service) -> APIRouter:
     """Return the route."""
     routes = APIRouter(tags=["server"])
-    failed = {503: {"model": Health, "description": "The engine does not answer"}}
+    failed: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "The engine does not answer"}}
 
     @routes.get("/health", responses={200: {"model": Health}, **ERRORS, **failed}, response_model=None)
     async def health() -> Response:

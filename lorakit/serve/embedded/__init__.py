@@ -16,7 +16,7 @@ One thread owns the model and repeats, in `loop`:
     ticket.deliver(...)                             all pieces of the step in one call
 
 submit()    event loop: checks, `tiers.claim(keys)`; `tiers.release(keys)` when the request is over, however it ends.
-            `Grammars.matcher(schema)` is awaited, off both threads, before the engine's thread sees the work.
+            `Grammars.compiled(schema)` is awaited, off both threads, before the engine's thread sees the work.
 picking     `Picking(sampling, prompt_ids, matcher, device)` is made by the engine's thread when the work gets a slot;
             `pick(logits [rows, vocab] float32, pickings) -> list[Picked]`, in the order of the rows. A `Picked` has
             `id`, `logprob`, `finish`; with finish "stop" its id ends the answer and is not part of it; with "length"

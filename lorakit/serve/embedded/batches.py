@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .prefixes import KeysValues
 from .request import Request
-from .slots import KeysValues, Slots
+from .slots import Slots
 
 if TYPE_CHECKING:
     from .runner import Runner

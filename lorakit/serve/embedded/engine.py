@@ -16,6 +16,7 @@ from ..ticket import Ticket
 from .loop import Loop
 from .request import Request
 from .runner import Runner
+from .sampling_settings import check_sampling
 
 if TYPE_CHECKING:
     from .grammar import Grammars
@@ -141,11 +142,13 @@ class EmbeddedEngine:
         self._loop = None
         await asyncio.to_thread(loop.close)
         self.tiers.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
     async def _with_grammar(self, loop: Loop, request: Request, schema: str) -> None:
         try:
             assert self.grammars is not None, "checked in `_check`"
-            request.matcher = await asyncio.to_thread(self.grammars.matcher, schema)
+            request.matcher = await self.grammars.compiled(schema)
         except Exception as error:
             loop.refuse(request, error)
         else:
@@ -179,6 +182,7 @@ class EmbeddedEngine:
             )
         if (sampling.logprobs or 0) > MAX_LOGPROBS:
             raise Cannot(f"logprobs is {sampling.logprobs}; expected up to {MAX_LOGPROBS}", "logprobs")
+        check_sampling(sampling, self.facts.vocabulary)
         if sampling.schema is not None and self.grammars is None:
             raise Cannot("this engine was started without grammars, so it has no JSON mode", "schema")
 

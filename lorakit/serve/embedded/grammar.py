@@ -1,7 +1,7 @@
 """Hold an answer to a JSON schema: which tokens may come next (llguidance, a parser over a trie of tokens).
 
     grammars = Grammars(tokenizer, ends=[2])
-    matcher = grammars.matcher('{"type": "object", ...}')     # off the engine's thread; a fresh one for each answer
+    matcher = await grammars.compiled('{"type": "object"}')   # a fresh one for each answer
     forbid(scores, [(row, matcher, end_ids), ...])            # in the engine's thread, before a token is picked
     matcher.add(token)                                        # after
 
@@ -11,6 +11,7 @@ allowed where the answer may end, and nowhere else.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +40,7 @@ PATIENCE = 20.0  # seconds of the clock to compile a schema, where the machine i
 # schemas take 0.01 to 0.5 ms a token.
 FIRST_SECONDS, SECONDS_PER_TOKEN = 0.5, 0.005
 _END = "<|lorakit: end of the answer|>"
+_ADVICE = "docs/serve.md lists what a schema may have; or ask for JSON without a schema"
 
 
 class Matcher:
@@ -111,19 +114,39 @@ class Grammars:
         self._known: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()  # for `_known`
         self._compiling = threading.Lock()  # one at a time: hostile schemas must not take all processors
+        # Their own thread, so that requests that wait for a slow schema do not take those of other work.
+        self._thread = ThreadPoolExecutor(1, "schemas")
+
+    async def compiled(self, schema: str) -> Matcher:
+        """Return a fresh matcher for an answer; the event loop goes on. Raises as `matcher`.
+
+        A schema seen before does not wait behind others.
+        """
+        key = _key(schema)
+        found = self._copy(key)
+        if found is not None:
+            return self._fresh(key, found)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.matcher, schema)
 
     def matcher(self, schema: str) -> Matcher:
         """Return a fresh matcher for an answer.
 
-        It takes microseconds for a schema seen before, about 0.1 s for another and at most some seconds, so it is not
-        for the engine's thread. Raises Cannot("schema") for a schema that is not valid, not supported or too complex,
-        for tokenizers that llguidance cannot read, and without llguidance.
+        It takes microseconds for a schema seen before, about 0.1 s for another and at most some seconds. Raises
+        Cannot("schema") for a schema that is not valid, not supported or too complex, for tokenizers that llguidance
+        cannot read, and without llguidance.
         """
-        key = hashlib.sha256(schema.encode("utf8", "surrogatepass")).hexdigest()
+        key = _key(schema)
         found = self._copy(key)
         if found is None:
             with self._compiling:
                 found = self._copy(key) or self._compile(key, schema)
+        return self._fresh(key, found)
+
+    def close(self) -> None:
+        """Drop the schemas that still wait."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _fresh(self, key: str, found: Any) -> Matcher:
         if isinstance(found, str):
             raise Cannot(f"{found}\n  {_ADVICE}", "schema")
         words = -(-self._converted.vocab_size // 32)
@@ -160,9 +183,6 @@ class Grammars:
             self._known.pop(key, None)
 
 
-_ADVICE = "JSON schema keywords that work: see docs/serve.md; or ask for JSON without a schema"
-
-
 def forbid(scores: Tensor, rows: Sequence[tuple[int, Matcher, Collection[int]]]) -> None:
     """Set the logits of tokens that a grammar does not allow to -inf, in place.
 
@@ -178,6 +198,10 @@ def forbid(scores: Tensor, rows: Sequence[tuple[int, Matcher, Collection[int]]])
     index = torch.tensor([row for row, _, _ in rows], device=scores.device)
     outside = torch.from_numpy(~allowed).to(scores.device)
     scores[index] = scores[index].masked_fill(outside, float("-inf"))
+
+
+def _key(schema: str) -> str:
+    return hashlib.sha256(schema.encode("utf8", "surrogatepass")).hexdigest()
 
 
 def _as_object(schema: str) -> str:
@@ -216,7 +240,8 @@ def _converted(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _problem(schema: str) -> str | None:
     """Compile the schema in another process. Return what is wrong with it, None if it can be compiled here too."""
-    command = [sys.executable, "-P", os.path.abspath(schema_compiler.__file__)]
+    seconds, size = schema_compiler.CPU_SECONDS, schema_compiler.MEMORY_BYTES
+    command = [sys.executable, "-P", os.path.abspath(schema_compiler.__file__), str(seconds), str(size)]
     try:
         done = subprocess.run(command, input=schema.encode(), capture_output=True, timeout=PATIENCE, check=False)
     except subprocess.TimeoutExpired:  # maybe the machine is busy, so this is not remembered
@@ -225,7 +250,7 @@ def _problem(schema: str) -> str | None:
         last = done.stderr.decode("utf8", "replace").strip().rpartition("\n")[2]
         return f"its compiler failed: {last}"
     if done.returncode < 0:  # a signal: one of the limits
-        return f"compiling it takes more than {schema_compiler.CPU_SECONDS} s or {schema_compiler.MEMORY_BYTES:,} bytes"
+        return f"compiling it takes more than {seconds} s or {size >> 20:,} MB"
     problem: str | None = json.loads(done.stdout)["problem"]
     return problem
 

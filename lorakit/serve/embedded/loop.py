@@ -25,9 +25,10 @@ from ..ticket import Ticket, deliver
 from .batches import Batches
 from .picking import Picked, Picking, pick
 from .prefill import Group, Start, grouped
+from .prefixes import KeysValues
 from .request import Request
 from .runner import Flattened
-from .slots import KeysValues, Slots
+from .slots import Slots
 
 if TYPE_CHECKING:
     from .prefixes import Prefixes
@@ -129,9 +130,13 @@ class Loop:
     def _pass(self) -> None:
         self._take()
         self.tiers.between_steps()
-        self._drop()
+        # In inference mode is all that touches the slots, and nothing of the tiers, whose adapters must be ordinary
+        # tensors: `route` sees by their versions whether they have changed.
         with torch.inference_mode():
-            self._admit()
+            self._drop()
+        admitted = self._admitted()
+        with torch.inference_mode():
+            self._begin(admitted)
             self._prefill()
             self._arrange()
             for slots in self._batches:
@@ -166,10 +171,10 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------------- prompts
 
-    def _admit(self) -> None:
-        """Give free rows to waiting requests whose adapters are ready, in order of arrival."""
+    def _admitted(self) -> list[Request]:
+        """Return the waiting requests that get a free row: those whose adapters are ready, in order of arrival."""
         free = self.max_rows - len(self._batches) - sum(len(group.starts) for group in self._groups)
-        admitted: list[Start] = []
+        admitted: list[Request] = []
         still: list[Request] = []
         for request in self.waiting:
             try:
@@ -183,12 +188,17 @@ class Loop:
                 continue
             self.tiers.use(request.keys)
             request.admitted = time.monotonic()
-            admitted.append(self._start(request))
+            admitted.append(request)
         self.waiting = deque(still)
-        for start in admitted:
+        return admitted
+
+    def _begin(self, admitted: Sequence[Request]) -> None:
+        """Queue the prompts of requests that got a row, as far as they are not known."""
+        starts = [self._start(request) for request in admitted]
+        for start in starts:
             if not start.missing:
                 self._add(start.request, start.keys_values)
-        missing = [start for start in admitted if start.missing]
+        missing = [start for start in starts if start.missing]
         try:
             self._groups.extend(grouped(self.runner, missing))
         except Exception as error:

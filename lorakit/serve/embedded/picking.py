@@ -141,13 +141,14 @@ def _draw(scores: Tensor, rows: Sequence[Picking]) -> Tensor:
     """Draw a token for each row, [rows], from softmax(scores / temperature), truncated. scores: [rows, vocab]."""
     device = scores.device
     temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)[:, None]
-    # The maximum is subtracted before the division, so that no temperature, however low, can overflow.
-    weights = ((scores - scores.amax(-1, keepdim=True)) / temperature).exp()  # [rows, vocab], the likeliest is 1
+    # The maximum is subtracted before the division, so that no temperature, however low, can overflow. In place: new
+    # memory for [rows, vocab] costs more than the arithmetic.
+    weights = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()  # the likeliest is 1
     weights = keep_likely(weights, [row.sampling for row in rows])
+    cumulative = weights.cumsum_(-1)
     uniform = torch.tensor([row.uniform() for row in rows], device=device)[:, None]
-    cumulative = weights.cumsum(-1)
     ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    return ids.clamp_max(scores.shape[-1] - 1)  # only a row of NaN is beyond; it gets an error later
+    return ids.clamp_max_(scores.shape[-1] - 1)  # only of a row of NaN it is beyond; that row gets an error
 
 
 def _logprobs(logits: Tensor, ids: Tensor, rows: Sequence[Picking]) -> list[TokenLogprob | None]:

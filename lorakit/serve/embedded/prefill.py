@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .prefixes import KeysValues
 from .request import Request
-from .slots import KeysValues
 
 if TYPE_CHECKING:
     from .runner import Runner

@@ -88,8 +88,10 @@ class Runner:
     def prefill(self, slots: Slots, ids: Sequence[Sequence[int]]) -> None:
         """Feed tokens to the rows of `slots`. ids: equally many for each, padded on the right.
 
-        Raises Flattened where the model can only be given one row, and `one_by_one` was not set; it is now.
+        Raises Flattened where the model can only be given one row; `one_by_one` is set then.
         """
+        if self.one_by_one and len(ids) > 1:
+            raise Flattened
         choices = [request.choice for request in slots.rows]
         try:
             if self.one_by_one:

@@ -1,6 +1,6 @@
 """Compile a JSON schema with llguidance, within bounds; as a program, try that in a process of its own.
 
-    python -P schema_compiler.py < schema        # prints {"problem": text or null}
+    python -P schema_compiler.py 2 1073741824 < schema      # seconds, bytes; prints {"problem": text or null}
 
 Some schemas keep llguidance's compiler busy without end: its limits do not count the work of intersecting patterns
 (`allOf` of thirty short patterns, or of four `multipleOf`, did not finish in 30 s). A thread cannot be stopped, but a
@@ -16,7 +16,7 @@ from typing import Any
 
 # ", ", ": " and \u escapes are what json.dumps writes, so what many adapters learned. More white space is not allowed:
 # a small model fills its answer with it. Options inside the schema ("x-guidance") do not change that.
-OPTIONS: dict[str, Any] = {
+OPTIONS: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
@@ -25,9 +25,14 @@ OPTIONS: dict[str, Any] = {
 
 # llguidance's own limits allow 0.9 s and 300 MB for the first mask of ^((a{1000}){1000}){1000}$; these 40 ms and 25 MB.
 # A state takes 1 to 2 kB. Schemas with 50 properties or 4,000 enum values stay far below all of them.
-LIMITS = {"step_lexer_fuel": 50_000, "step_max_items": 20_000, "max_lexer_states": 20_000, "max_grammar_size": 200_000}
+LIMITS: Any = {
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 200_000,
+}
 
-CPU_SECONDS = 2  # the slowest schema within LIMITS took 0.5 s
+CPU_SECONDS = 2  # whole seconds; the slowest schema within LIMITS took 0.5
 MEMORY_BYTES = 1 << 30
 
 
@@ -36,7 +41,7 @@ def compiled(schema: str, tokenizer: Any) -> tuple[Any, str | None]:
     from llguidance import LLMatcher, LLParserLimits
 
     try:
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)  # type: ignore[arg-type]
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
     except ValueError as error:
         return None, str(error)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS, verbose_errors=False))
@@ -55,18 +60,18 @@ class _Bytes:
         return list(text.encode() if isinstance(text, str) else text)
 
 
-def _limit_this_process() -> None:
+def _limit_this_process(seconds: int, size: int) -> None:
     if sys.platform != "linux":  # elsewhere the parent's time limit alone counts
         return
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _main() -> None:
-    _limit_this_process()
+    _limit_this_process(int(sys.argv[1]), int(sys.argv[2]))
     from llguidance import LLTokenizer, TokenizerWrapper
 
     _, problem = compiled(sys.stdin.buffer.read().decode(), LLTokenizer(TokenizerWrapper(_Bytes())))

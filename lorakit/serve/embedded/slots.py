@@ -10,17 +10,17 @@ Buffers grow on demand, in steps of doubled rows and positions, and are given ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .prefixes import KeysValues
+
 if TYPE_CHECKING:
     from .request import Request
 
-KeysValues = Sequence[tuple[Tensor, Tensor]]  # of one row, for each layer [heads, positions, head_dim]
 FIRST_ROWS, FIRST_POSITIONS = 4, 128
 
 
@@ -84,7 +84,7 @@ class Slots:
         self.rows.append(request)  # last, as memory may be short above
         self.lengths.append(length)
 
-    def read(self, at: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    def read(self, at: int, length: int) -> KeysValues:
         """Return the first positions of a row, for each layer: views, until the next step writes into them."""
         return [(keys[at, :, :length], values[at, :, :length]) for keys, values in (x.buffers for x in self.layers)]
 

@@ -1,13 +1,43 @@
-"""Where adapters are: on the device (attached), in memory (built, not attached) or on disk (their source alone)."""
+"""Where adapters are: on the device (attached), in memory (built, not attached) or on disk (their source alone).
+
+    disk    --- read, check, build: in a loader's thread ------------->  memory
+    memory  --- attach: the engine's thread, between two steps ------->  device
+    device  --- detach, for another that is asked for: the same ------>  memory    least recently used, not in use
+    memory  --- drop, above `memory_bytes` --------------------------->  disk      least recently used
+
+The device's places are few and its steps must not wait, so the engine's thread does what cannot be done elsewhere: a
+few milliseconds for each adapter that comes or goes. On a CPU the device's memory is ours, and nothing is copied.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
+from ...adapter.adapter import Adapter
+from ...bases.pipeline import as_module
+from ...errors import AdapterError, listing
 from ..engine import Source
+from ..errors import Cannot, UnknownAdapter
+from . import heap
+from .calls import Calls
+from .entry import Entry
+from .loading import Arrived, Loader, refusal
+from .places import Arrangement, Held, arrange
+from .shelves import Shelves
+
+Result = TypeVar("Result")
+# Seconds of a pass after which the next adapter waits for the next one. Attaching a 20 MB adapter takes about 2 ms.
+BUDGET = 0.004
+# Passes after which an adapter that no waiting request has asked for again is not brought any more.
+FORGOTTEN = 2
 
 
 @dataclass(frozen=True)
@@ -31,31 +61,77 @@ class Tiers:
         for work in waiting: tiers.ready(keys)      # in order of arrival, each pass, also while no slot is free
         tiers.use(keys) ... tiers.done(keys)        # a work gets a slot ... and gives it back
 
-    wake: called from other threads when there is something for `between_steps` to do; the engine sets it.
+    wake: called from any thread when there is something for `between_steps` to do; the engine sets it.
     """
 
     wake: Callable[[], None]
 
-    def __init__(self, model: nn.Module, tokenizer: object = None, *, device: int = 32, memory_bytes: int = 2 << 30):
-        """device: adapters that may be attached at once. memory_bytes: of those in memory and not attached."""
-        raise NotImplementedError
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, device: int = 32, memory_bytes: int = 2 << 30):
+        """device: adapters that may be attached at once. memory_bytes: of those in memory and not attached.
 
-    # The event loop's thread
+        Runs the model once, on a few tokens. No other thread may use it meanwhile.
+        """
+        if device < 1:
+            raise ValueError(f"device={device}: expected a place for at least one adapter")
+        self.wake = lambda: None
+        self._places, module = device, as_module(model)
+        self._shelves = Shelves(module, memory_bytes)
+        self._loader = Loader(module, tokenizer, Calls(module), lambda: self.wake())
+        self._lock = threading.RLock()
+        self._entries: dict[str, Entry] = {}
+        self._pinned: dict[str, Entry] = {}
+        self._leaving: dict[str, Entry] = {}  # to be unloaded
+        self._new: dict[str, Entry] = {}  # read and checked, and `load` has not returned yet
+        self._wants: dict[tuple[str, ...], int] = {}  # the adapters of waiting requests -> the pass in which they asked
+        self._given: set[str] = set()  # on the device, in use, and to be replaced: they take no more rows
+        self._pass = self._uses = 0
+        self._pending = False  # whether there is something to do between two steps
+
+    # ------------------------------------------------------------------------------------- the event loop's thread
 
     async def load(self, key: str, source: Source, *, pin: bool = False) -> None:
         """Read an adapter, check it against the model, and make it known. See `Engine.load`.
 
-        A pinned one is attached when this returns, others as soon as there is a place. Raises AdapterError, TargetError
-        or StateError for what cannot be served, and then nothing has changed.
+        A pinned one is attached when this returns, others if there is an empty place. Raises AdapterError for what
+        cannot be served, and for a pin if all places are pinned; then nothing has changed.
         """
-        raise NotImplementedError
+        with self._lock:
+            entry = self._entries.get(key)
+            if pin and key not in self._pinned:
+                self._check_pin(source.label)
+            if entry is None:
+                entry = self._entries[key] = Entry(key, source)
+                self._begin(entry)
+            elif entry.unloaded is not None:  # asked for again before its last request was done
+                entry.unloaded.set_result(0)
+                entry.unloaded = None
+                del self._leaving[key]
+            waits: list[Future[None]] = [entry.loaded]
+            if not pin:
+                self._unpin(entry)
+            else:
+                self._pinned[key] = entry
+                if key not in self._shelves.device:
+                    entry.placed = entry.placed or Future()
+                    waits.append(entry.placed)
+        self._change()
+        for future in waits:
+            await _done(future)
 
     async def unload(self, key: str) -> int:
         """Forget an adapter when no request holds it (`claim`, `use`) any more. Return the bytes freed.
 
         Raises UnknownAdapter.
         """
-        raise NotImplementedError
+        with self._lock:
+            entry = self._entry(key)
+            entry.unloaded = unloaded = entry.unloaded or Future()
+            self._leaving[key] = entry
+            self._unpin(entry)
+        self._change()
+        freed = await _done(unloaded)
+        await asyncio.to_thread(heap.trim)
+        return freed
 
     def claim(self, keys: Sequence[str]) -> None:
         """Hold adapters for a request, from `submit` on until `release`, so that `unload` waits for it.
@@ -63,27 +139,49 @@ class Tiers:
         Raises UnknownAdapter for one that is not loaded or is being unloaded, Cannot for more at once than the device
         has places for.
         """
-        raise NotImplementedError
+        with self._lock:
+            entries = [self._entry(key) for key in keys]
+            leaving = next((entry for entry in entries if entry.unloaded is not None), None)
+            if leaving is not None:
+                raise UnknownAdapter(f"adapter '{leaving.source.label}' is being unloaded\n  load it again first")
+            self._check_places(keys)
+            for entry in entries:
+                entry.claims += 1
 
     def release(self, keys: Sequence[str]) -> None:
         """Undo one `claim`. May be called in either thread."""
-        raise NotImplementedError
+        with self._lock:
+            for key in keys:
+                self._entries[key].claims -= 1
+        if not self._leaving.keys().isdisjoint(keys):
+            self._change()
 
     def stats(self) -> TierStats:
         """Return counts as of now."""
-        raise NotImplementedError
+        with self._lock:
+            shelves = self._shelves
+            return TierStats(len(shelves.device), len(shelves.built), shelves.bytes, shelves.loads, shelves.evictions)
 
     def close(self) -> None:
-        """Stop the loading thread. What is attached stays."""
-        raise NotImplementedError
+        """Stop the loading threads and detach everything. After the engine's thread has ended."""
+        self._loader.close()
+        self._shelves.close(self._loader)
 
-    # The engine's thread
+    # ------------------------------------------------------------------------------------------- the engine's thread
 
     def between_steps(self) -> None:
         """Attach what was read, evict for it, detach what is to be unloaded: a few milliseconds at most. Outside
         `route`.
         """
-        raise NotImplementedError
+        with self._lock:
+            self._pass += 1
+            self._wants = {keys: at for keys, at in self._wants.items() if at >= self._pass - FORGOTTEN}
+            if not (self._pending or self._loader.has_arrived):
+                return
+        with self._loader.turn() as free:
+            if free:  # else something is being prepared, and will wake us
+                with self._lock:
+                    self._do_pending()
 
     def ready(self, keys: Sequence[str]) -> bool:
         """Whether all these adapters are attached; else begin to bring them.
@@ -91,12 +189,183 @@ class Tiers:
         Raises AdapterError if one of them cannot be read any more, UnknownAdapter if it is not loaded. Asked in order
         of arrival: places go to those who asked first, and one that waits for a place is not overtaken for ever.
         """
-        raise NotImplementedError
+        if not keys:
+            return True
+        with self._lock:
+            for key in keys:
+                entry = self._entry(key)
+                if entry.problem is not None and entry.problem_at >= self._pass - 1:
+                    raise entry.problem
+            self._check_places(keys)
+            self._wants[tuple(keys)] = self._pass
+            here = all(key in self._shelves.device and key not in self._given for key in keys)
+            self._pending = self._pending or not here
+            return here
 
     def use(self, keys: Sequence[str]) -> None:
         """Keep these adapters, which are ready, on the device until `done`. Counted: one `done` for each `use`."""
-        raise NotImplementedError
+        with self._lock:
+            self._wants.pop(tuple(keys), None)
+            for key in keys:
+                self._entries[key].users += 1
+                self._touch(self._entries[key])
 
     def done(self, keys: Sequence[str]) -> None:
         """Undo one `use`."""
-        raise NotImplementedError
+        with self._lock:
+            for key in keys:
+                self._entries[key].users -= 1
+        if not (self._leaving.keys() | self._given).isdisjoint(keys):
+            self._change()
+
+    # What happens between two steps. The lock is held, and nothing is being prepared.
+
+    def _do_pending(self) -> None:
+        shelves = self._shelves
+        for key, result in self._loader.take():
+            self._arrive(self._entries[key], result)
+        self._unload()
+        held = {key: Held(e.users, e.used, key in self._pinned) for key, e in shelves.device.items()}
+        wants = [*([key] for key in self._pinned), *self._wants]
+        found = arrange([[key for key in want if key in self._entries] for want in wants], held, self._places)
+        self._given = set(found.after.values())
+        # What is loaded and not asked for yet comes last, and gets empty places only.
+        empty = self._places - len(held) - sum(victim is None for victim in found.bring.values())
+        unasked = [key for key in self._new if key not in found.bring and key not in found.after]
+        found.bring |= dict.fromkeys(unasked[: max(empty, 0)])
+        late = self._bring_all(found)
+        for key in [key for key in self._new if key not in late]:
+            self._new.pop(key).loaded.set_result(None)
+        shelves.drop_oldest(found.bring.keys() | found.after.keys(), self._loader)
+        self._loader.swapping = shelves.swaps
+        self._pending = bool(found.bring or found.after or self._leaving)
+        if late:
+            self.wake()
+
+    def _bring_all(self, found: Arrangement) -> set[str]:
+        """Attach what is at hand, and begin to read the rest. Return what there was no time for in this pass."""
+        late, until, attached = set(), time.perf_counter() + BUDGET, False
+        for key in (*found.bring, *found.after):
+            entry = self._entries[key]
+            if not self._shelves.at_hand(entry):
+                self._begin(entry)
+            elif key in found.after:
+                continue
+            elif attached and time.perf_counter() > until:
+                late.add(key)
+            else:
+                self._bring(entry, found.bring[key])
+                attached = True
+        return late
+
+    def _arrive(self, entry: Entry, result: Arrived) -> None:
+        """Take what the loader made of an adapter."""
+        entry.moving = False
+        if isinstance(result, Adapter):
+            result = self._loader.prepare(entry.key, result, entry.source.label)
+        if isinstance(result, AdapterError):
+            self._fail(entry, result)
+            return
+        entry.prepared, entry.size, entry.problem = result, result.bytes, None
+        if entry.key not in self._shelves.built:  # else it was moved from or to the device's memory
+            self._shelves.built[entry.key] = entry
+            self._touch(entry)
+        if not entry.loaded.done():
+            self._new[entry.key] = entry
+
+    def _fail(self, entry: Entry, problem: AdapterError) -> None:
+        """Note that an adapter cannot be had. One that was never loaded is forgotten."""
+        self._shelves.drop(entry)
+        entry.prepared, entry.problem, entry.problem_at = None, problem, self._pass
+        for future in (entry.loaded, entry.placed):
+            if future is not None and not future.done():
+                future.set_exception(problem)
+        entry.placed = None
+        self._unpin(entry)
+        self._new.pop(entry.key, None)
+        if entry.loaded.exception() is not None:
+            del self._entries[entry.key]
+
+    def _unload(self) -> None:
+        for key, entry in list(self._leaving.items()):
+            if entry.is_free:
+                if key in self._shelves.device:
+                    self._shelves.detach(entry, self._loader)
+                freed = self._shelves.drop(entry)
+                entry.prepared = None
+                del self._leaving[key], self._entries[key]
+                assert entry.unloaded is not None
+                entry.unloaded.set_result(freed)
+
+    def _bring(self, entry: Entry, victim: str | None) -> None:
+        """Attach an adapter that is at hand, in place of another."""
+        if victim is not None:
+            self._shelves.detach(self._entries[victim], self._loader)
+            self._shelves.evictions += 1
+        try:
+            self._shelves.attach(entry)
+        except Exception as error:
+            self._fail(entry, refusal(entry.source.label, error))
+            return
+        self._touch(entry)
+        if entry.placed is not None:
+            entry.placed.set_result(None)
+            entry.placed = None
+
+    def _begin(self, entry: Entry) -> None:
+        """Begin to make an adapter ready to be attached, unless that was begun."""
+        if not entry.moving:
+            entry.moving = True
+            if entry.prepared is None:
+                self._loader.read(entry.key, entry.source)
+            else:
+                self._loader.fetch(entry.key, entry.prepared)
+
+    # Both threads
+
+    def _change(self) -> None:
+        """Have `between_steps` look for what there is to do."""
+        self._pending = True
+        self.wake()
+
+    def _touch(self, entry: Entry) -> None:
+        self._uses += 1
+        entry.used = self._uses
+
+    def _entry(self, key: str) -> Entry:
+        entry = self._entries.get(key)
+        if entry is None or not entry.loaded.done():
+            raise UnknownAdapter(f"no adapter is loaded under the key {key[:12]}")
+        return entry
+
+    def _unpin(self, entry: Entry) -> None:
+        self._pinned.pop(entry.key, None)
+        if entry.placed is not None:  # nobody waits for a place any more
+            entry.placed.set_result(None)
+            entry.placed = None
+
+    def _check_pin(self, label: str) -> None:
+        """Raise AdapterError if no place is left for one more pinned adapter."""
+        if len(self._pinned) >= self._places:
+            labels = [f"'{entry.source.label}'" for entry in self._pinned.values()]
+            raise AdapterError(
+                f"adapter '{label}' cannot be pinned: all {self._places} places of the device are, by "
+                f"{listing(labels)}\n"
+                "  unload one of them, or start the server with more places: --device-adapters"
+            )
+
+    def _check_places(self, keys: Sequence[str]) -> None:
+        """Raise Cannot for more adapters than the device can have at once beside the pinned ones."""
+        needed, free = len(set(keys) - self._pinned.keys()), self._places - len(self._pinned)
+        if needed > free:
+            beside = f" beside {len(self._pinned)} pinned ones" if self._pinned else ""
+            raise Cannot(
+                f"the request needs {needed} adapters at once; the device has places for {free}{beside}\n"
+                "  mix fewer, or start the server with more places: --device-adapters",
+                "mix",
+            )
+
+
+async def _done(future: Future[Result]) -> Result:
+    """Wait for another thread. Whoever waits may be cancelled without ending the wait of others."""
+    return await asyncio.shield(asyncio.wrap_future(future))

@@ -3,7 +3,7 @@
     OWNER/NAME, OWNER/NAME@REVISION, hf://OWNER/NAME
 
 The hub's address and token are the server's own (HF_ENDPOINT, HF_TOKEN), never the request's. The repository's files
-and their sizes are asked for first, and only an adapter's files are downloaded, of one commit.
+and their sizes are asked for first, and only an adapter's files are downloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterError, ConfigError, LorakitError
 
@@ -103,13 +103,18 @@ class Hub:
         chosen, opened = choose(sizes, name)
         _refuse_pickles(chosen, name, pickles)
         self._check_size({file: sizes[file] for file in chosen}, name)
-        folder = snapshot_download(
-            name.repository,
-            revision=info.sha,
-            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", file) for file in chosen],  # they are globs
-            endpoint=endpoint(),
+        folder = Path(
+            snapshot_download(
+                name.repository,
+                revision=name.revision,  # not the commit: the cache would not know the branch when the hub is away
+                allow_patterns=[re.sub(r"([*?\[])", r"[\1]", file) for file in chosen],  # they are globs
+                endpoint=endpoint(),
+                tqdm_class=_silent(),
+            )
         )
-        return _fetched(Path(folder), opened)
+        if folder.name != info.sha:
+            raise AdapterError(f"'{name.repository}' was changed while it was fetched\n  try again")
+        return _fetched(folder, opened)
 
     def _cached(self, name: HubName, why: str, pickles: bool) -> Fetched:
         from huggingface_hub import snapshot_download
@@ -152,6 +157,17 @@ class Hub:
                 f"'{name.repository}' has {total:,} bytes, and the disk of the hub's cache has {free:,} free, of which "
                 f"{FREE:,} are kept\n  free some space, or set HF_HOME to a folder on another disk"
             )
+
+
+def _silent() -> type:
+    """Return a progress bar that shows nothing: what a request fetches is not for the server's terminal."""
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc, type-arg]
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **{**options, "disable": True})
+
+    return Silent
 
 
 def _fetched(folder: Path, opened: str) -> Fetched:

@@ -20,8 +20,10 @@ from typing import Any
 
 from ...adapter.adapter import Adapter
 from ...adapter.algebra.combine import combined
+from ...adapter.update import Update
 from ...errors import AdapterError, LorakitError
 from ...export.export import export
+from ...export.rules import findings
 from ..engine import Choice, Source
 from ..errors import Cannot, UnknownAdapter
 from .argv import BASE_NAME, rank_flag
@@ -190,6 +192,10 @@ class Adapters:
     def _exported(self, name: str, label: str, read: Callable[[], Adapter]) -> Path:
         """Return the cache's folder of an adapter. Runs in a thread."""
         adapter = read()
+        refused = [finding for finding in findings(adapter, "vllm") if finding.fix is None]
+        if refused:
+            lines = "\n".join(f"  {finding.what}\n    {finding.way_out}" for finding in refused)
+            raise AdapterError(f"vLLM cannot serve this adapter:\n{lines}\n  the embedded engine serves more kinds")
         self._shell.check(adapter)
         path = self._cache.hold(name, lambda to: export(adapter, to, "vllm", fix=True, verify=True))
         rank = int(json.loads((path / "adapter_config.json").read_text(encoding="utf8"))["r"])
@@ -229,8 +235,18 @@ def _name(weights: dict[str, float]) -> str:
 def _mixed(paths: list[Path], weights: list[float]) -> Adapter:
     """Return Σ wᵢ ΔWᵢ of exported adapters: their files in the cache, since the user's may have changed."""
     try:
-        return combined([Adapter.load(path) for path in paths], weights).adapter
+        return combined([_unpadded(Adapter.load(path)) for path in paths], weights).adapter
     except AdapterError:
         raise
     except LorakitError as error:
         raise AdapterError(str(error)) from error
+
+
+def _unpadded(adapter: Adapter) -> Adapter:
+    """Return the adapter without the zeros that filled its ranks up: a mix's rank is the sum of what is left."""
+    updates: dict[str, Update] = dict(adapter.updates)
+    for module, f in adapter.factors.items():
+        used = (f.A.flatten(1).any(1) & f.B.transpose(0, 1).flatten(1).any(1)).nonzero().flatten()
+        if 0 < len(used) < f.rank:
+            updates[module] = replace(f, A=f.A[used], B=f.B[:, used], alpha=f.scale * len(used), rslora=False)
+    return replace(adapter, updates=updates)

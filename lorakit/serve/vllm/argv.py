@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from ...bases.load import model_path
 from ...errors import ConfigError, did_you_mean
-from ...export.rules import VLLM_RANKS
 
 BASE_NAME = "base"  # what vLLM calls the base; adapters are hashes, so that none can have this name
 MAX_LOGPROBS = 20
@@ -91,6 +90,8 @@ def rank_flag(ranks: Iterable[int], most: int | None = None) -> int:
 
     most: a rank that was asked for, for adapters that are loaded later. Raises ConfigError if a rank is too large.
     """
+    from ...export.rules import VLLM_RANKS  # imports torch
+
     ranks = list(ranks)
     largest = max([1, *ranks] if most is None else [most, *ranks])
     fitting = next((rank for rank in VLLM_RANKS if rank >= largest), None)

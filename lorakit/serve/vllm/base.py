@@ -42,6 +42,13 @@ class BaseShell:
         self._folder = _weights_folder(base, revision)
         self._one_at_a_time = threading.Lock()
 
+    def bytes_of_adapter(self, rank: int) -> int:
+        """Return the bytes of a LoRA of this rank on all linears, in 16 bits."""
+        from torch import nn
+
+        linears = (module for module in self._model.modules() if isinstance(module, nn.Linear))
+        return sum(2 * rank * (linear.in_features + linear.out_features) for linear in linears)
+
     def check(self, adapter: Adapter) -> None:
         """Raise LorakitError if an adapter does not fit: its task, modules, shapes, or the base it was trained on."""
         from ...model.attach import attach

@@ -20,7 +20,7 @@ import time
 from collections import deque
 
 from ...errors import LorakitError
-from ..engine import Facts, Piece, Source, Stats, Work
+from ..engine import Ability, Facts, Piece, Source, Stats, Work
 from ..errors import Busy, Cannot, EngineFailed, TooLong
 from ..ticket import Ticket
 from .adapters import Adapters
@@ -31,7 +31,7 @@ from .child import READY_SECONDS, Child
 from .http import VllmClient
 
 ROWS = 256  # requests that vLLM computes at once by default
-CAN = frozenset({"mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"})
+CAN: frozenset[Ability] = frozenset({"mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"})
 
 
 class VllmEngine:
@@ -41,18 +41,19 @@ class VllmEngine:
         self,
         settings: VllmSettings,
         *,
+        shell: BaseShell | None = None,
         cache: ExportCache | None = None,
         waiting: int = 256,
         ready_seconds: float = READY_SECONDS,
     ):
-        """cache: of exported adapters. waiting: requests beyond those computed at once, before they are refused.
-
-        ready_seconds: how long vLLM may take to start.
+        """shell: of the base; None: `start` builds it. cache: of exported adapters. waiting: requests beyond those
+        computed at once, before they are refused. ready_seconds: how long vLLM may take to start.
         """
         self.settings = settings
         self._cache = ExportCache() if cache is None else cache
         self._most = (settings.rows or ROWS) + waiting
         self._ready_seconds = ready_seconds
+        self._shell = shell
         self._child = Child(settings, self._load_again)
         self._adapters: Adapters | None = None
         self._ends: frozenset[int] = frozenset()
@@ -68,7 +69,7 @@ class VllmEngine:
         settings = self.settings
         starting = asyncio.create_task(self._child.start(self._ready_seconds))
         try:
-            shell = await asyncio.to_thread(BaseShell, settings.base, settings.revision)
+            shell = self._shell or await asyncio.to_thread(BaseShell, settings.base, settings.revision)
             await starting
             context = await self._child.client.context()
         except BaseException:
@@ -86,7 +87,11 @@ class VllmEngine:
         """Queue a request. What only vLLM can refuse (a schema, a temperature) is raised by the ticket, as Cannot."""
         self._check(work)
         task: asyncio.Task[None]
-        ticket = Ticket(lambda: task.cancel())
+
+        def cancel() -> None:
+            task.cancel()
+
+        ticket = Ticket(cancel)
         task = asyncio.create_task(self._run(work, ticket))
         self._tasks.add(task)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class VllmClient:
         with contextlib.suppress(httpx2.HTTPError):
             await self._http.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
-    async def complete(self, name: str, work: Work, ends: Collection[int]) -> AsyncIterator[Piece]:
+    async def complete(self, name: str, work: Work, ends: Collection[int]) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of an answer. Raises Cannot, Busy, UnknownAdapter or EngineFailed."""
         made = request.body(work, name, ends)
         stops = request.stops(work.sampling, ends)

@@ -1,0 +1,175 @@
+"""Threads that read adapters and build them for the model while the engine's thread runs steps.
+
+    reading     off the model: files, checks, casts
+    preparing   reads the model's modules, so nothing may be attached or detached meanwhile; forwards may run
+    attaching   the engine's thread, between two steps; it never waits for the others: they take turns
+
+One adapter at most is built and not taken by the engine's thread, so that it gets its turn however many are read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ...adapter.adapter import Adapter
+from ...errors import AdapterError, LorakitError
+from ...model.prepared import Prepared, prepare
+from .served import check_kind, check_modules, in_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from ..engine import Source
+    from .calls import Calls
+
+THREADS = 2  # one reads while another waits for a slow disk
+Arrived = Prepared | Adapter | AdapterError  # an Adapter is for the engine's thread to prepare
+
+
+class Loader:
+    """Reads and prepares adapters in its own threads. `wake`: called when something has arrived."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, calls: Calls, wake: Callable[[], None]):
+        self._model, self._tokenizer, self._calls, self._wake = model, tokenizer, calls, wake
+        self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.swapping = False  # whether forwards put other parameters in the base's place: then they cannot be read
+        self._turns = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._arrived: deque[tuple[str, Arrived]] = deque()
+        self._preparing = self._changing = self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"lorakit-adapters-{n}", daemon=True) for n in range(THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, key: str, source: Source) -> None:
+        """Begin to read and prepare an adapter."""
+        self.run(lambda: self._bring(key, source))
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Run something that leaves the model's modules alone. It must not raise."""
+        with self._turns:
+            self._jobs.append(job)
+            self._turns.notify_all()
+
+    def park(self, key: str, prepared: Prepared) -> None:
+        """Move an adapter that was detached from an accelerator's memory to ours. It arrives again."""
+        self.run(lambda: self._move(key, prepared, prepared.park))
+
+    def fetch(self, key: str, prepared: Prepared) -> None:
+        """Move a parked adapter back. It arrives again."""
+        self.run(lambda: self._move(key, prepared, prepared.unpark))
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._arrived)
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Return a context in which nothing is prepared, so that adapters can be attached and detached; False at once
+        if something is being prepared now.
+        """
+        with self._turns:
+            free = not self._preparing
+            self._changing = free
+        try:
+            yield free
+        finally:
+            if free:
+                with self._turns:
+                    self._changing = False
+                    self._turns.notify_all()
+
+    def take(self) -> list[tuple[str, Arrived]]:
+        """Return what has arrived since, by key."""
+        with self._turns:
+            taken = list(self._arrived)
+            self._arrived.clear()
+            return taken
+
+    def prepare(self, key: str, adapter: Adapter, label: str) -> Prepared | AdapterError:
+        """Check an adapter against the model and build it. Only in turn. Errors are returned, for `label`."""
+        try:
+            prepared = prepare(self._model, adapter, key)
+            check_modules(prepared, self._model, self._calls)
+        except Exception as error:
+            return refusal(label, error)
+        return prepared
+
+    def close(self) -> None:
+        """End the threads when they are done with what they read now."""
+        with self._turns:
+            self._closed = True
+            self._jobs.clear()
+            self._turns.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # The threads
+
+    def _run(self) -> None:
+        while True:
+            with self._turns:
+                while not self._jobs and not self._closed:
+                    self._turns.wait()
+                if self._closed:
+                    return
+                job = self._jobs.popleft()
+            job()
+            del job  # it may hold an adapter, and the next one may be long in coming
+
+    def _move(self, key: str, prepared: Prepared, move: Callable[[], None]) -> None:
+        arrived: Arrived = prepared
+        try:
+            move()
+        except Exception as error:  # the accelerator has no memory left
+            arrived = refusal(key[:12], error)
+        with self._turns:
+            self._arrived.append((key, arrived))
+        self._wake()
+
+    def _bring(self, key: str, source: Source) -> None:
+        arrived: Arrived
+        try:
+            adapter = source.read()
+            check_kind(adapter, self._model, self._tokenizer)
+            adapter = in_precision(adapter, self._dtype)
+        except Exception as error:
+            arrived = refusal(source.label, error)
+            with self._turns:
+                self._arrived.append((key, arrived))
+        else:
+            self._wait_and_prepare(key, adapter, source.label)
+        self._wake()
+
+    def _wait_and_prepare(self, key: str, adapter: Adapter, label: str) -> None:
+        with self._turns:
+            while (self._preparing or self._changing or self._arrived) and not self._closed:
+                self._turns.wait()
+            if self._closed:
+                return
+            if self.swapping:
+                self._arrived.append((key, adapter))
+                return
+            self._preparing = True
+        arrived = self.prepare(key, adapter, label)
+        with self._turns:
+            self._preparing = False
+            self._arrived.append((key, arrived))
+            self._turns.notify_all()
+
+
+def refusal(label: str, error: Exception) -> AdapterError:
+    """Return the error for an adapter that cannot be served, by name."""
+    what = str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
+    found = AdapterError(f"adapter '{label}' cannot be served: {what}")
+    found.__cause__ = error
+    return found

@@ -1,0 +1,61 @@
+"""Who gets a place on the device: those who asked first, in place of those that were not used for the longest time.
+
+Requests ask with all the adapters they need (a mix has several). What an earlier request has got is kept for it, so
+that two mixes cannot take each other's places for ever. Where all places are in use, the least recently used adapter
+takes no new rows and is replaced when its rows are done: a steady stream of requests for some keeps out no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Held:
+    """An adapter on the device. `users`: rows that use it now; `used`: a count that grows with each use."""
+
+    users: int
+    used: int
+    pinned: bool
+
+
+@dataclass
+class Arrangement:
+    """`bring`: adapters that can have a place now, and whose it is (None: an empty one). `after`: those that get the
+    place of one in use when its rows are done. Both in the order in which they were asked for.
+    """
+
+    bring: dict[str, str | None] = field(default_factory=dict)
+    after: dict[str, str] = field(default_factory=dict)
+
+
+def arrange(wants: Iterable[Sequence[str]], held: Mapping[str, Held], places: int) -> Arrangement:
+    """Give places to what is asked for and not there. wants: the adapters of each request, those who asked first first.
+
+    An adapter that is named as another's replacement has not left yet; it is asked for again once it has.
+    """
+    wants = list(wants)
+    found, empty = Arrangement(), places - len(held)
+    wanted, kept, given = {key for want in wants for key in want}, set[str](), set[str]()
+    oldest = sorted((key for key in held if not held[key].pinned), key=lambda key: held[key].used)
+    idle = sorted((key for key in oldest if not held[key].users), key=lambda key: key in wanted)  # sorts are stable
+    busy = [key for key in oldest if held[key].users]
+    for want in wants:
+        kept.update(key for key in want if key not in given)
+        for key in want:
+            if key in held or key in found.bring or key in found.after:
+                continue
+            if empty > 0:
+                empty -= 1
+                found.bring[key] = None
+                continue
+            victim = next((k for k in (*idle, *busy) if k not in kept and k not in given), None)
+            if victim is None:
+                return found  # nothing is left for later ones either
+            given.add(victim)
+            if held[victim].users:
+                found.after[key] = victim
+            else:
+                found.bring[key] = victim
+    return found
