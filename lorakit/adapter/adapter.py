@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import LoraConfig
 from ..errors import AdapterError
+from .checks import all_finite
 from .lora import Factors, factors_of
 from .update import Update
 
@@ -44,12 +45,7 @@ class Adapter:
         for module, update in self.updates.items():
             update.check(module)
         for name, tensor in (*self.saved.items(), *self.embeddings.items()):
-            if (
-                tensor.is_floating_point()
-                and tensor.element_size() > 1
-                and not tensor.is_meta
-                and not torch.isfinite(tensor).all()
-            ):
+            if tensor.is_floating_point() and tensor.element_size() > 1 and not all_finite(tensor):
                 what = "saved weight" if name in self.saved else "embedding"
                 raise AdapterError(f"{what} '{name}' holds values that are not finite (NaN or infinity)")
         return self

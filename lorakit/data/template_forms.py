@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
+from lorakit.data.found_once import found_once
 from lorakit.data.turns import Message, is_text, other_parts
 from lorakit.errors import DataError
 
@@ -144,18 +144,18 @@ class TemplateForms:
 
     # ---------------------------------------------------------------------------- the end of an answer
 
-    @cached_property
+    @found_once
     def after_answer(self) -> str:
         """What the template writes after the text of an answer that ends the conversation."""
         text = self._try([self._user, self._answer]) or ""
         return text.rpartition(ANSWER)[2] if ANSWER in text else ""
 
-    @cached_property
+    @found_once
     def next_turn(self) -> str:
         """What it writes after an answer, up to the text of the user's next turn."""
         return self._between([self._user, self._answer], {"role": "user", "content": self._as_content(RESULT)})
 
-    @cached_property
+    @found_once
     def next_result(self) -> str:
         """What it writes after a tool call, up to the tool's result."""
         result = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": RESULT}
@@ -169,12 +169,12 @@ class TemplateForms:
 
     # ---------------------------------------------------------------------------- trials
 
-    @cached_property
+    @found_once
     def _takes_text(self) -> bool:
         text = self._try([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}])
         return text is not None and QUESTION in text and ANSWER in text
 
-    @cached_property
+    @found_once
     def _takes_parts(self) -> bool:
         question, answer = ([{"type": "text", "text": text}] for text in (QUESTION, ANSWER))
         text = self._try([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
@@ -182,12 +182,12 @@ class TemplateForms:
             return False
         return str(question) not in text and json.dumps(question) not in text
 
-    @cached_property
+    @found_once
     def _takes_objects(self) -> bool:
         text = self._try([self._user, self._calling(ARGUMENTS)], [TOOL])
         return text is not None and ARGUMENTS["city"] in text
 
-    @cached_property
+    @found_once
     def _takes_json_text(self) -> bool:
         given = json.dumps(ARGUMENTS)
         text = self._try([self._user, self._calling(given)], [TOOL])
@@ -213,13 +213,13 @@ class TemplateForms:
             self._seen[key] = not takes_ours or self._try([self._user, other], [TOOL]) is not None
         return self._seen[key]
 
-    @cached_property
+    @found_once
     def _needs_ids(self) -> bool:
         turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
         without = {**turn, "tool_calls": [{k: v for k, v in turn["tool_calls"][0].items() if k != "id"}]}
         return self._try([self._user, without], [TOOL]) is None and self._try([self._user, turn], [TOOL]) is not None
 
-    @cached_property
+    @found_once
     def _takes_result_objects(self) -> bool:
         turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
         text = self._try(
@@ -227,14 +227,14 @@ class TemplateForms:
         )
         return text is not None and RESULT in text and str({"sky": RESULT}) not in text
 
-    @cached_property
+    @found_once
     def _takes_no_content(self) -> bool:
         turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
         del turn["content"]
         text = self._try([self._user, turn], [TOOL])
         return text is not None and "None" not in text
 
-    @cached_property
+    @found_once
     def _takes_bare_tools(self) -> bool:
         text = self._try([self._user], [FUNCTION])
         return text is not None and NAME in text

@@ -67,6 +67,7 @@ class State:
     required_grad: set[str] = field(default_factory=set)  # base parameters with requires_grad before the first attach
     routing: Routing | None = None  # set inside `route`
     routes: Routes | None = None  # cached by `route` between batches
+    expected: int = 0  # how many adapters may be attached at once, see `route.expect`
     vocabularies: dict[str, Vocabulary] = field(default_factory=dict)  # text encoders whose tokens were added to
     own_attention: bool = False  # transformers' attention is `layers.fused.attention`
 

@@ -15,6 +15,7 @@ space before each text would otherwise lose it. So time is linear in the answer'
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -31,9 +32,10 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
         self._added = frozenset(added_tokens(tokenizer))
         self._special: dict[int, bool] = {}
-        self._bytes: dict[int, bytes] = {}
+        self._bytes: dict[int, builtins.bytes] = {}
         anchor = tokenizer.encode("a", add_special_tokens=False)
         self._anchor: list[int] = anchor[-1:]
         self._anchor_text = self.decode(self._anchor)
@@ -44,6 +46,8 @@ class TokenTexts:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def is_special(self, token: int) -> bool:
@@ -54,7 +58,7 @@ class TokenTexts:
             self._special[token] = self.decode([token]) == "" != self._token(token)
         return self._special[token]
 
-    def bytes(self, token: int) -> bytes:
+    def bytes(self, token: int) -> builtins.bytes:
         """Return the bytes of a token, special tokens included: UTF-8, perhaps part of a character."""
         if token not in self._bytes:
             self._bytes[token] = self._bytes_of(token)
@@ -71,7 +75,7 @@ class TokenTexts:
     def _token(self, token: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(token) or "")
 
-    def _bytes_of(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> builtins.bytes:
         written = self._token(token)
         if token in self._added:
             return written.encode()
@@ -147,6 +151,19 @@ class AnswerText:
         keep = partial_end(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return what `tokenizer.decode` calls, None if it does more than that.
+
+    A server decodes every token of every stream twice: 2 µs by the backend, 11 by the method around it.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    own = getattr(kind, "decode", None), getattr(kind, "_decode", None)
+    theirs = PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode
+    return tokenizer.backend_tokenizer if own == theirs else None
 
 
 def _byte_table() -> dict[str, int]:

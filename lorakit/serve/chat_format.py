@@ -10,15 +10,15 @@ import json
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..data.chat_record import ChatRecord
+from ..data.found_once import found_once
 from ..data.render import Renderer as RowRenderer
 from ..data.render import question_ids
 from ..data.shapes import Example
-from ..data.templates import ChatOptions, Style, source_of
+from ..data.templates import ChatOptions, Style, Template, source_of
 from ..data.turns import Message, checked, conversation
 from ..data.unshown import column_note
 from ..errors import ConfigError, DataError, listing
@@ -123,12 +123,12 @@ class ChatFormat:
             return self.text_stop_ids
         return self.text_stop_ids | self._rows.end_ids("chat", with_tools)
 
-    @cached_property
+    @found_once
     def syntax(self) -> Syntax | None:
         """How its template writes tool calls, None if that is not known."""
         return PLAIN if self.style == "plain" else syntax_of(source_of(self._tokenizer, with_tools=True))
 
-    @cached_property
+    @found_once
     def markers(self) -> frozenset[int]:
         """The special tokens of the syntax, which have to stay in an answer's text."""
         markers = () if self.syntax is None else self.syntax.markers
@@ -155,7 +155,7 @@ class ChatFormat:
                 "  merge it into its base (lorakit merge) and serve the result"
             )
 
-    @cached_property
+    @found_once
     def _rows(self) -> RowRenderer:
         """The renderer of training rows. Raises DataError for a record that does not fit the template."""
         if self.style == "chat" and not self._tokenizer.chat_template:
@@ -164,7 +164,7 @@ class ChatFormat:
                 "  start the server with the template: --chat-template FILE"
             )
         options = self._record.options if self.style == "chat" else ChatOptions()
-        template = "chat" if self.style == "chat" else "plain"
+        template: Template = "chat" if self.style == "chat" else "plain"
         try:
             return RowRenderer(self._tokenizer, template, options=options, ends=self._model_ends, apply=self._foreign)
         except ConfigError as error:

@@ -84,15 +84,15 @@ def _check_characters(text: str, key: str) -> None:
         raise DataError(f"{key} has half a surrogate pair ({text[error.start]!a} at {error.start})") from error
 
 
-def only_text(messages: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Return the text of a single user message, for an adapter (`name`) that was trained on texts without turns.
+def only_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of a single user message, for an adapter that was trained on texts without turns.
 
     Raises DataError for a conversation: none of it may be left out silently.
     """
     if len(messages) != 1 or messages[0]["role"] != "user":
         roles = listing([str(message["role"]) for message in messages])
         raise DataError(
-            f"{name} was trained on texts without turns, so it cannot read a conversation (messages: {roles})\n"
+            f"this adapter was trained on texts without turns, so it cannot read a conversation (messages: {roles})\n"
             "  send one user message, which is continued as it is, or the whole text to /v1/completions"
         )
     return _text(messages[0].get("content", ""), "messages[0].content")

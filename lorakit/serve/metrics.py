@@ -113,7 +113,12 @@ def add_metrics(app: Any, metrics: Metrics) -> None:
         return Response(content, headers={"content-type": kind})
 
     app.add_api_route(
-        "/metrics", page, methods=["GET"], response_class=Response, response_model=None, summary="Counters in Prometheus's text format",
+        "/metrics",
+        page,
+        methods=["GET"],
+        response_class=Response,
+        response_model=None,
+        summary="Counters in Prometheus's text format",
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    )  # fmt: skip
+    )
     metrics.paths = frozenset(app.openapi()["paths"])

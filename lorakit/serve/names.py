@@ -133,6 +133,6 @@ def _shown(text: str) -> str:
 def skipped(paths: Sequence[str]) -> str:
     """Say which paths below a root cannot be names."""
     return (
-        f"{len(paths)} adapters have paths that cannot be names, and are not served: {listing(map(ascii, paths), 3)}\n"
-        "  rename them with letters, digits, _ - . only"
+        f"{len(paths)} adapters are not served, as their paths cannot be their names: {listing(map(ascii, paths), 3)}\n"
+        "  rename them: letters, digits, _ - . only, and not as the base"
     )

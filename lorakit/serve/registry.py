@@ -31,9 +31,9 @@ from .engine import Engine, Facts
 from .errors import Busy, Cannot, EngineFailed, UnknownAdapter, without_traceback
 from .guard.hub import Hub
 from .guard.roots import Roots
-from .places import Places
+from .locations import Locations
 from .root_scan import RootScan, Seen
-from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter
+from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter, remove_abandoned
 from .state_file import Loaded, StateFile
 from .versions import Version, Versions, choice_of
 
@@ -77,12 +77,10 @@ class Registry:
         allow_pickle: bool = False,
         base: Any = None,
     ):
-        """base_names: what requests call the base, its main name first. allow_pickle: for `add` only. base: the base's
-        folder or transformers config, which the GGUF of a Llama needs.
-        """
+        """allow_pickle: for `add` only. base: its folder or transformers config, which the GGUF of a Llama needs."""
         self.facts = facts
         self.base_names = tuple(base_names)
-        self.places = Places(roots or Roots(), hub or Hub(), allow_pickle)
+        self.locations = Locations(roots or Roots(), hub or Hub(), allow_pickle)
         self.max_registered = max_registered
         self.base = base
         self.versions = Versions(engine)
@@ -92,7 +90,7 @@ class Registry:
         self._writing = asyncio.Lock()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lorakit-adapters")
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._scan = RootScan(self.places, self._register)
+        self._scan = RootScan(self.locations, self.base_names, self._register)
 
     # ------------------------------------------------------------------------------------------ at the start
 
@@ -106,8 +104,8 @@ class Registry:
         if name in self._entries:
             raise StateError(f"two adapters are called '{name}'\n  give each a name of its own: --adapter NAME=PATH")
         text = str(path)
-        card = Card(name, text, self.places.on_command_line(text, name).modified, pinned=pin)
-        self._entries[name] = _Entry(card, "command line", lambda: self.places.on_command_line(text, name))
+        card = Card(name, text, self.locations.on_command_line(text, name).modified, pinned=pin)
+        self._entries[name] = _Entry(card, "command line", lambda: self.locations.on_command_line(text, name))
         return card
 
     async def start(self) -> None:
@@ -116,6 +114,7 @@ class Registry:
         Raises ConfigError or WriteError for the state file, and the error of the first adapter of the command line that
         cannot be served: who starts a server is there to mend it. The state file's are loaded at their first use.
         """
+        await asyncio.to_thread(remove_abandoned)
         try:
             if self._state is not None:
                 for loaded in await asyncio.to_thread(self._state.open):
@@ -147,13 +146,13 @@ class Registry:
         for name, entry in list(self._entries.items()):
             if entry.origin == "root" and name not in there and entry.version is None and entry.loading is None:
                 del self._entries[name]
-        new = [one for one in found if one[0] not in self._entries and one[0] not in self.base_names]
+        new = [one for one in found if one[0] not in self._entries]
         room = max(self.max_registered - len(self._entries), 0)
         if (over := len(new) - room) > 0:
             log.warning("%d adapters below roots are not registered: the limit is %d", over, self.max_registered)
         for name, place, written in new[:room]:
             self._entries[name] = _Entry(Card(name, place, written), "root", self._over_http(place, name))
-        return len(new[:room])
+        return min(len(new), room)
 
     async def close(self) -> None:
         """Wait for loads and unloads that are under way, and unlock the state file. The engine stays as it is."""
@@ -349,7 +348,7 @@ class Registry:
         return self._entries[name]
 
     def _over_http(self, place: str, name: str) -> Callable[[], AdapterFiles]:
-        return lambda: self.places.over_http(place, name)
+        return lambda: self.locations.over_http(place, name)
 
     async def _save(self, name: str, changed: Loaded | None) -> None:
         """Write the state file with one name changed, or without it."""

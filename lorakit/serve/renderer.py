@@ -148,8 +148,8 @@ class Renderer:
         form = self._formats.of(card)
         if form.style == "none":
             if wants.tools:
-                raise DataError(f"{form.name} was trained on texts without turns, so it cannot call tools")
-            return Prompt(form.text_ids(only_text(turns, form.name)), form.stop_ids(False))
+                raise DataError("this adapter was trained on texts without turns, so it cannot call tools")
+            return Prompt(form.text_ids(only_text(turns)), form.stop_ids(False))
         ids, notes = form.chat_ids(turns, wants.tools, kwargs)
         syntax, keep = self._syntax(form, wants.tools, wants.schema)
         return Prompt(ids, form.stop_ids(bool(wants.tools)), wants.schema, notes, wants.tools, syntax, keep, parallel)
@@ -173,7 +173,7 @@ class Renderer:
         if isinstance(prompt, str):
             return Prompt(form.text_ids(prompt), form.text_stop_ids)
         highest = len(self.tokenizer)
-        wrong = next((token for token in prompt if not isinstance(token, int) or not 0 <= token < highest), None)
+        wrong = next((token for token in prompt if type(token) is not int or not 0 <= token < highest), None)
         if wrong is not None:
             raise DataError(f"prompt has the token id {wrong!r}; expected ids from 0 to {highest - 1}")
         if not prompt:

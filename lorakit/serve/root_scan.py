@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from . import names
-from .places import Places
+from .locations import Locations
 
 log = logging.getLogger(__name__)
 SECONDS = 0.5
@@ -23,8 +23,9 @@ Seen = tuple[str, str, int]  # (name, place, when it was written in seconds sinc
 class RootScan:
     """Looks, and gives what it sees to `register`, which returns how many of it are new."""
 
-    def __init__(self, places: Places, register: Callable[[Sequence[Seen]], int]):
-        self.places, self.register = places, register
+    def __init__(self, locations: Locations, base_names: Collection[str], register: Callable[[Sequence[Seen]], int]):
+        """base_names: what requests call the base; no adapter can have these names."""
+        self.locations, self.base_names, self.register = locations, base_names, register
         self._allowed = 0.0  # when the next look may begin, by time.monotonic()
         self._looking = asyncio.Lock()
         self._next: asyncio.Task[int] | None = None  # a look that has not begun yet
@@ -34,15 +35,15 @@ class RootScan:
         """Look at once, and return how many adapters are new."""
         async with self._looking:
             begin = time.monotonic()
-            found = await asyncio.to_thread(lambda: list(self.places.below_roots()))
+            found = await asyncio.to_thread(lambda: list(self.locations.below_roots()))
             end = time.monotonic()
             self._allowed = end + max(SECONDS, 10 * (end - begin))
-            self._warn([place for name, place, _ in found if not names.is_name(name)])
-            return self.register([one for one in found if names.is_name(one[0])])
+            self._warn([place for name, place, _ in found if not self._can_be(name)])
+            return self.register([one for one in found if self._can_be(one[0])])
 
     def is_near(self) -> bool:
         """Whether the next look may begin within SECONDS, so that a request can wait for it."""
-        return bool(self.places.roots) and self._allowed <= time.monotonic() + SECONDS
+        return bool(self.locations.roots) and self._allowed <= time.monotonic() + SECONDS
 
     async def next(self) -> None:
         """Wait for the next look."""
@@ -54,6 +55,9 @@ class RootScan:
         await asyncio.sleep(max(self._allowed - time.monotonic(), 0))
         self._next = None  # who comes from here on may ask for what this look has passed
         return await self.now()
+
+    def _can_be(self, name: str) -> bool:
+        return names.is_name(name) and name not in self.base_names
 
     def _warn(self, places: Sequence[str]) -> None:
         new = [place for place in places if place not in self._unnameable]

@@ -14,7 +14,10 @@ import hashlib
 import logging
 import os
 import re
+import shutil
+import stat
 import tempfile
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MOST_FILES = 10_000  # in an adapter's folder
 MOST_SAID = 2_000  # characters of an error, which may quote a file
+PREFIX = "lorakit-read-"  # of the temporary folders with copies
+ABANDONED = 3600.0  # seconds after which a copy is nobody's: reading takes less
 _CHUNK = 1 << 20
 _INSIDE = ("virtual_tokens", "adapter", "adapter/virtual_tokens")  # folders in which parts of an adapter may be
 _RUN = "config.yaml"  # a training run's: its result is in adapter/
@@ -130,7 +135,7 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
     base: the base's folder or transformers config, which the GGUF of a Llama needs. Raises AdapterError, whose message
     has no path but those relative to the adapter, and WriteError where the copy has no space.
     """
-    with tempfile.TemporaryDirectory(prefix="lorakit-read-", ignore_cleanup_errors=True) as temporary:
+    with _temporary_folder(files.label) as temporary:
         copy = Path(temporary) / re.sub(r"[^\w-]", "_", files.label)  # readers' log lines have it
         try:
             key, size = _copied(files, copy)
@@ -146,6 +151,30 @@ def read_adapter(files: AdapterFiles, base: Any = None) -> ReadAdapter:
                 f"adapter '{files.label}' cannot be read: {type(error).__name__}: "
                 f"{_without(str(error), copy, files)[:300]}"
             ) from error
+
+
+def remove_abandoned() -> None:
+    """Delete copies that a server left behind which was killed while it read."""
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # the disk is full; reading says so
+        return
+    for folder in temporary.glob(f"{PREFIX}*"):
+        try:
+            about = folder.lstat()
+            ours = not hasattr(os, "getuid") or about.st_uid == os.getuid()
+            if stat.S_ISDIR(about.st_mode) and ours and about.st_mtime < time.time() - ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # deleted meanwhile
+            continue
+
+
+def _temporary_folder(label: str) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    except OSError as error:  # on a full disk Python finds no folder for temporary files at all, an ENOENT
+        full = isinstance(error, FileNotFoundError)
+        raise _refused(OSError(errno.ENOSPC, "") if full else error, label) from error
 
 
 def _copied(files: AdapterFiles, copy: Path) -> tuple[str, int]:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import jinja2
 import jinja2.ext
@@ -30,7 +30,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 class Generation(jinja2.ext.Extension):
     """`{% generation %}`: marks what an assistant wrote, for those who train on it. Here it changes nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    def __init__(self, environment: jinja2.Environment):
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -29,6 +29,11 @@ class Ticket:
         self._ended = False  # the last piece is in the queue, or has been read
         self._cancelled = False
 
+    @property
+    def waiting(self) -> int:
+        """Pieces that wait for the reader."""
+        return len(self._pieces)
+
     def cancel(self) -> None:
         """Say that nobody reads any more. The engine frees the slot within a step. May be called at any time, twice."""
         if not self._ended and not self._cancelled:

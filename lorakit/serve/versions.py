@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import AdapterError, TargetError
 from .engine import Choice, Engine
 from .sources import AdapterFiles, FileSource, ReadAdapter
 
@@ -45,7 +46,11 @@ class Versions:
         return len(self._versions)
 
     async def bring(self, read: ReadAdapter, files: AdapterFiles, base: Any, pin: bool) -> Version:
-        """Make a content usable for one more name. Raises what `Engine.load` raises; nothing is changed then."""
+        """Make a content usable for one more name.
+
+        Raises AdapterError, with the name, for what does not fit the base or this engine, and what else `Engine.load`
+        raises; nothing is changed then.
+        """
         version = self._versions.get(read.key)
         if version is None:
             source = FileSource(read.key, [files], base, read.adapter)
@@ -62,8 +67,10 @@ class Versions:
                     await self.engine.load(read.key, version.source, pin=version.pins > 0)
                     version.loaded, version.pinned = True, version.pins > 0
             await self._pin(version)
-        except BaseException:
+        except BaseException as error:
             self.drop_name(version, files, pin)
+            if isinstance(error, AdapterError | TargetError) and f"'{files.label}'" not in str(error):
+                raise AdapterError(f"adapter '{files.label}' cannot be served: {error}") from error
             raise
         finally:
             version.source.first = None  # the engine has its values, or needs none

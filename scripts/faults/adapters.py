@@ -20,9 +20,9 @@ def make(folder: Path, names: list[str]) -> None:
         torch.manual_seed(seed)
         lk.attach(model, lk.LoraConfig(rank=8, alpha=16, targets="all-linear"))
         with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(torch.randn_like(parameter) * (0.05 if parameter_name.endswith("A") else 0.02))
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)
         lk.capture(model).save(folder / name)
         lk.detach(model)
 

@@ -13,14 +13,17 @@ SOUND: dict[str, list[dict[str, Any]]] = {
         {"model": "a", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3, "seed": 1, "top_p": 0.9},
         {
             "model": "embedded",
-            "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "y"}]}],
+            "messages": [
+                {"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "y"}]},
+            ],
             "max_completion_tokens": 2, "n": 2, "stop": ["a", "b"], "logprobs": True, "top_logprobs": 3, "stream": True,
             "stream_options": {"include_usage": True}, "response_format": {"type": "json_object"}, "user": "me",
         },
         {
             "model": "a:0.7+b:0.3", "messages": [{"role": "user", "content": "z"}], "max_tokens": 2,
             "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-            "logit_bias": {"5": -3}, "tool_choice": "auto", "lorakit": {"scale": 0.5}, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
+            "tool_choice": "auto", "logit_bias": {"5": -3}, "lorakit": {"scale": 0.5}, "top_k": 5, "min_p": 0.1,
+            "repetition_penalty": 1.1,
         },
     ],
     "/v1/completions": [
@@ -29,18 +32,22 @@ SOUND: dict[str, list[dict[str, Any]]] = {
         {"model": "a", "prompt": ["x", "y"], "max_tokens": 2, "suffix": "", "frequency_penalty": -0.5, "top_p": 0.5},
     ],
     "/v1/load_lora_adapter": [
-        {"lora_name": "new", "lora_path": "a"}, {"lora_name": "c", "lora_path": "gone", "load_inplace": True, "pin": True},
+        {"lora_name": "new", "lora_path": "a"},
+        {"lora_name": "c", "lora_path": "gone", "load_inplace": True, "pin": True},
     ],
     "/v1/unload_lora_adapter": [{"lora_name": "nothing"}],
     "/tokenize": [{"model": "a", "prompt": "x"}, {"model": "b", "messages": [{"role": "user", "content": "x"}]}],
     "/detokenize": [{"model": "a", "tokens": [1, 2, 3]}],
 }  # fmt: skip
-OTHERS = ["/v1/models", "/v1/models/a", "/v1/models/../../x", "/v1/embeddings", "/v1/responses", "/metrics", "/openapi.json",
-          "/", "/%00", "/v1//models", "/v1/models/" + "a" * 3000, "/health?x=1"]  # fmt: skip
+OTHERS = [
+    "/v1/models", "/v1/models/a", "/v1/models/../../x", "/v1/embeddings", "/v1/responses", "/metrics", "/openapi.json",
+    "/", "/%00", "/v1//models", "/v1/models/" + "a" * 3000, "/health?x=1",
+]  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 10**18, -(10**18), 10**400, 1e308, -1e308, 1e-300, 0.1, "", "a", "x" * 70_000,
     "\x00", "\ud800", "é\u202e\U0001f600", "../../etc/passwd", "{{7*7}}", [], {}, [[]], [None], [{}], {"a": {}},
-    {"": ""}, [1] * 5000, {"type": "x"}, float("nan"), float("inf"), -float("inf"), {str(n): n for n in range(3000)}, ["x"] * 2000,
+    {"": ""}, [1] * 5000, {"type": "x"}, float("nan"), float("inf"), -float("inf"), ["x"] * 2000,
+    {str(n): n for n in range(3000)},
 ]  # fmt: skip
 KEYS = [
     "model",
@@ -113,6 +120,8 @@ def _mutate(rng: random.Random, value: dict[str, Any]) -> None:
             break
         inside.append(rng.choice(children))
     at = inside[-1]
+    if not at:
+        return
     choice = rng.random()
     if isinstance(at, list):
         at[rng.randrange(len(at))] = copy.deepcopy(rng.choice(VALUES))

@@ -9,9 +9,10 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,42 @@ START_SECONDS = 120
 
 
 class Server:
-    """A running server. seconds: from its start until it was ready."""
+    """A running server. seconds, cpu_seconds: from its start until it was ready."""
 
-    def __init__(self, args: Sequence[str], before: Callable[[], None] | None = None):
-        """args: of `lorakit serve`. before: called in the child before it starts. Raises RuntimeError with its log."""
-        self.args, self.before = list(args), before
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the server)
+    def __init__(self, args: Sequence[str]):
+        """args: of `lorakit serve`. Raises RuntimeError with its log."""
+        self.args = list(args)
+        self.log: deque[str] = deque(maxlen=200)
         self.start()
 
     def start(self) -> None:
         began = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lorakit", "serve", *self.args, "--port", "0"],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            preexec_fn=self.before, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT,
         )  # fmt: skip
         assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self._reader = threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True)
+        self._reader.start()
         line = self.process.stdout.readline()
         self.seconds = time.monotonic() - began
+        self.cpu_seconds = self._cpu_seconds()
         found = re.search(r"http://([^:/]+):(\d+)", line)
         if found is None:
             self.process.wait(10)
+            self._reader.join(1)
             raise RuntimeError(f"the server did not start: {self.said()}")
         self.host, self.port = found[1], int(found[2])
 
     def said(self) -> str:
         """Return the end of its log."""
-        self.log.seek(0)
-        return self.log.read()[-4000:]
+        return "".join(self.log)[-4000:]
+
+    def _cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         self.process.kill()
@@ -95,7 +104,8 @@ class Server:
     def models(self) -> list[dict[str, Any]]:
         """Return /v1/models, without what changes from a start to the next."""
         data = json.loads(self.ask("GET", "/v1/models")[1])["data"]
-        return [{name: model.get(name) for name in ("id", "root", "parent", "max_model_len")} for model in data]
+        kept = [{name: model.get(name) for name in ("id", "root", "parent", "max_model_len")} for model in data]
+        return sorted(kept, key=lambda model: model["id"])
 
 
 def events(answer: http.client.HTTPResponse) -> Iterator[Any]:

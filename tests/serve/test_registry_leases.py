@@ -230,7 +230,7 @@ def test_what_the_engine_refuses_is_not_left_half_loaded(root):
         engine.refuse = TargetError("no such module here")
         made = registry(engine, root)
         await made.start()
-        with pytest.raises(TargetError):
+        with pytest.raises(AdapterError, match="adapter 'a' cannot be served: no such module here"):
             async with made.lease("a", None):
                 pass
         await settled(made)

@@ -59,7 +59,7 @@ def app() -> Any:
         ({"tools": [{}] * 129}, "tools", "up to 128"),
         ({"tool_choice": "requird"}, "tool_choice", "did you mean 'required'?"),
         ({"stream": "yes"}, "stream", "expected true or false"),
-        ({"stream_options": 1}, "stream_options", ""),
+        ({"stream_options": 1}, "stream_options", "names with values"),
         ({"lorakit": {"scale": "x"}}, "lorakit.scale", "a number"),
         ({"lorakit": {"scales": 1}}, "lorakit.scales", "not known"),
         ({"guided_json": {"type": "object"}}, "guided_json", "response_format"),
@@ -211,7 +211,7 @@ def test_a_fault_in_a_stream_is_logged_and_ends_it_without_its_text(caplog: Any)
     def broken(work: Work) -> Ticket:
         ticket = Ticket(lambda: None)
         ticket.put(Piece((70,)))
-        ticket.put(ZeroDivisionError("/secret/path"))
+        asyncio.get_running_loop().call_later(0.05, ticket.put, ZeroDivisionError("/secret/path"))
         return ticket
 
     app.engine.submit = broken  # type: ignore[method-assign]

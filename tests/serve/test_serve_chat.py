@@ -9,9 +9,11 @@ from typing import Any
 import openai
 import pytest
 import tiny_lm
-from served_app import ASK, HELLO, ids, served, tokenizer
+from served_app import ASK, HELLO, Exchange, ids, served, tokenizer
 
-from lorakit.serve.engine import Work
+from lorakit.serve.engine import Piece, Work
+from lorakit.serve.errors import EngineFailed
+from lorakit.serve.ticket import Ticket
 
 
 def chat(app: Any, **fields: Any) -> Any:
@@ -263,6 +265,38 @@ def test_an_error_before_the_first_token_has_a_status_and_one_after_it_is_in_the
     assert "[DONE]" not in raw
 
 
+def test_tokens_that_wait_are_sent_together_and_none_is_lost_before_an_error():
+    """An engine that is faster than the socket costs no write a token."""
+
+    async def stream(*pieces: Any) -> list[dict[str, Any]]:
+        app = served()
+
+        def submit(work: Work) -> Ticket:
+            ticket = Ticket(lambda: None)
+            for token in ids("Hel", end=False):
+                ticket.put(Piece((token,)))
+
+            def more() -> None:
+                for token in ids("lo!", end=False):
+                    ticket.put(Piece((token,)))
+                ticket.put(pieces[0])
+
+            asyncio.get_running_loop().call_later(0.05, more)
+            return ticket
+
+        app.engine.submit = submit  # type: ignore[method-assign]
+        exchange = Exchange(app.app, "/v1/chat/completions", {**ASK, "stream": True})
+        await exchange.run()
+        return [message for message in exchange.sent if message.get("body")]
+
+    sent = asyncio.run(stream(Piece((), finish="stop")))
+    assert [message["body"].count(b'"content":') for message in sent] == [4, 3]  # the first with the role
+    sent = asyncio.run(stream(EngineFailed("out of memory")))
+    assert b'"content":"l"' in sent[1]["body"]
+    assert b'"content":"!"' in sent[1]["body"]
+    assert sent[1]["body"].index(b'"!"') < sent[1]["body"].index(b"event: error")
+
+
 def test_a_full_server_is_429_with_when_to_come_back():
     app = served()
     app.engine.busy = True
@@ -289,9 +323,6 @@ def test_if_one_of_several_answers_finds_no_place_none_is_computed():
 
 @pytest.mark.parametrize("finish, status", [("timeout", 504), ("cancelled", 503)])
 def test_an_answer_without_an_end_is_an_error(finish: Any, status: int):
-    from lorakit.serve.engine import Piece
-    from lorakit.serve.ticket import Ticket
-
     app = served()
 
     def submit(work: Work) -> Ticket:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.errors import AdapterError
 from lorakit.serve.guard.adapter_files import HTTP, LOCAL, FileRules
-from lorakit.serve.sources import FileSource, files_at, read_adapter
+from lorakit.serve.sources import PREFIX, FileSource, files_at, read_adapter, remove_abandoned
 
 PICKLES = replace(LOCAL, pickles=True)
 
@@ -206,3 +206,14 @@ def test_folders_without_an_adapter_say_what_they_hold(tmp_path):
     for number in (1, 2):
         served_adapters.value(number).save(tmp_path / "sql" / f"{number}.safetensors", format="loralib")
     assert "several files" in refused(tmp_path / "sql")
+
+
+def test_copies_that_a_killed_server_left_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in (f"{PREFIX}old", f"{PREFIX}new", "other"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        if not name.endswith("new"):
+            os.utime(tmp_path / name, (0, 0))
+    (tmp_path / f"{PREFIX}link").symlink_to(tmp_path / "other")
+    remove_abandoned()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PREFIX}link", f"{PREFIX}new", "other"]

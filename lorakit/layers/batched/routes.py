@@ -39,11 +39,11 @@ class Chosen(NamedTuple):
 
 
 class Routes:
-    """What `route` caches on a model between batches. `names`: layer -> full name."""
+    """What `route` caches on a model between batches. `names`: layer -> full name; `expected`: see `Stacks`."""
 
-    def __init__(self, names: dict[LoraLayer, str]):
+    def __init__(self, names: dict[LoraLayer, str], expected: int = 0):
         self.names = names
-        self.stacks = Stacks()
+        self.stacks = Stacks(expected)
         self.last: dict[Chosen, Routing] = {}
 
     def __reduce__(self):

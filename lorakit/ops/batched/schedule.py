@@ -5,7 +5,8 @@ chunk computes some of the rows with a range of the stack's ranks, in one of two
 
     batched    adapters of equal rank as one batched product: A [G, r, in], x [G, n, in]; an adapter with fewer than n
                rows has one of them repeated, times zero
-    masked     all rows times all ranks, then times a mask that is zero where a row does not use a rank
+    masked     all rows times all ranks, then zero where a row does not use a rank: set, not multiplied by a mask, as
+               an adapter's factors may overflow with another's row, and inf · 0 would be that row's NaN
 
 The first wastes little work, the second needs fewer calls. Which is cheaper depends on the sizes and a call's cost.
 """
@@ -44,6 +45,7 @@ class Chunk(NamedTuple):
     ranks: slice  # of the stack
     adapters: int  # G of a batched product, else 1
     scale: float | Tensor  # s: [rows, 1, 1] or, masked, [rows, 1, ranks]
+    unused: Tensor | None = None  # masked: the ranks that a row does not use, [rows, 1, ranks]
 
 
 class Schedule(NamedTuple):
@@ -80,20 +82,19 @@ class _Block:
         longest = max(map(len, self.users)) if self.batched else 0
         return [use for users in self.users for use in users + [(*users[0][:2], 0.0)] * (longest - len(users))]
 
-    def scales(self, rows: Sequence[Row], like: Tensor) -> float | Tensor:
-        """Return s for these rows."""
+    def scales(self, rows: Sequence[Row], like: Tensor) -> tuple[float | Tensor, Tensor | None]:
+        """Return s for these rows, and which ranks they do not use."""
         if self.batched:
             column = [sum(s for _, s in row) for row in rows]
-            return (
-                column[0]
-                if len(set(column)) == 1
-                else torch.tensor(column, dtype=like.dtype, device=like.device).view(-1, 1, 1)
-            )
+            if len(set(column)) == 1:
+                return column[0], None
+            return torch.tensor(column, dtype=like.dtype, device=like.device).view(-1, 1, 1), None
         mask = torch.zeros(len(rows), 1, self.ranks.stop - self.ranks.start)
         for n, row in enumerate(rows):
             for k, s in row:
                 mask[n, 0, self.starts[k] - self.ranks.start : self.starts[k + 1] - self.ranks.start] = s
-        return mask.to(like)
+        unused = (mask == 0).to(like.device)
+        return 1.0 if {s for row in rows for _, s in row} == {1.0} else mask.to(like), unused
 
 
 def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like: Tensor) -> Schedule:
@@ -115,8 +116,8 @@ def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: 
         # All rows from the first to the last in place; the base's rows among them have zeros.
         used_rows = [n for users in blocks[0].users for _, n, _ in users]
         first, last = min(used_rows), max(used_rows) + 1
-        scale = blocks[0].scales(rows[first:last], like)
-        return Schedule(None, [Chunk(slice(first * tokens, last * tokens), blocks[0].ranks, 1, scale)])
+        scales = blocks[0].scales(rows[first:last], like)
+        return Schedule(None, [Chunk(slice(first * tokens, last * tokens), blocks[0].ranks, 1, *scales)])
     order: list[int] = []
     chunks = []
     for block in blocks:
@@ -124,7 +125,7 @@ def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: 
         position = slice(len(order) * tokens, (len(order) + len(uses_of_block)) * tokens)
         adapters = len(block.users) if block.batched else 1
         scales = block.scales([((k, s),) for k, _, s in uses_of_block], like)
-        chunks.append(Chunk(position, block.ranks, adapters, scales))
+        chunks.append(Chunk(position, block.ranks, adapters, *scales))
         order += [n for _, n, _ in uses_of_block]
     return (
         Schedule(torch.tensor(order, device=like.device), chunks)

@@ -152,10 +152,15 @@ class _Reply:
         events = EventStream(send, self.headers)
         try:
             async with aclosing(deltas(self.answers)) as arriving:
+                for answer in self.answers:
+                    events.add(chunks.of(ROLE % answer.index))
                 async for answer, delta in arriving:
-                    out = b"" if events.begun else b"".join(chunks.of(ROLE % other.index) for other in self.answers)
-                    await events.write(out + self._events(chunks, answer, delta))
-            await events.write(chunks.last(usage(self.prompt_tokens, self.answers)), last=True)
+                    events.add(self._events(chunks, answer, delta))
+                    # What has arrived meanwhile, and what ends the stream, goes out with it.
+                    if events.full or not (answer.ticket.waiting or delta.reason):
+                        await events.flush()
+            events.add(chunks.last(usage(self.prompt_tokens, self.answers)))
+            await events.flush(last=True)
         except Exception as error:
             if not events.begun:
                 raise

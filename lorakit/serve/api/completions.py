@@ -179,8 +179,12 @@ class _Reply:
                         logprobs = json_bytes(self.writers[answer.index].write(delta.logprobs))
                     reason = text_json(delta.reason) if delta.reason else b"null"
                     form = b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}'
-                    await events.write(chunks.of(form % (answer.index, text_json(text), logprobs, reason)))
-            await events.write(chunks.last(usage(self.prompt_tokens, self.answers)), last=True)
+                    events.add(chunks.of(form % (answer.index, text_json(text), logprobs, reason)))
+                    # What has arrived meanwhile, and what ends the stream, goes out with it.
+                    if events.full or not (answer.ticket.waiting or delta.reason):
+                        await events.flush()
+            events.add(chunks.last(usage(self.prompt_tokens, self.answers)))
+            await events.flush(last=True)
         except Exception as error:
             if not events.begun:
                 raise

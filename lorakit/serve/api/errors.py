@@ -19,7 +19,17 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ...errors import AdapterError, ConfigError, DataError, LorakitError, StateError, choices, did_you_mean, expectation
+from ...errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    LorakitError,
+    StateError,
+    WriteError,
+    choices,
+    did_you_mean,
+    expectation,
+)
 from ..errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
 from .offered import missing
 from .replies import Json
@@ -88,6 +98,9 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         case ConfigError() | DataError() | StateError():
             field = FIELD_AT_START.match(text)
             return 400, body(text, 400, field and field[0]), {}
+        case WriteError():  # its text names a path of this machine, which is for the operator
+            log.error("%s", text)
+            return 503, body("the server cannot write to its disk; its log says why", 503, None, "disk"), NO_RETRY
     log.error("a request failed", exc_info=error)
     return 500, INTERNAL, NO_RETRY
 
@@ -154,6 +167,8 @@ def validation(problems: Sequence[Mapping[str, Any]], given: object) -> ApiError
         return ApiError(f"{param} is missing", param)
     if items[0]["type"] == "extra_forbidden":
         return ApiError(f"{param} is not known", param)
+    # A nested body is a model to pydantic, and an object to the caller.
+    items = [{**item, "type": "dict_type"} if item["type"] == "model_attributes_type" else item for item in items]
     value = items[0].get("input")
     hint = did_you_mean(value, choices(items)) if isinstance(value, str) else ""
     shown = repr(value)

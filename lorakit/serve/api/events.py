@@ -15,6 +15,7 @@ from .errors import described
 from .forms import Usage
 from .replies import json_bytes
 
+TOGETHER = 8  # tokens in one write, where the engine is faster than the socket
 DONE = b"data: [DONE]\n\n"
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
@@ -42,14 +43,24 @@ class Chunks:
 
 
 class EventStream:
-    """A response of events. It begins with the first `write`; an error after that goes into the stream."""
+    """A response of events. It begins with the first `flush`; an error after that goes into the stream."""
 
     def __init__(self, send: Send, headers: Mapping[str, str]):
         self._send, self._headers = send, headers
+        self._waiting: list[bytes] = []
         self.begun = False
 
-    async def write(self, events: bytes, last: bool = False) -> None:
-        """Send events. Waits while the client is slow to read: meanwhile the engine's pieces wait in the ticket."""
+    def add(self, events: bytes) -> None:
+        """Add events to the next write."""
+        self._waiting.append(events)
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to write, even if more events are at hand."""
+        return len(self._waiting) >= TOGETHER
+
+    async def flush(self, last: bool = False) -> None:
+        """Send what was added. Waits while the client is slow to read: meanwhile pieces wait in the ticket."""
         if not self.begun:
             self.begun = True
             headers = {
@@ -59,9 +70,11 @@ class EventStream:
             } | dict(self._headers)
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        events, self._waiting = b"".join(self._waiting), []
         await self._send({"type": "http.response.body", "body": events, "more_body": not last})
 
     async def fail(self, error: Exception) -> None:
         """End the stream with an error: no [DONE], so that nobody takes half an answer for all of it."""
         _, body, _ = described(error)
-        await self.write(b"event: error\ndata: " + json_bytes(body) + b"\n\n", last=True)
+        self.add(b"event: error\ndata: " + json_bytes(body) + b"\n\n")
+        await self.flush(last=True)

@@ -117,11 +117,11 @@ class EmbeddedEngine:
         }
         if loop is None:
             return Stats(**in_tiers, alive=False)
-        waiting = len(loop.waiting)
-        counts = loop.counters
+        every, counts = list(loop.open), loop.counters
+        running = sum(request.admitted > 0 for request in every)
         return Stats(
-            running=max(len(loop.open) - waiting, 0),
-            waiting=waiting,
+            running=running,
+            waiting=len(every) - running,
             prompt_tokens=counts.prompt_tokens,
             cached_tokens=counts.cached_tokens,
             answer_tokens=counts.answer_tokens,

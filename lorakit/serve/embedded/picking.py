@@ -16,20 +16,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..engine import Finish, Sampling, TokenLogprob
 from ..errors import EngineFailed
+from .grammar import Matcher, forbid
 from .penalties import Penalties, penalise
 from .truncation import keep_likely
 
-if TYPE_CHECKING:
-    from .grammar import Matcher
-
 _UNIFORM_BITS = 24  # a float32 in [0, 1) holds as many; its product with a float32 total is always below the total
+_COLDEST = 1e-30  # float32 rounds much smaller temperatures to 0
+_LEAST_LOGPROB = -9999.0  # OpenAI's value for what is as good as impossible; JSON has no -inf
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,6 @@ def _adjusted(logits: Tensor, rows: Sequence[Picking]) -> Tensor:
             scores[at].index_add_(0, *row.bias)
     grammars = [(at, row.grammar, row.ends) for at, row in enumerate(rows) if row.grammar is not None]
     if grammars:
-        from .grammar import forbid  # needs llguidance, which is asked for only if a request has a schema
-
         forbid(scores, grammars)
     penalties = [(at, row.penalties) for at, row in enumerate(rows) if row.penalties is not None]
     if penalties:
@@ -140,7 +137,7 @@ def _adjusted(logits: Tensor, rows: Sequence[Picking]) -> Tensor:
 def _draw(scores: Tensor, rows: Sequence[Picking]) -> Tensor:
     """Draw a token for each row, [rows], from softmax(scores / temperature), truncated. scores: [rows, vocab]."""
     device = scores.device
-    temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)[:, None]
+    temperature = torch.tensor([max(row.sampling.temperature, _COLDEST) for row in rows], device=device)[:, None]
     # The maximum is subtracted before the division, so that no temperature, however low, can overflow. In place: new
     # memory for [rows, vocab] costs more than the arithmetic.
     weights = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()  # the likeliest is 1
@@ -162,9 +159,9 @@ def _logprobs(logits: Tensor, ids: Tensor, rows: Sequence[Picking]) -> list[Toke
         logits, ids = logits[index], ids[index]
     counts = [rows[at].sampling.logprobs or 0 for at in asked]
     total = logits.logsumexp(-1, keepdim=True)  # [asked, 1]
-    own = (logits.gather(-1, ids[:, None]) - total)[:, 0].tolist()
+    own = (logits.gather(-1, ids[:, None]) - total)[:, 0].clamp_min(_LEAST_LOGPROB).tolist()
     values, tokens = logits.topk(min(max(counts), logits.shape[-1]))  # [asked, most]
-    likely = zip((values - total).tolist(), tokens.tolist(), strict=True)
+    likely = zip((values - total).clamp_min(_LEAST_LOGPROB).tolist(), tokens.tolist(), strict=True)
     for at, count, token, logprob, (high, others) in zip(asked, counts, ids.tolist(), own, likely, strict=True):
         found[at] = TokenLogprob(token, logprob, tuple(zip(others[:count], high[:count], strict=True)))
     return found

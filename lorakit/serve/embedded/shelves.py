@@ -12,6 +12,7 @@ from torch import nn
 
 from ...layers.bases import base_of, quantized
 from ...model.detach import detach
+from ...model.route import expect
 from ...model.state import STATE
 from . import heap
 
@@ -24,12 +25,13 @@ TRIM_EACH = 64 << 20
 
 
 class Shelves:
-    """`device`: attached adapters, `built`: those in memory and not attached, both by key; together at most what is
-    registered. memory_bytes: the most that those in `built` may take.
+    """`device`: attached adapters, `built`: those in memory and not attached, both by key.
+
+    places: the most there may be in `device`; memory_bytes: the most that those in `built` may take.
     """
 
-    def __init__(self, model: nn.Module, memory_bytes: int):
-        self.model, self.memory_bytes = model, memory_bytes
+    def __init__(self, model: nn.Module, places: int, memory_bytes: int):
+        self.model, self.places, self.memory_bytes = model, places, memory_bytes
         self.device: dict[str, Entry] = {}
         self.built: dict[str, Entry] = {}
         self.loads = self.evictions = 0
@@ -54,6 +56,7 @@ class Shelves:
         """Attach an adapter that is at hand. Raises what building raises, if that was left to this."""
         assert entry.prepared is not None
         entry.prepared.attach(self.model)
+        expect(self.model, self.places)
         self.device[entry.key] = self.built.pop(entry.key)
         entry.size = entry.prepared.bytes
         self.loads += 1

@@ -75,7 +75,7 @@ class Tiers:
             raise ValueError(f"device={device}: expected a place for at least one adapter")
         self.wake = lambda: None
         self._places, module = device, as_module(model)
-        self._shelves = Shelves(module, memory_bytes)
+        self._shelves = Shelves(module, device, memory_bytes)
         self._loader = Loader(module, tokenizer, Calls(module), lambda: self.wake())
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}

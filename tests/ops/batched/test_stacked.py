@@ -103,6 +103,23 @@ def test_one_adapter_for_all_rows_needs_no_mask():
     assert how.order is None
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_an_adapter_that_overflows_changes_its_own_rows_alone(weight):
+    rows = [((0, 1.0),), ((1, weight),), (), ((0, 1.0),)]
+    factors, (x, y) = factors_of([1, 2]), inputs(rows, 3)
+    factors[1] = torch.full_like(factors[1][0], 1e308), factors[1][1]
+    for call in (0.0, 1e9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(cut_module.CALL, torch.float64, call)
+            how = schedule_rows(rows, [1, 2], 3, SIZE_IN + SIZE_OUT, x)
+        done = y.clone()
+        parts = chunk_factors(torch.cat([A for A, _ in factors]), torch.cat([B.T for _, B in factors]), how)
+        add_stacked(done.view(-1, SIZE_OUT), x.view(-1, SIZE_IN), parts, how)
+        fine = [0, 2, 3]
+        assert not done[1].isfinite().all()
+        torch.testing.assert_close(done[fine], reference(y, x, factors, rows)[fine])
+
+
 def test_a_row_that_is_not_a_number_stays_alone():
     rows = uses(0, 1, 0, 1, 0)
     factors, (x, y) = factors_of([2, 2]), inputs(rows, 1)

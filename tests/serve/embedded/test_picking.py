@@ -168,7 +168,7 @@ def _drawn(seed: int | None) -> list:
     return [pick(logits_of(1, seed=step, spread=1.0), [row])[0] for step in range(20)]
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-5])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-5])
 def test_the_lowest_temperatures_are_greedy(temperature):
     logits = logits_of(4) * 1000
     picked = pick(logits, [picking(temperature=temperature, seed=at) for at in range(4)])
@@ -260,6 +260,12 @@ def test_more_alternatives_than_tokens_are_all_tokens():
     (picked,) = pick(torch.tensor([[0.0, 1.0]]), [picking(logprobs=20)])
     assert picked.logprob is not None
     assert len(picked.logprob.alternatives) == 2
+
+
+def test_a_token_that_the_model_rules_out_has_a_logprob_that_json_can_say():
+    (picked,) = pick(torch.tensor([[0.0, -math.inf]]), [picking(logprobs=2)])
+    assert picked.logprob is not None
+    assert picked.logprob.alternatives == ((0, 0.0), (1, -9999.0))
 
 
 # --------------------------------------------------------------------------------------------------------- ends

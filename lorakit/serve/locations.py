@@ -30,7 +30,7 @@ _OTHERS = re.compile(
 
 
 @dataclass(frozen=True)
-class Places:
+class Locations:
     """Finds adapters by what a client or the command line says.
 
     roots, hub: what is allowed over HTTP. pickles: whether the command line may name pickles.

@@ -41,6 +41,7 @@ def test_adapters_below_a_root_are_named_by_their_paths(tmp_path, caplog):
         root = tmp_path / "root"
         write(root / "team" / "sql")
         write(root / "team" / "with space")
+        write(root / "base")  # the base's own name
         served_adapters.value().save(root / "single.safetensors", format="loralib")
         write(root / "run" / "adapter")
         write(root / "run" / "checkpoints" / "step-1")
@@ -57,6 +58,7 @@ def test_adapters_below_a_root_are_named_by_their_paths(tmp_path, caplog):
         await made.start()
         assert sorted(names(made)) == ["run", "single", "team/sql"]
         assert "team/with space" in caplog.text
+        assert "'base'" in caplog.text
         async with made.lease("run:0.5+team/sql", None):
             pass
 
@@ -84,8 +86,8 @@ def test_unknown_names_do_not_make_the_server_look_all_the_time(root, monkeypatc
     async def scenario():
         made = registry(Held(), root)
         looks = []
-        real = type(made.places).below_roots
-        monkeypatch.setattr(type(made.places), "below_roots", lambda self: (looks.append(1), real(self))[1])
+        real = type(made.locations).below_roots
+        monkeypatch.setattr(type(made.locations), "below_roots", lambda self: (looks.append(1), real(self))[1])
         await made.start()
 
         async def ask(number):
