@@ -102,6 +102,9 @@ class PlainTiers:
     def stats(self):
         return Counts(on_device=len(self.known))
 
+    def abandon(self, error):
+        self.abandoned = error
+
     def close(self):
         self.closed = True
 

@@ -99,13 +99,15 @@ class Control:
 class Case:
     """An engine of the contract. `engine(places)`: a new one; `pace(engine, seconds)`: slow each token down.
 
-    `checks`: whether it checks that adapters fit the base; `pins`: whether it can pin one.
+    `checks`: whether it checks that adapters fit the base; `pins`: whether it can pin one; `computes`: whether its
+    answers are the model's, in float32.
     """
 
     engine: Callable[[int], Engine]
     pace: Callable[[Engine, float], None]
     checks: bool = True
     pins: bool = True
+    computes: bool = False
 
 
 def scripted(folder: Path, environment: pytest.MonkeyPatch) -> Case:
@@ -144,7 +146,7 @@ def embedded(folder: Path, environment: pytest.MonkeyPatch) -> Case:
             waiting=places - rows,
         )
 
-    return Case(engine, lambda engine, seconds: None)
+    return Case(engine, lambda engine, seconds: None, computes=True)
 
 
 def stubbed(folder: Path, environment: pytest.MonkeyPatch) -> Case:
@@ -164,7 +166,7 @@ def real(folder: Path, environment: pytest.MonkeyPatch) -> Case:
     def engine(places: int) -> Engine:
         return VllmEngine(settings, cache=cache, waiting=places - ROWS)
 
-    return Case(engine, lambda engine, seconds: None, pins=False)
+    return Case(engine, lambda engine, seconds: None, pins=False, computes="float32" in " ".join(extra))
 
 
 CASES: Mapping[str, Callable[[Path, pytest.MonkeyPatch], Case]] = {

@@ -53,11 +53,13 @@ def of_rank(rank: int, seed: int, like: lk.Adapter) -> lk.Adapter:
 
 async def passes(tiers: Tiers, *waiting: Awaitable[Result]) -> list[Result]:
     """Let the engine's passes go on until these are done."""
-    tasks = [asyncio.ensure_future(each) for each in waiting]
-    while not all(task.done() for task in tasks):
+    every = asyncio.ensure_future(asyncio.gather(*waiting))
+    while not every.done():
         tiers.between_steps()
         await asyncio.sleep(0.0005)
-    return [task.result() for task in tasks]
+    found = every.result()
+    tiers.between_steps()
+    return found
 
 
 async def until_ready(tiers: Tiers, keys: Sequence[str], tries: int = 4000) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A program that is started as `vllm serve` is and speaks its HTTP, without a model, for tests.
 
-    VLLM_STUB=control.json vllm_stub.py serve BASE --host 127.0.0.1 --port 8001 --enable-lora ...
+    VLLM_STUB=control.json vllm_stub.py serve BASE --uds SOCKET --enable-lora ...
 
 It writes its argv, its environment and each request to control.json.log, a JSON object a line, and misbehaves as
 control.json says (read anew for each request; `SWITCHES` lists what it may hold). Its forms follow vLLM's sources
@@ -18,12 +18,14 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 SWITCHES = {
@@ -36,14 +38,17 @@ SWITCHES = {
     "half_after": "tokens, then half an event, and the connection closes",
     "hang_after": "tokens, then nothing",
     "error_after": "tokens, then an error within the stream",
+    "error_code": "of that error",
     "abort_after": "tokens, then finish_reason 'abort'",
     "no_ids": "texts without token ids, as before 0.10.2",
     "load_status": "of load_lora_adapter",
     "unload_status": "of unload_lora_adapter",
+    "unload_seconds": "that it takes",
     "token_seconds": "between two tokens",
     "cached": "tokens of each prompt",
     "text": "of each token",
     "chunk": "tokens an event",
+    "worker": "it has a worker process, which holds its output open and heeds no SIGTERM",
 }
 FIELDS = {
     *("model", "prompt", "stream", "stream_options", "return_token_ids", "max_tokens", "temperature", "top_p"),
@@ -213,6 +218,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def unload(self, body: dict[str, Any]) -> None:
         name, status = body["lora_name"], self.stub.control().get("unload_status")
+        time.sleep(self.stub.control().get("unload_seconds", 0))
         if status:
             self.error(status, f"Failed to remove lora adapter '{name}' from the engine.", "InternalServerError")
         elif self.stub.adapters.pop(name, None) is None:
@@ -305,7 +311,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.write(b": still here\n\n")  # so that it notices who hung up
             return False
         if control.get("error_after") == at:
-            self.event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
+            code = control.get("error_code", 500)
+            self.event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": code}})
             self.write(b"data: [DONE]\n\n")
             self.write(b"")
             return True
@@ -326,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
     request_queue_size = 512
 
@@ -340,7 +347,11 @@ def main() -> None:
     if "die_at_start" in found:
         print("ValueError: No available memory for the cache blocks.", flush=True)
         sys.exit(found["die_at_start"])
-    Server((stub.flags["--host"], int(stub.flags["--port"])), Handler).serve_forever()
+    if found.get("worker"):
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        worker = subprocess.Popen([sys.executable, "-c", code])
+        stub.record({"worker": worker.pid})
+    Server(stub.flags["--uds"], Handler).serve_forever()
 
 
 if __name__ == "__main__":

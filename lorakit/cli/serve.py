@@ -89,6 +89,7 @@ def serve(
 
     `base:adapter` is the same; `a:0.7+b:0.3` mixes two; the base's own name is the base alone.
     """
+    from ..serve.embedded.heap import settle
     from ..serve.server import is_loopback, listen, url_of
     from ..serve.server import serve as run
     from ..serve.settings import ServeSettings
@@ -137,6 +138,7 @@ def serve(
 
         def ready() -> None:
             until_ready.close()
+            settle()
             _say_ready(service[0], url_of(listener), bool(guard.keys.use))
 
         try:

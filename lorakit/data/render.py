@@ -23,10 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorakit.data.common_text import common_beginning, longest_ending_within
 from lorakit.data.end_tokens import EndTokens, added_tokens
 from lorakit.data.parse import Row
 from lorakit.data.shapes import Example
 from lorakit.data.templates import ChatOptions, ChatTemplate, Style, Template, Writer, plain_writer, style_for
+from lorakit.data.turn_windows import MIN_ANSWERS, windowed
 from lorakit.data.turns import Message, checked, conversation
 from lorakit.data.unshown import Answer, Unshown, has_all
 from lorakit.errors import DataError
@@ -149,11 +151,26 @@ class Renderer:
         else:
             write = self._writer(example, style)
             opening = write(before, True)
-            rows, _, _ = self._rows_of(example, write, answered[:-1], style)
-            written = "".join(segment.text for segment in rows[-1]) if rows else ""
-            segments = rows[-1] if rows and opening.startswith(written) else []
-            segments = [*segments, Segment(opening[len(written) if segments else 0 :], False)]
+            segments = self._earlier(example, write, answered[:-1], style, opening)
+            written = sum(len(segment.text) for segment in segments)
+            segments = [*segments, Segment(opening[written:], False)]
         return self._tokens(segments, style, example, with_end=False).ids
+
+    def _earlier(
+        self, example: Example, write: Writer, answered: Sequence[int], style: Style, opening: str
+    ) -> list[Segment]:
+        """Return the segments up to the last earlier answer, none if the prompt (`opening`) writes that one anew."""
+        try:
+            rows = self._rows_of(example, write, answered[-1:], style)[0]
+        except DataError:  # such an answer cannot be trained, so no row has this prompt; it can be answered
+            return []
+        if not rows or not opening.startswith("".join(segment.text for segment in rows[0])):
+            return []
+        if len(answered) >= MIN_ANSWERS:
+            found = windowed(example.messages[: answered[-1] + 1], answered, write, opening)
+            if found is not None:
+                return [Segment(text, is_answer) for pair in found for text, is_answer in zip(pair, (False, True))]
+        return self._rows_of(example, write, answered, style)[0][-1]
 
     def prompt_notes(self, example: Example) -> list[str]:
         """Return what to tell of a prompt: what its turns, tools and arguments hold and the template does not write.
@@ -227,11 +244,11 @@ class Renderer:
         cannot be brought together.
         """
         before, message = example.messages[:index], example.messages[index]
-        agreed = _agreed(prompt, full)
-        history = len(_agreed(prompt, write(before, False)).rstrip())
+        agreed = common_beginning(prompt, full)
+        history = len(common_beginning(prompt, write(before, False)).rstrip())
         if len(agreed) < history:
             # The answer changed the turns before it, as gpt-oss' does with reasoning: the prompt stays as it was.
-            same = _longest_end(prompt, full)
+            same = longest_ending_within(prompt, full)
             answer = full[full.rfind(same) + len(same) :]
             is_whole = has_all(same, before[-1].content) and has_all(answer, message.content)
             if is_whole and len(same) > len(prompt) - history:
@@ -353,21 +370,6 @@ def question_ids(
         return [*behaviour.prefix, *_encode(tokenizer, behaviour, text, continues=False)]
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     return render_prompt(messages, tokenizer, style, options)
-
-
-def _agreed(first: str, second: str) -> str:
-    """Return the longest text that both begin with."""
-    length = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-    return first[:length]
-
-
-def _longest_end(text: str, other: str) -> str:
-    """Return the longest ending of a text that another text has anywhere."""
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if text[len(text) - middle :] in other else (low, middle - 1)
-    return text[len(text) - low :]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, behaviour: TokenizerBehaviour, text: str, continues: bool) -> list[int]:

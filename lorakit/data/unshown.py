@@ -7,6 +7,7 @@ know) are notes, which count the rows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +114,8 @@ class Unshown:
             self._check_parts(messages, i, write, last.rendered, where)
             if message.role == "assistant" or has_all(last.rendered, message.content):
                 continue  # a template may take the reasoning out of an earlier answer
+            if message.role == "tool" and json.dumps(message.content, ensure_ascii=False)[1:-1] in last.rendered:
+                continue
             without = [_emptied(m) if i == j else m for j, m in enumerate(messages)]
             if _is_same(write, without, last.rendered):
                 if message.role != "system":

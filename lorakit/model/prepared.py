@@ -99,7 +99,8 @@ class Prepared:
         self.saved = list(plan.saved)
         self.parked = False  # its tensors are in the processor's memory, and must be moved before it is attached
         self._devices: dict[str, torch.device] = {}
-        self._built = False
+        self.is_built = False
+        self._built_for: dict[str, Any] = {}  # the parts that each layer had then
         self._config = _resolved(model, plan)
         self.modules = {**plan.modules, **{twin: model.get_submodule(twin) for twin in plan.twins}}
         self._parts = {m: plan.parts_of(m) for m in self.modules}
@@ -124,6 +125,16 @@ class Prepared:
     def on_accelerator(self) -> bool:
         """Whether some of its tensors are in another memory than the processor's."""
         return any(tensor.device.type != "cpu" for tensor in self.tensors)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it was built for packed projections that other adapters have unpacked since, or the other way round.
+        It cannot be attached any more then, and must be prepared again.
+        """
+        return self.is_built and any(
+            (_parts_of(module) if isinstance(module, LoraLayer) else self._parts[m]) != self._built_for[m]
+            for m, module in self.modules.items()
+        )
 
     def forget_computed(self) -> None:
         """Drop what updates computed from their parameters and keep for the next forward."""
@@ -175,7 +186,7 @@ class Prepared:
                 )
         self.copies = saved.copies(model, plan.saved, self.trainable)
         self.updates = {name: update.train(modules[name].training) for name, update in updates.items()}
-        self._built = True
+        self.is_built, self._built_for = True, {m: _parts_of(module) for m, module in modules.items()}
         self.plan = replace(plan, saved={}, values=None, started=None)  # else it would be in memory twice
 
     def attach(self, model: Any, activate: bool = False) -> None:
@@ -195,7 +206,7 @@ class Prepared:
         fresh: list[nn.Module] = []
         try:
             fresh = self._adopt(model)
-            if not self._built:
+            if not self.is_built:
                 self.build(model)
         except BaseException:
             for module in fresh:
@@ -220,9 +231,7 @@ class Prepared:
         """Give the modules their adapted class, and return those that did not have it. After an error none has it."""
         if self.is_adopted():
             return []
-        if (
-            self._built
-        ):  # since then the last adapter of a module was detached: weights of experts are other objects now
+        if self.is_built:  # a module has lost its last adapter since, and weights of experts are other objects then
             names = module_names(model)
             self.modules = {m: names.get(m, module) for m, module in self.modules.items()}
         fresh = [module for module in self.modules.values() if not isinstance(module, LoraLayer)]
@@ -266,6 +275,12 @@ class Prepared:
         put_in_place(model, state)
         mark_in_use(model, state)
         model.__dict__[STATE] = state
+
+
+def _parts_of(layer: nn.Module) -> tuple[bool, ...] | None:
+    """Return the parts of a layer that is adapted as a packed projection; None for others."""
+    found: tuple[bool, ...] | None = getattr(layer, "lora_parts", None)
+    return found
 
 
 def _resolved(model: nn.Module, plan: Plan) -> LoraConfig:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.chat_record import ChatRecord
 from .engine import Choice
+
+if TYPE_CHECKING:
+    from .sources import ReadAdapter
 
 # registered: known by name, not read yet · ready: the engine has it · failed: `problem` says why
 Status = Literal["registered", "ready", "failed"]
@@ -29,6 +32,20 @@ class Card:
     chat: ChatRecord = field(default_factory=ChatRecord)  # its template and stop tokens
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
+
+    def ready(self, read: ReadAdapter) -> Card:
+        """Return the card with what was read of the adapter."""
+        metadata = read.adapter.metadata
+        return replace(
+            self,
+            key=read.key,
+            status="ready",
+            size=read.size,
+            rank=read.adapter.rank,
+            chat=ChatRecord.of(metadata),
+            metadata={name: value for name, value in metadata.items() if name != "header"},
+            problem=None,
+        )
 
     @property
     def version(self) -> str:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.chat_record import ChatRecord
 from ..data.found_once import found_once
@@ -23,15 +23,13 @@ from ..data.turns import Message, checked, conversation
 from ..data.unshown import column_note
 from ..errors import ConfigError, DataError, listing
 from .answer_text import TokenTexts
-from .foreign_template import ForeignTemplate, TemplateProcess
+from .foreign_template import ForeignTemplate, TemplateProcess, UnusableTemplateError
 from .messages import REQUEST
 from .tool_calls.families import PLAIN, syntax_of
 from .tool_calls.syntax import Syntax, Tools
 
-if TYPE_CHECKING:
-    from .card import Card
-
 KEPT = 256  # records whose formats are kept; another costs some trials of its template again
+NOTES, NOTE = 8, 160  # how many notes on a request, and how long
 NOT_READ = "the plain template does not read chat_template_kwargs"
 
 
@@ -44,9 +42,8 @@ class Formats:
         self._kept: OrderedDict[tuple[object, ...], ChatFormat] = OrderedDict()
         self._lock = Lock()
 
-    def of(self, card: Card | None) -> ChatFormat:
-        """Return the format of an adapter, or of the base. Costs nothing the second time."""
-        record = ChatRecord() if card is None else card.chat
+    def of(self, record: ChatRecord) -> ChatFormat:
+        """Return the format of a record; an empty one is the base's. Costs nothing the second time."""
         kwargs = json.dumps(dict(record.options.kwargs), sort_keys=True, default=str)
         key = (record.style, record.template, kwargs, record.options.date, record.end_tokens)
         with self._lock:
@@ -89,6 +86,8 @@ class ChatFormat:
         """
         notes = [f"{NOT_READ}.{name}" for name in kwargs] if self.style == "plain" else []
         rows = self._rows
+        if self._foreign is not None:
+            self._foreign.begin()
         try:
             messages = conversation(list(turns), "messages", REQUEST)
             example = Example(
@@ -108,7 +107,7 @@ class ChatFormat:
                 "the chat template does not write tools, so the model would not know of them\n"
                 "  leave tools out of the request, or ask a model whose template has them"
             )
-        return tuple(ids), tuple(dict.fromkeys(notes))
+        return tuple(ids), _shortened(notes)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Return the ids of a text without a template, with the start token that the tokenizer gives every text."""
@@ -135,25 +134,27 @@ class ChatFormat:
         ids = (self._id(marker) for marker in markers)
         return frozenset(token for token in ids if token is not None and self._texts.is_special(token))
 
-    def check(self) -> None:
-        """Try the record on a short conversation. Raises DataError."""
-        unknown = [token for token in self._record.end_tokens if self._id(token) is None]
-        if unknown:
-            raise DataError(
-                f"its answers end with {listing(unknown)}, which the base's tokenizer does not have\n"
-                "  serve it with the base that it was trained on"
-            )
-        if self.style != "none":
-            self.chat_ids([{"role": "user", "content": "Hello"}], (), {})
-
-    def check_tokens(self, added: Mapping[str, int]) -> None:
-        """Raise DataError for tokens that an adapter added to the vocabulary, by id, and the base does not have."""
+    def check(self, added: Mapping[str, int]) -> None:
+        """Raise DataError for a record that does not fit the base. added: tokens of the adapter's own, by their ids."""
         missing = [token for token, number in added.items() if self._id(token) != number]
         if missing:
             raise DataError(
                 f"it was trained with tokens of its own ({listing(missing)}), which the base's tokenizer lacks\n"
                 "  merge it into its base (lorakit merge) and serve the result"
             )
+        unknown = [token for token in self._record.end_tokens if self._id(token) is None]
+        if unknown:
+            raise DataError(
+                f"its answers end with {listing(unknown)}, which the base's tokenizer does not have\n"
+                "  serve it with the base that it was trained on"
+            )
+        if self._foreign is not None:
+            try:
+                self._foreign.check()
+            except UnusableTemplateError as error:
+                raise DataError(f"its chat template cannot be used: {error}") from error
+        if self.style != "none" and self._tokenizer.chat_template:
+            _ = self._rows
 
     @found_once
     def _rows(self) -> RowRenderer:
@@ -178,3 +179,10 @@ class ChatFormat:
         """Return the id of a token given as text, None if the tokenizer does not have it."""
         found = self._tokenizer.convert_tokens_to_ids(token)
         return found if found is not None and self._tokenizer.convert_ids_to_tokens(found) == token else None
+
+
+def _shortened(notes: Sequence[str]) -> tuple[str, ...]:
+    """Return notes that fit a header: they repeat names out of the request."""
+    short = [note if len(note) <= NOTE else f"{note[:NOTE]}..." for note in dict.fromkeys(notes)]
+    more = len(short) - NOTES
+    return tuple(short if more <= 0 else [*short[:NOTES], f"and {more} more"])

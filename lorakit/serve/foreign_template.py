@@ -33,15 +33,18 @@ KILLED_FOR_TIME = -27  # SIGPROF
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a template of an adapter may take. The longest of TRL's 64 templates has 24,000 characters and renders a
-    conversation in 2 ms.
-    """
+    """What a template of an adapter may take. The longest of the 41 that TRL ships has 18,573 characters."""
 
     source: int = 262_144  # characters of the template
     seconds: float = 2.0  # of processor time, for one rendering
+    request_seconds: float = 10.0  # of processor time, for all renderings of a request; there are some for each turn
     wall: float = 30.0  # seconds until an answer, however busy the machine is
     memory: int = 256 * 2**20  # bytes
     characters: int = 4_000_000  # of what it writes
+
+
+class UnusableTemplateError(DataError):
+    """A template that is none, or exceeds the bounds: not one that rejects a conversation."""
 
 
 class TemplateProcess:
@@ -49,6 +52,7 @@ class TemplateProcess:
 
     def __init__(self, bounds: Bounds):
         self.bounds = bounds
+        self.spent = 0.0  # seconds of processor time, so far
         self._child: subprocess.Popen[bytes] | None = None
         self._refused: OrderedDict[str, str] = OrderedDict()  # by the hash of the template
         self._lock = Lock()
@@ -57,18 +61,18 @@ class TemplateProcess:
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
         """Return what a template writes. Raises DataError with the template's own error, or the bound it exceeded."""
         if len(source) > self.bounds.source:
-            raise DataError(f"it has {len(source):,} characters; at most {self.bounds.source:,}")
+            raise UnusableTemplateError(f"it has {len(source):,} characters; at most {self.bounds.source:,}")
         key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
             if key in self._refused:
-                raise DataError(self._refused[key])
+                raise UnusableTemplateError(self._refused[key])
             try:
                 return self._ask(source, variables)
             except _Exceeded as error:
                 self._refused[key] = str(error)
                 if len(self._refused) > REMEMBERED:
                     self._refused.popitem(last=False)
-                raise DataError(str(error)) from error
+                raise UnusableTemplateError(str(error)) from error
 
     def close(self) -> None:
         """End the process."""
@@ -76,6 +80,7 @@ class TemplateProcess:
         child = self._child
         if child is not None:
             child.kill()
+            child.wait()
 
     def _ask(self, source: str, variables: Mapping[str, Any]) -> str:
         child = self._started()
@@ -98,8 +103,11 @@ class TemplateProcess:
             self._child = None
             raise self._ended(child)
         answer = json.loads(body)
+        self.spent += answer["seconds"]
         if "exceeded" in answer:
             raise _Exceeded(answer["exceeded"])
+        if "invalid" in answer:
+            raise UnusableTemplateError(f"it is no Jinja template: {answer['invalid']}")
         if "error" in answer:
             raise DataError(answer["error"])
         return str(answer["text"])
@@ -108,6 +116,7 @@ class TemplateProcess:
         """Return why the process is gone."""
         child.kill()
         code = child.wait()
+        self.spent += self.bounds.seconds
         if self._closed:
             return DataError("the server is stopping")
         if code == KILLED_FOR_TIME:
@@ -137,6 +146,11 @@ class ForeignTemplate:
 
     def __init__(self, process: TemplateProcess, source: str, special: Mapping[str, str]):
         self._process, self._source, self._special = process, source, dict(special)
+        self._until = float("inf")  # of `process.spent`
+
+    def begin(self) -> None:
+        """Begin a request. All its renderings together have `Bounds.request_seconds`."""
+        self._until = self._process.spent + self._process.bounds.request_seconds
 
     def __call__(
         self,
@@ -152,6 +166,9 @@ class ForeignTemplate:
     ) -> str:
         """Return the text of a conversation. chat_template: this template with its clock set (`templates.dated`)."""
         assert not tokenize, "text is wanted"
+        if self._process.spent > self._until:
+            seconds = self._process.bounds.request_seconds
+            raise DataError(f"it took more than {seconds:g} s of processor time for this request")
         turns = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
         variables = {
             **self._special,
@@ -162,6 +179,16 @@ class ForeignTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         return self._process.render(chat_template or self._source, variables)
+
+    def check(self) -> None:
+        """Try the template. Raises UnusableTemplateError; it may reject the conversation that it is tried on."""
+        turns = [{"role": "user", "content": "Hello"}]
+        try:
+            self(turns, tools=None, tokenize=False, add_generation_prompt=True)
+        except UnusableTemplateError:
+            raise
+        except DataError:
+            return
 
 
 class _Exceeded(Exception):

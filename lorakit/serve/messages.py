@@ -10,6 +10,8 @@ from ..data.turns import SWITCHES, is_text
 from ..errors import DataError, did_you_mean, listing
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+KNOWN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "weight"}
+OTHER_KEYS = 16  # in one request, for templates that read more
 ECHOES = ("refusal", "annotations", "audio")  # what clients send back of our own answers, empty
 
 
@@ -31,7 +33,15 @@ def checked_messages(messages: object) -> list[dict[str, Any]]:
         raise DataError(
             f'messages is {what}; expected a list of at least one, such as {{"role": "user", "content": "..."}}'
         )
-    return [_checked(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    turns = [_checked(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    # Whether the template writes a key is found out by rendering without it.
+    others = {key for turn in turns for key in turn} - KNOWN_KEYS
+    if len(others) > OTHER_KEYS:
+        raise DataError(
+            f"messages have {len(others)} keys that are not OpenAI's ({listing(sorted(map(str, others)), 3)}); "
+            f"at most {OTHER_KEYS}"
+        )
+    return turns
 
 
 def _checked(message: object, key: str) -> dict[str, Any]:

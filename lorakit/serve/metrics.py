@@ -44,20 +44,23 @@ class Metrics:
 
         self.paths = frozenset(paths)
         self._adapters: set[str] = set()
-        self._registry = CollectorRegistry()
-        of = {"registry": self._registry}
-        self._requests = Counter("lorakit_http_requests", "requests answered", ["method", "path", "status"], **of)
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "lorakit_http_requests", "requests answered", ["method", "path", "status"], registry=registry
+        )
         self._seconds = Histogram(
-            "lorakit_http_request_seconds", "from headers to the answer's end", ["path"], buckets=_SECONDS, **of
+            "lorakit_http_request_seconds", "to the answer's end", ["path"], buckets=_SECONDS, registry=registry
         )
         self._first = Histogram(
             "lorakit_http_first_byte_seconds",
-            "from headers to the answer's first part",
+            "to the answer's first part",
             ["path"],
             buckets=_SECONDS,
-            **of,
+            registry=registry,
         )
-        self._by_adapter = Counter("lorakit_adapter_requests", "requests answered, by adapter", ["adapter"], **of)
+        self._by_adapter = Counter(
+            "lorakit_adapter_requests", "requests answered, by adapter", ["adapter"], registry=registry
+        )
         self._registry.register(_EngineCollector(stats))
 
     def observe(self, seen: Seen) -> None:

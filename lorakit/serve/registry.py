@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -76,13 +76,17 @@ class Registry:
         max_registered: int = 10_000,
         allow_pickle: bool = False,
         base: Any = None,
+        check: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None,
     ):
-        """allow_pickle: for `add` only. base: its folder or transformers config, which the GGUF of a Llama needs."""
+        """allow_pickle: for `add` only. base: its folder or transformers config, which the GGUF of a Llama needs.
+
+        check: gets the metadata of an adapter that is to be loaded; raises AdapterError (`Renderer.check`).
+        """
         self.facts = facts
         self.base_names = tuple(base_names)
         self.locations = Locations(roots or Roots(), hub or Hub(), allow_pickle)
         self.max_registered = max_registered
-        self.base = base
+        self.base, self._check = base, check
         self.versions = Versions(engine)
         self._entries: dict[str, _Entry] = {}
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -247,7 +251,7 @@ class Registry:
                 self._fail_again(entry, stamp)
                 read = await self._read(files)
                 version = await self.versions.bring(read, files, self.base, entry.card.pinned)
-                self._activate(entry, version, files, _card(entry.card, read))
+                self._activate(entry, version, files, entry.card.ready(read))
         except LorakitError as error:
             if not isinstance(error, _TRANSIENT):
                 entry.failed = (stamp, time.monotonic(), without_traceback(error))
@@ -285,7 +289,7 @@ class Registry:
             read = await self._read(files)
             version = await self.versions.bring(read, files, self.base, pin)
             created = int(time.time()) if entry is None or entry.version is not version else entry.card.created
-            card = _card(Card(name, place, created, pinned=pin), read)
+            card = Card(name, place, created, pinned=pin).ready(read)
             try:
                 if not configured:
                     await self._save(name, Loaded(name, place, pin, created))
@@ -381,19 +385,7 @@ class Registry:
             task.exception()  # read, so that asyncio does not call it lost when nobody waits any more
 
     async def _read(self, files: AdapterFiles) -> ReadAdapter:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, read_adapter, files, self.base)
-
-
-def _card(card: Card, read: ReadAdapter) -> Card:
-    """Return a card with what was read of the adapter."""
-    metadata = read.adapter.metadata
-    return replace(
-        card,
-        key=read.key,
-        status="ready",
-        size=read.size,
-        rank=read.adapter.rank,
-        chat=ChatRecord.of(metadata),
-        metadata={name: value for name, value in metadata.items() if name != "header"},
-        problem=None,
-    )
+        read = await asyncio.get_running_loop().run_in_executor(self._readers, read_adapter, files, self.base)
+        if self._check is not None:
+            await self._check(read.adapter.metadata)
+        return read

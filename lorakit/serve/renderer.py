@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..bases.vocabulary import recorded_tokens
+from ..data.chat_record import ChatRecord
 from ..data.templates import with_template
-from ..errors import DataError
+from ..errors import AdapterError, DataError
 from .answer_text import AnswerText, TokenTexts
 from .chat_format import ChatFormat, Formats
 from .foreign_template import Bounds, TemplateProcess
@@ -102,7 +103,7 @@ class Renderer:
         Raises DataError, naming the message, tool or key, for what is malformed, is not text, or is rejected or not
         shown by the template.
         """
-        thread = self._thread_for(card)
+        thread = self._thread_for(_record(card))
         return await asyncio.get_running_loop().run_in_executor(
             thread, self._chat, messages, card, tools, tool_choice, parallel_tool_calls, kwargs or {}
         )
@@ -114,9 +115,15 @@ class Renderer:
         """
         return await asyncio.get_running_loop().run_in_executor(self._own, self._text, prompt, card)
 
-    async def check(self, card: Card) -> None:
-        """Try an adapter's chat record on a short conversation. Raises DataError, for its load to fail early."""
-        await asyncio.get_running_loop().run_in_executor(self._thread_for(card), self._check, card)
+    async def check(self, metadata: Mapping[str, Any]) -> None:
+        """Check what an adapter's metadata says of its prompts against the base, and try its template.
+
+        Raises AdapterError: for end tokens or added tokens that the base does not have, arguments that the template
+        does not read, and a template that is none or exceeds the bounds.
+        """
+        record = ChatRecord.of(metadata)
+        added = recorded_tokens(metadata)
+        await asyncio.get_running_loop().run_in_executor(self._thread_for(record), self._check, record, added)
 
     def answer(self, prompt: Prompt, stop: Sequence[str] = ()) -> AnswerText:
         """Return the reader of one answer's ids. stop: the request's stop texts."""
@@ -132,8 +139,8 @@ class Renderer:
         self._own.shutdown(wait=False, cancel_futures=True)
         self._foreign.shutdown(wait=False, cancel_futures=True)
 
-    def _thread_for(self, card: Card | None) -> ThreadPoolExecutor:
-        return self._foreign if card is not None and card.chat.template is not None else self._own
+    def _thread_for(self, record: ChatRecord) -> ThreadPoolExecutor:
+        return self._own if record.template is None else self._foreign
 
     def _chat(
         self,
@@ -145,7 +152,7 @@ class Renderer:
         kwargs: Mapping[str, Any],
     ) -> Prompt:
         turns, wants = checked_messages(messages), asked(tools, tool_choice, parallel)
-        form = self._formats.of(card)
+        form = self._formats.of(_record(card))
         if form.style == "none":
             if wants.tools:
                 raise DataError("this adapter was trained on texts without turns, so it cannot call tools")
@@ -154,10 +161,11 @@ class Renderer:
         syntax, keep = self._syntax(form, wants.tools, wants.schema)
         return Prompt(ids, form.stop_ids(bool(wants.tools)), wants.schema, notes, wants.tools, syntax, keep, parallel)
 
-    def _check(self, card: Card) -> None:
-        form = self._formats.of(card)
-        form.check_tokens(recorded_tokens(card.metadata))
-        form.check()
+    def _check(self, record: ChatRecord, added: Mapping[str, int]) -> None:
+        try:
+            self._formats.of(record).check(added)
+        except DataError as error:
+            raise AdapterError(f"the adapter does not fit this server: {error}") from error
 
     @staticmethod
     def _syntax(form: ChatFormat, tools: Tools, schema: str | None) -> tuple[Syntax | None, frozenset[int]]:
@@ -169,7 +177,7 @@ class Renderer:
         return syntax, form.markers
 
     def _text(self, prompt: str | Sequence[int], card: Card | None) -> Prompt:
-        form = self._formats.of(card)
+        form = self._formats.of(_record(card))
         if isinstance(prompt, str):
             return Prompt(form.text_ids(prompt), form.text_stop_ids)
         highest = len(self.tokenizer)
@@ -179,3 +187,7 @@ class Renderer:
         if not prompt:
             raise DataError("prompt is empty; expected at least one token")
         return Prompt(tuple(prompt), form.text_stop_ids)
+
+
+def _record(card: Card | None) -> ChatRecord:
+    return ChatRecord() if card is None else card.chat

@@ -85,22 +85,22 @@ async def serve(
     start: makes the application; what it raises is raised. ready: called once requests are answered.
     """
     with _signals() as stopped:
-        starting = asyncio.ensure_future(start())
-        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        starting: asyncio.Future[Any] = asyncio.ensure_future(start())
+        await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await starting
             listener.close()
             raise StoppedError(f"stopped by {stopped.result()} before it was ready", stopped.result())
-        running = starting.result()
+        running: Running = starting.result()
         server = _server(running.app, drain)
         answering = asyncio.ensure_future(server.serve(sockets=[listener]))
         while not server.started and not answering.done():
             await asyncio.sleep(0.01)
         if server.started:
             ready()
-        await asyncio.wait({answering, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([answering, stopped], return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         try:
             async with asyncio.timeout(drain + 2 * AFTER_DRAIN):
@@ -117,16 +117,11 @@ async def serve(
 def _server(app: App, drain: float) -> Any:
     import uvicorn
 
-    class Server(uvicorn.Server):
-        """uvicorn's server without its signal handlers: the first signal must reach the engine too."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
+    from .connections import Connection, Server
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -9,8 +9,6 @@ from pathlib import Path
 from ..config import Quantization
 from .guard.guarded import GuardSettings
 
-ENGINES = ("embedded", "vllm")
-
 
 @dataclass(frozen=True)
 class ServeSettings:

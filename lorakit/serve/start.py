@@ -26,6 +26,7 @@ from .settings import ServeSettings
 if TYPE_CHECKING:
     from .engine import Engine, Facts
     from .registry import Registry
+    from .renderer import Renderer
     from .service import Service
 
 T = TypeVar("T")
@@ -71,11 +72,11 @@ async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> R
             await close()
 
     try:
-        registry = _registry(settings, built.engine, facts)
-        closing.append(registry.close)
-        await registry.start()
         renderer = Renderer(built.tokenizer, built.ends, template=settings.chat_template)
         closing.append(renderer.close)
+        registry = _registry(settings, built.engine, facts, renderer)
+        closing.append(registry.close)
+        await registry.start()
         service = Service(built.engine, facts, registry, renderer, settings.guard.limits)
         app = _app(settings, service)
     except BaseException:
@@ -98,7 +99,7 @@ def _check_adapters(settings: ServeSettings) -> None:
         locations.on_command_line(path, name)
 
 
-def _registry(settings: ServeSettings, engine: Engine, facts: Facts) -> Registry:
+def _registry(settings: ServeSettings, engine: Engine, facts: Facts, renderer: Renderer) -> Registry:
     from ..bases.load import model_path
     from .guard.hub import Hub
     from .guard.roots import Roots
@@ -113,6 +114,7 @@ def _registry(settings: ServeSettings, engine: Engine, facts: Facts) -> Registry
         state=settings.state,
         allow_pickle=settings.allow_pickle,
         base=model_path(settings.base),
+        check=renderer.check,
     )
     for name, path in settings.adapters.items():
         registry.add(name, path)

@@ -3,7 +3,7 @@
 stdin: requests, stdout: answers; each is four bytes of length, big-endian, and JSON.
 
     {"source": TEMPLATE, "variables": {"messages": [...], ...}}    a request
-    {"text": ...}, {"error": ...} or {"exceeded": ...}             its answer
+    {"text": ...}, {"error": ...}, {"invalid": ...} or {"exceeded": ...}, and {"seconds": ...}    its answer
 
 The environment that templates see is the one that transformers gives them (`utils/chat_template_utils.py`); a test
 compares the two over every template that TRL ships. One rendering gets so many seconds of processor time; then the
@@ -17,6 +17,7 @@ import os
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
@@ -112,6 +113,8 @@ def rendered(request: dict[str, Any], characters: int) -> dict[str, str]:
             if length > characters:
                 return {"exceeded": f"it writes more than {characters:,} characters"}
             pieces.append(piece)
+    except jinja2.TemplateSyntaxError as error:
+        return {"invalid": f"line {error.lineno}: {error.message}"[:1_000]}
     except MemoryError:
         return {"exceeded": "it needs more memory than it may have"}
     except Exception as error:  # a template is a program, and may raise anything
@@ -145,8 +148,9 @@ def serve(inbox: BinaryIO, outbox: BinaryIO, seconds: float, characters: int) ->
         request = json.loads(inbox.read(struct.unpack(">I", head)[0]))
         if has_timer:
             signal.setitimer(signal.ITIMER_PROF, seconds)
+        began = time.process_time()
         answer = rendered(request, characters)
-        body = json.dumps(answer).encode()
+        body = json.dumps({**answer, "seconds": time.process_time() - began}).encode()
         if has_timer:
             signal.setitimer(signal.ITIMER_PROF, 0)
         outbox.write(struct.pack(">I", len(body)) + body)

@@ -15,8 +15,11 @@ from typing import Any
 
 import engine_cases
 import pytest
+import torch
 from engine_cases import CASES, Case, ValueSource
 
+import lorakit as lk
+from lorakit.bases.load import load_model
 from lorakit.errors import AdapterError, LorakitError
 from lorakit.serve.engine import BASE, Choice, Engine, Facts, Piece, Sampling, Work
 from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
@@ -128,6 +131,23 @@ def test_greedy_answers_do_not_depend_on_the_batch(running):
         return await asyncio.gather(*(answered(running.engine, work) for work in works))
 
     assert [ids_of(pieces) for pieces in running.run(together())] == alone
+
+
+def test_greedy_answers_are_the_models_with_each_choice_alone(running):
+    """The oracle is the model with the adapters attached, computed anew for each token."""
+    if not running.case.computes:
+        pytest.skip("this engine computes nothing, or in 16 bits")
+    model = load_model("embedded", torch.float32, torch.device("cpu"))
+    for name, seed in (("a", 1), ("b", 2)):
+        lk.attach(model, engine_cases.made(seed), name=name)
+    actives: list[tuple[Choice, Any]] = [(BASE, None), (ONE, "a"), (((B, 1.0),), "b"), (MIX, {"a": 0.7, "b": 0.3})]
+    for choice, active in [*actives, (((A, 0.5),), {"a": 0.5})]:
+        lk.activate(model, active)
+        ids = list(PROMPT)
+        for _ in range(12):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert ids_of(running.answer(choice=choice)) == ids[len(PROMPT) :], choice
 
 
 def test_stop_ids_end_the_answer_and_are_not_part_of_it(running):

@@ -305,3 +305,27 @@ def test_a_name_of_the_command_line_is_not_a_client_s_to_change(root, tmp_path):
         assert (await made.load("sql", str(path), in_place=True)).key != before
 
     asyncio.run(scenario())
+
+
+def test_what_the_renderer_cannot_serve_is_not_loaded(root):
+    """`check` decides by what the adapter recorded of its prompts, before the engine gets it."""
+
+    async def check(metadata) -> None:
+        if metadata["data"]["template"] == "chat":
+            raise AdapterError("its chat template cannot be used")
+
+    async def scenario():
+        engine = Held()
+        made = registry(engine, root, base=None, check=check)
+        await made.start()
+        with pytest.raises(AdapterError, match="cannot be used"):
+            await made.load("mine", "a")
+        with pytest.raises(AdapterError, match="cannot be used"):
+            async with made.lease("a", None):
+                pass
+        assert engine.calls == []
+        assert next(card for card in made.cards() if card.name == "a").problem == "its chat template cannot be used"
+        assert (await made.load("other", "b")).status == "ready"
+        await settled(made)
+
+    asyncio.run(scenario())

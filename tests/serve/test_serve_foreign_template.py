@@ -130,6 +130,24 @@ def test_a_template_that_exceeded_its_bounds_is_not_run_again(process):
     assert time.monotonic() - start[1] < 0.2
 
 
+def test_all_renderings_of_a_request_have_a_bound_together():
+    process = TemplateProcess(Bounds(seconds=5.0, request_seconds=0.2))
+    try:
+        slow = ForeignTemplate(process, "{% for a in range(99999) %}{% endfor %}{{ messages[0].content }}", {})
+
+        def render_often() -> None:
+            for _ in range(1_000):
+                slow(TURNS, tools=None, tokenize=False, add_generation_prompt=True)
+
+        slow.begin()
+        with pytest.raises(DataError, match=r"more than 0\.2 s of processor time for this request"):
+            render_often()
+        slow.begin()  # the next request
+        assert slow(TURNS, tools=None, tokenize=False, add_generation_prompt=True) == "Hello"
+    finally:
+        process.close()
+
+
 FORBIDDEN = {
     "internals": "{{ ''.__class__.__mro__ }}",
     "globals": "{{ raise_exception.__globals__ }}",
@@ -192,7 +210,7 @@ def test_errors_of_a_template_are_passed_on(process):
         render(process, "{{ raise_exception('System role not supported') }}")
     with pytest.raises(DataError, match="has 300,000 characters; at most 262,144"):
         render(process, "a" * 300_000)
-    with pytest.raises(DataError, match="Unexpected end of template"):
+    with pytest.raises(DataError, match="it is no Jinja template: line 1: Unexpected end of template"):
         render(process, "{% if x %}")
 
 

@@ -15,7 +15,7 @@ from lorakit.data.render import Renderer as RowRenderer
 from lorakit.data.render import question_ids
 from lorakit.data.shapes import read_examples
 from lorakit.data.templates import ChatOptions, with_template
-from lorakit.errors import ConfigError, DataError
+from lorakit.errors import AdapterError, ConfigError, DataError
 from lorakit.serve.card import Card
 from lorakit.serve.foreign_template import Bounds
 from lorakit.serve.renderer import Renderer
@@ -47,8 +47,8 @@ def make_tokenizer(template=None):
     return tokenizer
 
 
-def card(name="a", metadata=None, **record):
-    return Card(name, name, 0, chat=ChatRecord(**record), metadata=metadata or {})
+def card(name="a", **record):
+    return Card(name, name, 0, chat=ChatRecord(**record))
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +197,11 @@ def test_two_adapters_with_two_templates_at_once(renderer):
 
 def test_many_adapters_share_one_tokenizer(renderer, chatml):
     """A tokenizer takes megabytes: an adapter's format may have a template of its own, and no vocabulary."""
-    formats = [renderer._formats.of(card(f"a{n}", style="chat", template=f"{n}{OWN}")) for n in range(300)]
+    formats = [renderer._formats.of(ChatRecord("chat", f"{n}{OWN}")) for n in range(300)]
     assert len(set(map(id, formats))) == 300
     assert {id(each._tokenizer.backend_tokenizer) for each in formats} == {id(chatml.backend_tokenizer)}
     assert len(renderer._formats._kept) <= 256
-    same = [renderer._formats.of(card(name, style="chat", template=OWN)) for name in "abc"]
+    same = [renderer._formats.of(ChatRecord("chat", str(OWN))) for _ in range(3)]
     assert len(set(map(id, same))) == 1
 
 
@@ -255,6 +255,10 @@ def test_what_the_template_does_not_read_is_noted(renderer, bare):
     named = [{**TALK[1], "name": "Ada"}]
     assert chat(renderer, named).notes == ("the chat template does not show 'name' of user turns",)
     assert chat(renderer, TALK).notes == ()
+    many = chat(renderer, TALK, kwargs={f"{'x' * 1_000}{n}": n for n in range(50)}).notes
+    assert len(many) == 9
+    assert max(map(len, many)) < 170
+    assert many[-1] == "and 42 more"
 
 
 def test_arguments_of_a_request_count_more_than_the_records(renderer):
@@ -297,6 +301,7 @@ WRONG = [
         r"messages\[0\].content\[0\] is of type image_url; this server takes text only",
     ),
     ([{"role": "user", "content": "x", "weight": 1}], r"messages\[0\].weight says what is trained"),
+    ([{**TALK[1], **{f"key{n}": n for n in range(17)}}], r"messages have 17 keys that are not OpenAI's .key0"),
     ([{"role": "assistant", "content": "", "tool_calls": [{}]}], r"messages\[0\].tool_calls\[0\] is no call"),
 ]
 
@@ -338,32 +343,51 @@ def test_prompts_that_are_no_tokens(renderer, chatml):
 
 # ------------------------------------------------------------------------------------------ records that do not fit
 
+
+def metadata(added=None, **about):
+    """As `lorakit.json` has it."""
+    return {"data": about, "added_tokens": added or {}}
+
+
 UNFIT = [
-    (card(style="chat"), "trained with a chat template, but the base has none"),
-    (card(style="chat", template=OWN, options=ChatOptions({"lout": 1})), "does not read 'lout'; did you mean 'loud'"),
-    (card(style="chat", template="{% if %}"), "rejects this conversation"),
-    (card(style="chat", template=OWN, end_tokens=("<|nowhere|>",)), r"end with <\|nowhere\|>, which the base's"),
-    (card(style="plain", metadata={"added_tokens": {"<new>": 9999}}), "tokens of its own .<new>., which the base"),
+    (
+        metadata(template="chat", chat_template=OWN, chat_template_kwargs={"lout": 1}),
+        "does not read 'lout'; did you mean 'loud'",
+    ),
+    (metadata(template="chat", chat_template="\n{% if %}"), "template cannot be used: it is no Jinja template: line 2"),
+    (metadata(template="chat", chat_template="{{ 'a' * (10 ** 11) }}"), "cannot be used: it needs more memory"),
+    (metadata(template="chat", chat_template="a" * 300_000), "cannot be used: it has 300,000 characters"),
+    (metadata(template="chat", end_tokens=["<|nowhere|>"]), r"end with <\|nowhere\|>, which the base's"),
+    (metadata({"<new>": 9999}, template="plain"), "tokens of its own .<new>., which the base"),
 ]
 
 
 @pytest.mark.parametrize(("adapter", "says"), UNFIT, ids=range(len(UNFIT)))
 def test_a_record_that_does_not_fit_is_found_when_the_adapter_is_loaded(bare, adapter, says):
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(AdapterError, match=says):
         asyncio.run(bare.check(adapter))
+    with pytest.raises(AdapterError, match="cannot be used"):  # refused at once the second time
+        asyncio.run(bare.check(metadata(template="chat", chat_template="{{ 'a' * (10 ** 11) }}")))
+
+
+def test_a_chat_adapter_on_a_base_without_a_template(bare):
+    asyncio.run(bare.check(metadata(template="chat")))
+    adapter = card(style="chat")
+    with pytest.raises(DataError, match="trained with a chat template, but the base has none"):
+        chat(bare, TALK, adapter)
+    assert text(bare, "hello", adapter).ids  # texts need no template
 
 
 def test_records_that_fit_pass(bare, chatml):
     known = {"<|im_end|>": chatml.convert_tokens_to_ids("<|im_end|>")}
-    for adapter in (
-        card(),
-        card(style="none"),
-        card(style="plain", metadata={"added_tokens": known}),
-        card(style="chat", template=OWN, end_tokens=("<|im_end|>",)),
+    for fits in (
+        {},
+        metadata(template="none"),
+        metadata(known, template="plain"),
+        metadata(template="chat", chat_template=OWN, end_tokens=["<|im_end|>"]),
+        metadata(template="chat", chat_template="{{ raise_exception('needs a system turn') }}"),
     ):
-        asyncio.run(bare.check(adapter))
-    # Texts need no template, so an adapter whose template is missing still completes them.
-    assert text(bare, "hello", card(style="chat")).ids
+        asyncio.run(bare.check(fits))
 
 
 def test_a_stuck_template_delays_no_other_adapter(chatml):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -13,8 +15,11 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import uvicorn
+from asgi_calls import echo
 
 from lorakit.errors import ConfigError
+from lorakit.serve import connections
 from lorakit.serve.server import is_loopback, listen, url_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent as Unix does")
@@ -70,6 +75,23 @@ def in_thread(url: str, got: list[bytes]) -> threading.Thread:
     while not got:
         time.sleep(0.01)
     return thread
+
+
+@contextlib.contextmanager
+def running(protocol):
+    """A server in a thread, with this class of connections; yields its address."""
+    server = uvicorn.Server(uvicorn.Config(echo, http=protocol, lifespan="off", log_level="warning"))
+    with listen("127.0.0.1", 0) as listener:
+        address = listener.getsockname()
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield address
+        finally:
+            server.should_exit = True
+            thread.join(10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -151,6 +173,32 @@ def test_an_address_is_loopback_if_only_this_machine_reaches_it(host, loopback):
     with listen(host, 0) as listener:
         assert is_loopback(listener) is loopback
         assert url_of(listener).startswith("http://127." if host != "localhost" else "http://")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"GET / HTTP/1.1\r\nHost: h\r\n\r\nG"]
+)
+def test_connections_on_which_no_request_arrives_are_closed(monkeypatch, sent):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    with running(connections.Connection) as address, socket.create_connection(address, 10) as silent:
+        silent.sendall(sent)
+        began = time.monotonic()
+        while silent.recv(1000):  # until it is closed: b""
+            pass
+        assert time.monotonic() - began < 5
+
+
+def test_a_connection_that_is_used_stays_open(monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.8)
+    with running(connections.Connection) as address:
+        used = http.client.HTTPConnection(*address[:2], timeout=10)
+        used.connect()
+        used.auto_open = 0  # an error rather than a new connection
+        for _ in range(10):
+            used.request("GET", "/")
+            assert used.getresponse().read() == b""
+            time.sleep(0.2)
+        used.close()
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux has it")

@@ -153,15 +153,23 @@ class Health(TypedDict):
     problem: str | None
 
 
-# How FastAPI describes errors that any endpoint may answer with.
+def _error(description: str) -> dict[str, Any]:
+    # By reference: FastAPI would build the schema of a `model` anew for each status of each path.
+    return {
+        "description": description,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+    }
+
+
+# How FastAPI describes errors that any endpoint may answer with. The model of the first puts ErrorBody on the page.
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request cannot be answered as it is"},
-    401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
-    403: {"model": ErrorBody, "description": "The key or the origin does not permit this"},
-    404: {"model": ErrorBody, "description": "No such model"},
-    413: {"model": ErrorBody, "description": "The body is too large"},
-    429: {"model": ErrorBody, "description": "All places are taken; retry-after says when to ask again"},
-    500: {"model": ErrorBody, "description": "The server failed"},
-    503: {"model": ErrorBody, "description": "The server is stopping, or its engine is broken"},
-    504: {"model": ErrorBody, "description": "The request's time was over"},
+    401: _error("The API key is missing or wrong"),
+    403: _error("The key or the origin does not permit this"),
+    404: _error("No such model"),
+    413: _error("The body is too large"),
+    429: _error("All places are taken; retry-after says when to ask again"),
+    500: _error("The server failed"),
+    503: _error("The server is stopping, or its engine is broken"),
+    504: _error("The request's time was over"),
 }

@@ -8,6 +8,7 @@ facts = await engine.start()
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Ability, Choice, Facts, Source, Stats, Work
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .tiers import Tiers
 
 ABILITIES: frozenset[Ability] = frozenset({"mix", "scale", "logprobs", "logit_bias", "min_p", "repetition"})
+WITH_SCHEMA: frozenset[Ability] = frozenset({*ABILITIES, "schema"})
 MAX_LOGPROBS = 20
 
 
@@ -50,7 +52,7 @@ class EmbeddedEngine:
         self.runner = Runner(model, context)
         self.tiers, self.prefixes, self.grammars = tiers, prefixes, grammars
         self.rows, self.waiting = rows, waiting
-        can = ABILITIES if grammars is None else ABILITIES | {"schema"}
+        can = ABILITIES if grammars is None else WITH_SCHEMA
         self.facts = Facts(base, self.runner.context, self.runner.vocabulary, can, MAX_LOGPROBS)
         self._loop: Loop | None = None
         self._stopping = False
@@ -58,6 +60,8 @@ class EmbeddedEngine:
 
     async def start(self) -> Facts:
         """Start the thread that computes. See `Engine.start`."""
+        if self._loop is not None or self._stopping:
+            raise EngineFailed("the engine was started before\n  make another one", heals=False)
         loop = Loop(self.runner, self.tiers, self.prefixes, rows=self.rows, to=asyncio.get_running_loop())
         self.tiers.wake = loop.wake
         loop.start()
@@ -91,6 +95,8 @@ class EmbeddedEngine:
             task = asyncio.create_task(self._with_grammar(loop, request, work.sampling.schema))
             self._compiling.add(task)
             task.add_done_callback(self._compiling.discard)
+        if loop.failed is not None:  # since the check above; its thread may not have seen this request
+            request.ticket.put(loop.failed)
         return request.ticket
 
     async def load(self, key: str, source: Source, *, pin: bool = False) -> None:
@@ -102,7 +108,7 @@ class EmbeddedEngine:
         """Forget an adapter once its requests are done. See `Engine.unload`."""
         loop = self._running()
         freed = await self.tiers.unload(key)
-        loop.call(lambda: self.prefixes.forget(key))
+        loop.call(partial(self.prefixes.forget, key))
         return freed
 
     def stats(self) -> Stats:

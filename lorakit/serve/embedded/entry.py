@@ -21,6 +21,7 @@ class Entry:
     source: Source
     prepared: Prepared | None = None
     size: int = 0  # bytes of its tensors, known once it was prepared
+    is_new: bool = True  # it was never in memory
     moving: bool = False  # it is being read and prepared
     claims: int = 0  # requests that are not over
     users: int = 0  # rows that use it

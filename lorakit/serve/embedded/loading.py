@@ -33,10 +33,13 @@ Arrived = Prepared | Adapter | AdapterError  # an Adapter is for the engine's th
 
 
 class Loader:
-    """Reads and prepares adapters in its own threads. `wake`: called when something has arrived."""
+    """Reads and prepares adapters in its own threads.
 
-    def __init__(self, model: nn.Module, tokenizer: Any, calls: Calls, wake: Callable[[], None]):
-        self._model, self._tokenizer, self._calls, self._wake = model, tokenizer, calls, wake
+    arrived: called in them when one has, with its key, and whether nothing about it can fail any more.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, calls: Calls, arrived: Callable[[str, bool], None]):
+        self._model, self._tokenizer, self._calls, self._has_arrived = model, tokenizer, calls, arrived
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.swapping = False  # whether forwards put other parameters in the base's place: then they cannot be read
         self._turns = threading.Condition()
@@ -127,44 +130,35 @@ class Loader:
             del job  # it may hold an adapter, and the next one may be long in coming
 
     def _move(self, key: str, prepared: Prepared, move: Callable[[], None]) -> None:
-        arrived: Arrived = prepared
         try:
             move()
         except Exception as error:  # the accelerator has no memory left
-            arrived = refusal(key[:12], error)
-        with self._turns:
-            self._arrived.append((key, arrived))
-        self._wake()
+            self._arrive(key, refusal(key[:12], error))
+        else:
+            self._arrive(key, prepared)
 
     def _bring(self, key: str, source: Source) -> None:
-        arrived: Arrived
         try:
             adapter = source.read()
             check_kind(adapter, self._model, self._tokenizer)
             adapter = in_precision(adapter, self._dtype)
         except Exception as error:
-            arrived = refusal(source.label, error)
-            with self._turns:
-                self._arrived.append((key, arrived))
-        else:
-            self._wait_and_prepare(key, adapter, source.label)
-        self._wake()
-
-    def _wait_and_prepare(self, key: str, adapter: Adapter, label: str) -> None:
+            self._arrive(key, refusal(source.label, error))
+            return
         with self._turns:
             while (self._preparing or self._changing or self._arrived) and not self._closed:
                 self._turns.wait()
-            if self._closed:
-                return
-            if self.swapping:
-                self._arrived.append((key, adapter))
-                return
-            self._preparing = True
-        arrived = self.prepare(key, adapter, label)
+            self._preparing = aside = not (self._closed or self.swapping)
+        self._arrive(key, self.prepare(key, adapter, source.label) if aside else adapter, ends_turn=aside)
+
+    def _arrive(self, key: str, result: Arrived, ends_turn: bool = False) -> None:
+        """Leave an adapter, or why there is none, for the engine's thread."""
         with self._turns:
-            self._preparing = False
-            self._arrived.append((key, arrived))
+            if ends_turn:
+                self._preparing = False
+            self._arrived.append((key, result))
             self._turns.notify_all()
+        self._has_arrived(key, isinstance(result, Prepared) and result.is_built)
 
 
 def refusal(label: str, error: Exception) -> AdapterError:

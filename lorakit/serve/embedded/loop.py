@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import LorakitError
-from ..engine import Finish, Piece
+from ..engine import Choice, Finish, Piece
 from ..errors import EngineFailed
 from ..ticket import Ticket, deliver
+from . import prefill
 from .batches import Batches
 from .picking import Picked, Picking, pick
-from .prefill import Group, Start, grouped
+from .prefill import Group, Pace, Start, grouped
 from .prefixes import KeysValues
 from .request import Request
 from .runner import Flattened
@@ -37,11 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Prompt tokens that are fed in a pass while answers wait for their next token. As long as some steps of 32 rows: the
-# embedded model feeds 512 tokens in the time of about three (one core, float32).
-CHUNK = 512
-# ... and while none does.
-CHUNK_ALONE = 4096
+# Seconds of prompts in a pass while answers wait for their next token, and while none does. It bounds how long a
+# cancelled request keeps its row.
+SECONDS, SECONDS_ALONE = 0.1, 0.5
 # Seconds to sleep at most while works wait for an adapter or a deadline; `wake` ends it.
 NAP = 0.05
 
@@ -65,10 +64,11 @@ class Loop:
         self.open: set[Request] = set()  # all requests that are not done; changed by both threads, one call each
         self.waiting: deque[Request] = deque()
         self._groups: deque[Group] = deque()
+        self._pace = Pace()
         self._batches = Batches(runner, rows)
         self._out: list[tuple[Ticket, Piece | Exception]] = []
         self._to = to
-        self._inbox: deque[Request | Callable[[], None]] = deque()
+        self._inbox: deque[Request | Callable[[], object]] = deque()
         self._woken = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="lorakit-engine", daemon=True)
@@ -88,7 +88,7 @@ class Loop:
         """End a request of `open` that was not queued."""
         self.call(lambda: self._finish(request, error) if request in self.open else None)
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         """Run a function in the thread that owns the model, between two steps."""
         self._inbox.append(function)
         self.wake()
@@ -123,9 +123,11 @@ class Loop:
             self.failed = EngineFailed(
                 f"the engine has stopped: {type(error).__name__}: {error}\n  start the server again", heals=False
             )
-            for request in list(self.open):
-                self._finish(request, self.failed)
+            every = list(self.open)
+            self.open.difference_update(every)
+            self._out.extend((request.ticket, self.failed) for request in every)
             self._deliver()
+            self.tiers.abandon(self.failed)
 
     def _pass(self) -> None:
         self._take()
@@ -173,7 +175,7 @@ class Loop:
 
     def _admitted(self) -> list[Request]:
         """Return the waiting requests that get a free row: those whose adapters are ready, in order of arrival."""
-        free = self.max_rows - len(self._batches) - sum(len(group.starts) for group in self._groups)
+        free = self.max_rows - len(self._batches) - sum(len(group.requests) for group in self._groups)
         admitted: list[Request] = []
         still: list[Request] = []
         for request in self.waiting:
@@ -186,6 +188,9 @@ class Loop:
             except LorakitError as error:
                 self._finish(request, error)
                 continue
+            except Exception as error:  # a mistake of ours must not end the others' requests
+                self._broke([request], error)
+                continue
             self.tiers.use(request.keys)
             request.admitted = time.monotonic()
             admitted.append(request)
@@ -194,30 +199,48 @@ class Loop:
 
     def _begin(self, admitted: Sequence[Request]) -> None:
         """Queue the prompts of requests that got a row, as far as they are not known."""
-        starts = [self._start(request) for request in admitted]
-        for start in starts:
+        missing: dict[tuple[Choice, tuple[int, ...]], Start] = {}
+        for request in admitted:
+            try:
+                start = self._start(request)
+            except Exception as error:
+                self._broke([request], error)
+                continue
+            same = request.choice, tuple(request.ids)
             if not start.missing:
-                self._add(start.request, start.keys_values)
-        missing = [start for start in starts if start.missing]
+                self._add(request, start.keys_values)
+            elif same in missing:
+                missing[same].also.append(request)
+                self._count_cached(request, request.fed)
+            else:
+                missing[same] = start
         try:
-            self._groups.extend(grouped(self.runner, missing))
+            self._groups.extend(grouped(self.runner, list(missing.values())))
         except Exception as error:
-            self._broke([start.request for start in missing], error)
+            self._broke([r for start in missing.values() for r in (start.request, *start.also)], error)
 
     def _start(self, request: Request) -> Start:
         """Look up what is kept of a prompt."""
         found = self.prefixes.find(request.choice, request.work.ids) if request.fed else None
-        request.cached = 0 if found is None else found.length
         self.counters.prompt_tokens += request.prompt
-        self.counters.cached_tokens += request.cached
-        return Start(request) if found is None else Start(request, found.length, found.keys_values)
+        if found is None:
+            return Start(request)
+        self._count_cached(request, found.length)
+        return Start(request, found.length, found.keys_values)
+
+    def _count_cached(self, request: Request, tokens: int) -> None:
+        self.counters.cached_tokens += tokens - request.cached
+        request.cached = tokens
 
     def _prefill(self) -> None:
-        left = CHUNK if len(self._batches) else CHUNK_ALONE
-        while self._groups and left > 0:
+        left = self._pace.tokens(SECONDS if len(self._batches) else SECONDS_ALONE)
+        while self._groups and left >= prefill.LEAST:
             group = self._groups.popleft()
+            began = time.perf_counter()
             try:
-                left -= group.advance(self.runner, min(left, CHUNK_ALONE))
+                fed = group.advance(self.runner, left)
+                self._pace.saw(fed, time.perf_counter() - began)
+                left -= fed
             except Flattened:
                 self._groups.extend(group.again(self.runner))
                 continue

@@ -11,7 +11,8 @@ prefill needs no logits, and a prompt whose start was kept from before (`prefixe
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .prefixes import KeysValues
 from .request import Request
@@ -25,12 +26,40 @@ PADDING = 1.25
 PADDING_FREE = 8  # tokens; short prompts share a group
 
 
-class Start(NamedTuple):
-    """A request, and the keys and values of its prompt's first `length` tokens."""
+# Tokens in a chunk: at least, as smaller ones read the weights for few tokens, and at most, for the memory they take.
+LEAST, MOST = 64, 2048
+FIRST = 512  # tokens, while the pace is not known
+
+
+class Pace:
+    """How many prompt tokens the model feeds in a second: a running mean. An accelerator's calls return earlier."""
+
+    def __init__(self) -> None:
+        self._per_second: float | None = None
+
+    def tokens(self, seconds: float) -> int:
+        """Return how many to feed in so many seconds, within bounds."""
+        tokens = FIRST if self._per_second is None else int(self._per_second * seconds)
+        return min(max(tokens, LEAST), MOST)
+
+    def saw(self, tokens: int, seconds: float) -> None:
+        """Note how long so many took. Few say little, as a call has a cost of its own."""
+        if tokens >= LEAST:
+            now = tokens / max(seconds, 1e-6)
+            self._per_second = now if self._per_second is None else 0.7 * self._per_second + 0.3 * now
+
+
+@dataclass(eq=False)
+class Start:
+    """A request, and the keys and values of its prompt's first `length` tokens.
+
+    also: requests with the same prompt and adapters, such as the answers of `n=4`, for which it is computed once.
+    """
 
     request: Request
     length: int = 0
     keys_values: KeysValues | None = None
+    also: list[Request] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -77,7 +106,7 @@ class Group:
     @property
     def requests(self) -> list[Request]:
         """Those whose prompts these are."""
-        return [start.request for start in self.starts]
+        return [request for start in self.starts for request in (start.request, *start.also)]
 
     def again(self, runner: Runner) -> list[Group]:
         """Return groups for the same prompts, as the runner takes them now."""
@@ -86,7 +115,13 @@ class Group:
     def drop(self, ended: Collection[Request]) -> None:
         """Drop the requests that have ended; those of others are no matter."""
         for at in range(len(self.starts) - 1, -1, -1):
-            if self.starts[at].request in ended:
+            start = self.starts[at]
+            start.also = [request for request in start.also if request not in ended]
+            if start.request not in ended:
+                continue
+            if start.also:
+                start.request = self.slots.rows[at] = start.also.pop()
+            else:
                 last = self.starts.pop()
                 if at < len(self.starts):
                     self.starts[at] = last
@@ -95,7 +130,9 @@ class Group:
 
     def advance(self, runner: Runner, tokens: int) -> int:
         """Feed a chunk of about so many tokens over all rows. Returns how many were fed, padding included."""
-        width = min(max(1, tokens // len(self.starts)), self.missing - self.fed)
+        width = max(1, tokens // len(self.starts))
+        if self.missing - self.fed <= 1.5 * width:  # rather than to leave a few for a call of their own
+            width = self.missing - self.fed
         ids = []
         for start in self.starts:
             first = start.length + self.fed
@@ -108,4 +145,6 @@ class Group:
     def rows(self) -> Iterator[tuple[Request, KeysValues]]:
         """Yield each request with the keys and values of its prompt but the last token."""
         for at, start in enumerate(self.starts):
-            yield start.request, self.slots.read(at, start.request.fed)
+            keys_values = self.slots.read(at, start.request.fed)
+            for request in (start.request, *start.also):
+                yield request, keys_values

@@ -134,7 +134,9 @@ class Runner:
         tokens = torch.tensor(ids, device=self.device)
         positions = slots.index(self.device)[1]
         fresh = slots.longest == width
-        inputs: dict[str, Any] = {self._cache_names[part]: slots.cache, "position_ids": positions}
+        name = self._cache_names[part]
+        assert name is not None, "`supports` found it"
+        inputs: dict[str, Any] = {name: slots.cache, "position_ids": positions}
         if not fresh:
             inputs["attention_mask"] = masks(self.kinds, positions, slots.longest, self.how, self.dtype)
         if part is self.model and self._keeps_logits:

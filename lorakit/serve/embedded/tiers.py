@@ -25,7 +25,7 @@ from ...adapter.adapter import Adapter
 from ...bases.pipeline import as_module
 from ...errors import AdapterError, listing
 from ..engine import Source
-from ..errors import Cannot, UnknownAdapter
+from ..errors import Cannot, EngineFailed, UnknownAdapter
 from . import heap
 from .calls import Calls
 from .entry import Entry
@@ -76,12 +76,12 @@ class Tiers:
         self.wake = lambda: None
         self._places, module = device, as_module(model)
         self._shelves = Shelves(module, device, memory_bytes)
-        self._loader = Loader(module, tokenizer, Calls(module), lambda: self.wake())
+        self._loader = Loader(module, tokenizer, Calls(module), self._built)
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._pinned: dict[str, Entry] = {}
         self._leaving: dict[str, Entry] = {}  # to be unloaded
-        self._new: dict[str, Entry] = {}  # read and checked, and `load` has not returned yet
+        self._new: dict[str, Entry] = {}  # in memory for the first time: they get empty places
         self._wants: dict[tuple[str, ...], int] = {}  # the adapters of waiting requests -> the pass in which they asked
         self._given: set[str] = set()  # on the device, in use, and to be replaced: they take no more rows
         self._pass = self._uses = 0
@@ -92,8 +92,9 @@ class Tiers:
     async def load(self, key: str, source: Source, *, pin: bool = False) -> None:
         """Read an adapter, check it against the model, and make it known. See `Engine.load`.
 
-        A pinned one is attached when this returns, others if there is an empty place. Raises AdapterError for what
-        cannot be served, and for a pin if all places are pinned; then nothing has changed.
+        A pinned one is attached when this returns; others are in the next pass, if there is an empty place or a request
+        asks for them. Raises AdapterError for what cannot be served, and for a pin if all places are pinned; then
+        nothing has changed.
         """
         with self._lock:
             entry = self._entries.get(key)
@@ -147,6 +148,9 @@ class Tiers:
             self._check_places(keys)
             for entry in entries:
                 entry.claims += 1
+            if keys:  # so that they come in the next pass, and the request need not ask first and wait for another
+                self._wants.setdefault(tuple(keys), self._pass)
+                self._pending = self._pending or any(key not in self._shelves.device for key in keys)
 
     def release(self, keys: Sequence[str]) -> None:
         """Undo one `claim`. May be called in either thread."""
@@ -162,9 +166,18 @@ class Tiers:
             shelves = self._shelves
             return TierStats(len(shelves.device), len(shelves.built), shelves.bytes, shelves.loads, shelves.evictions)
 
+    def abandon(self, error: Exception) -> None:
+        """End all waits for adapters with this error: the engine's thread has ended. May be called in either thread."""
+        with self._lock:
+            for entry in self._entries.values():
+                for future in (entry.loaded, entry.placed, entry.unloaded):
+                    if future is not None and not future.done():
+                        future.set_exception(error)
+
     def close(self) -> None:
         """Stop the loading threads and detach everything. After the engine's thread has ended."""
         self._loader.close()
+        self.abandon(EngineFailed("the engine has stopped\n  start the server again", heals=False))
         self._shelves.close(self._loader)
 
     # ------------------------------------------------------------------------------------------- the engine's thread
@@ -235,7 +248,7 @@ class Tiers:
         found.bring |= dict.fromkeys(unasked[: max(empty, 0)])
         late = self._bring_all(found)
         for key in [key for key in self._new if key not in late]:
-            self._new.pop(key).loaded.set_result(None)
+            _set(self._new.pop(key).loaded)
         shelves.drop_oldest(found.bring.keys() | found.after.keys(), self._loader)
         self._loader.swapping = shelves.swaps
         self._pending = bool(found.bring or found.after or self._leaving)
@@ -247,6 +260,8 @@ class Tiers:
         late, until, attached = set(), time.perf_counter() + BUDGET, False
         for key in (*found.bring, *found.after):
             entry = self._entries[key]
+            if not entry.moving and entry.prepared is not None and entry.prepared.outdated:
+                self._shelves.drop(entry)
             if not self._shelves.at_hand(entry):
                 self._begin(entry)
             elif key in found.after:
@@ -270,8 +285,8 @@ class Tiers:
         if entry.key not in self._shelves.built:  # else it was moved from or to the device's memory
             self._shelves.built[entry.key] = entry
             self._touch(entry)
-        if not entry.loaded.done():
-            self._new[entry.key] = entry
+        if entry.is_new:
+            entry.is_new, self._new[entry.key] = False, entry
 
     def _fail(self, entry: Entry, problem: AdapterError) -> None:
         """Note that an adapter cannot be had. One that was never loaded is forgotten."""
@@ -321,7 +336,14 @@ class Tiers:
             else:
                 self._loader.fetch(entry.key, entry.prepared)
 
-    # Both threads
+    # Other threads
+
+    def _built(self, key: str, is_complete: bool) -> None:
+        """Note, in a loader's thread, that an adapter has arrived. is_complete: it passed all checks: it is loaded."""
+        if is_complete:
+            with self._lock:
+                _set(self._entries[key].loaded)
+        self.wake()
 
     def _change(self) -> None:
         """Have `between_steps` look for what there is to do."""
@@ -364,6 +386,11 @@ class Tiers:
                 "  mix fewer, or start the server with more places: --device-adapters",
                 "mix",
             )
+
+
+def _set(future: Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def _done(future: Future[Result]) -> Result:

@@ -1,4 +1,4 @@
-"""The vLLM engine: a child process in another Python environment, asked over HTTP on the loopback interface.
+"""The vLLM engine: a child process in another Python environment, asked over HTTP on a Unix socket.
 
 argv      the command line and environment of the child
 process   the child itself: its exit, the end of its log, what happens when we are killed

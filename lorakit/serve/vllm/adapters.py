@@ -57,7 +57,7 @@ class Adapters:
         self._mixes: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()  # of keys and of mixes
         self._leaving: dict[str, asyncio.Event] = {}  # key -> set when its last request is done
-        self._making: dict[str, asyncio.Task[None]] = {}  # what is being exported and loaded
+        self._making: dict[str, asyncio.Task[None]] = {}  # what is being loaded or forgotten
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._mixes)
@@ -95,8 +95,8 @@ class Adapters:
         async def make() -> None:
             self._entries[key] = await self._given(key, source.label, source.read, client)
 
-        if key not in self._entries:
-            await self._once(key, make)
+        while key not in self._entries:  # again, if it was just being forgotten
+            await asyncio.shield(self._started(key, make))
 
     async def unload(self, key: str, client: VllmClient | None) -> int:
         """Wait for an adapter's requests and let vLLM forget it and its mixes. Return the bytes of its file."""
@@ -108,10 +108,10 @@ class Adapters:
         finally:
             del self._leaving[key]
         entry = self._entries.pop(key)
-        for name in [name for name, mix in self._mixes.items() if key in mix.of]:
-            self._mixes.pop(name)
-            await self._forget(name, client)
-        await self._forget(key, client)
+        mixes = [name for name, mix in self._mixes.items() if key in mix.of]
+        for name in mixes:
+            del self._mixes[name]
+        await asyncio.wait([self._forgotten(name, client) for name in (*mixes, key)])
         return entry.size
 
     async def load_again(self, client: VllmClient) -> None:
@@ -143,16 +143,19 @@ class Adapters:
                     raise Cannot(f"vLLM cannot serve {label}: {error}", what) from error
                 self._mixes[name] = replace(made, of=tuple(weights))
 
-        if name not in self._mixes:
-            await self._once(name, make)
+        while name not in self._mixes:
+            await asyncio.shield(self._started(name, make))
         self._mixes.move_to_end(name)
         unused = [other for other in self._mixes if not self._users[other]]
         for other in unused[: max(len(self._mixes) - MIXES, 0)]:
             del self._mixes[other]
-            await self._forget(other, client)
+            await asyncio.shield(self._forgotten(other, client))
 
-    async def _once(self, name: str, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run `make` unless it runs already for this name, and wait for it. It goes on if a caller is cancelled."""
+    def _started(self, name: str, make: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """Return the task that loads or forgets this name; without one, a new one that runs `make`.
+
+        Wait for it behind a shield: it goes on for others if a caller hangs up.
+        """
         task = self._making.get(name)
         if task is None:
             task = self._making[name] = asyncio.create_task(make())
@@ -162,7 +165,7 @@ class Adapters:
                 _ = ended.cancelled() or ended.exception()  # seen, also if nobody waits any more
 
             task.add_done_callback(done)
-        await asyncio.shield(task)
+        return task
 
     @contextlib.contextmanager
     def _using(self, names: list[str]) -> Iterator[None]:
@@ -208,10 +211,15 @@ class Adapters:
             )
         return path
 
-    async def _forget(self, name: str, client: VllmClient | None) -> None:
-        if client is not None:
-            await client.unload(name)
-        self._cache.release(name)
+    def _forgotten(self, name: str, client: VllmClient | None) -> asyncio.Task[None]:
+        """Return the task that lets vLLM forget a name. Whoever asks for it meanwhile waits, and loads it again."""
+
+        async def forget() -> None:
+            if client is not None:
+                await client.unload(name)
+            self._cache.release(name)
+
+        return self._started(name, forget)
 
 
 def _weights(choice: Choice) -> dict[str, float]:

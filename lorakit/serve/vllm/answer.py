@@ -22,6 +22,14 @@ _MARK = "token_id:"
 LONGEST = 16 << 20  # bytes of one event; the first repeats the prompt's ids
 
 
+class ErrorEvent(Exception):
+    """vLLM sent an error within the stream. `event`: its object."""
+
+    def __init__(self, event: Mapping[str, Any]):
+        super().__init__(message_of(event))
+        self.event = event
+
+
 async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[dict[str, Any]]:
     """Yield the objects of a stream of server-sent events, up to [DONE]. Raises EngineFailed if it breaks off.
 
@@ -58,13 +66,13 @@ async def pieces(
 ) -> AsyncIterator[Piece]:
     """Yield the pieces of an answer. stops: ids that end it. logprobs: alternatives asked for, None without.
 
-    Raises EngineFailed for an error within the stream, and for what makes no sense.
+    Raises ErrorEvent for an error within the stream, EngineFailed for what makes no sense.
     """
     finish: Finish | None = None
     cached = 0
     async for event in stream:
         if "error" in event:
-            raise EngineFailed(f"vLLM failed while it answered: {message_of(event)}")
+            raise ErrorEvent(event)
         try:
             for choice in event["choices"]:
                 ended = choice.get("finish_reason")

@@ -1,10 +1,15 @@
 """How vLLM is started: its command line and its environment, as plain functions.
 
-    vllm serve BASE --host 127.0.0.1 --port P --served-model-name base --generation-config vllm --enable-lora
+    vllm serve BASE --uds SOCKET --served-model-name base --generation-config vllm --enable-lora
          --max-loras 8 --max-cpu-loras 64 --max-lora-rank 16 --max-logprobs 20 --enable-prompt-tokens-details
+         --structured-outputs-config '{"backend": "guidance", "disable_any_whitespace": true}'
 
+--uds SOCKET               a Unix socket in a folder that only this user may enter. On a port, vLLM would answer any
+                           program on the machine, and any web page that finds it: its key does not guard /invocations
 --generation-config vllm   the model's generation_config.json would otherwise fill in whatever a request leaves open
 --max-lora-rank            one of `VLLM_RANKS`, fixed for the life of the process: `rank_flag` chooses it
+--structured-outputs-...   llguidance, as in the embedded engine, and no spaces between a JSON value's parts: a small
+                           model may write line ends until its tokens are used up
 VLLM_API_KEY               a random key for each start. In the environment, since a command line can be read by anybody.
 """
 
@@ -18,6 +23,7 @@ from ...errors import ConfigError, did_you_mean
 
 BASE_NAME = "base"  # what vLLM calls the base; adapters are hashes, so that none can have this name
 MAX_LOGPROBS = 20
+_GRAMMARS = '{"backend": "guidance", "disable_any_whitespace": true}'
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Flags that only `command_line` may set.
 _OURS = frozenset(
@@ -41,6 +47,7 @@ _OURS = frozenset(
         "--lora-modules",
         "--max-logprobs",
         "--logprobs-mode",
+        "--structured-outputs-config",
         "--tokens-only",
         "--headless",
     }
@@ -103,9 +110,10 @@ def rank_flag(ranks: Iterable[int], most: int | None = None) -> int:
     return fitting
 
 
-def command_line(settings: VllmSettings, port: int) -> list[str]:
-    """Return the argv of the child. Raises ConfigError for extra flags that would contradict ours, LorakitError for a
-    base that is not a model folder.
+def command_line(settings: VllmSettings, socket: str) -> list[str]:
+    """Return the argv of the child. socket: where it listens.
+
+    Raises ConfigError for extra flags that would contradict ours, LorakitError for a base that is not a model folder.
     """
     _check_extra(settings.extra)
     precision = settings.precision
@@ -121,7 +129,7 @@ def command_line(settings: VllmSettings, port: int) -> list[str]:
         model_path(settings.base),
         # first, so that ours count if vLLM takes an abbreviation for one of them
         *settings.extra,
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--uds", socket),
         *("--served-model-name", BASE_NAME),
         *("--generation-config", "vllm"),
         "--enable-lora",
@@ -130,6 +138,7 @@ def command_line(settings: VllmSettings, port: int) -> list[str]:
         *("--max-lora-rank", str(rank_flag([], settings.max_rank))),
         *("--max-logprobs", str(MAX_LOGPROBS)),
         "--enable-prompt-tokens-details",
+        *("--structured-outputs-config", _GRAMMARS),
         *(part for flag, value in optional.items() if value is not None for part in (flag, str(value))),
     ]
 
@@ -142,7 +151,7 @@ def environment(key: str, ambient: Mapping[str, str]) -> dict[str, str]:
 
 def _check_extra(extra: Iterable[str]) -> None:
     for argument in extra:
-        flag = argument.partition("=")[0].replace("_", "-")
+        flag = argument.partition("=")[0].partition(".")[0].replace("_", "-")
         if flag in _OURS:
             raise ConfigError(
                 f"'{argument}' cannot be passed on to vLLM: lorakit sets {flag} itself\n"

@@ -50,7 +50,7 @@ def build(settings: ServeSettings) -> Built:
         precision=None if settings.precision == "auto" else settings.precision,
         extra=settings.vllm_arguments,
     )
-    command_line(made, 0)  # so that a contradiction in --vllm-arg shows before anything is started
+    command_line(made, "")  # so that a contradiction in --vllm-arg shows before anything is started
     engine = VllmEngine(made, shell=shell, waiting=settings.guard.limits.waiting)
     return Built(engine, load_tokenizer(settings.base), sorted(shell.ends))
 

@@ -1,9 +1,8 @@
 """vLLM as long as it is needed: started, ready, watched, and started again after a crash.
 
-Started again at most `RESTARTS` times in `WITHIN` seconds, on another port with another key, and given all adapters
-once more. Requests that were running fail (503, worth asking again); so do those that come while it starts. After more
-crashes than that the engine stays down and says why: then the fault is not chance, and a supervisor that starts
-lorakit itself again (systemd) can tell by /health.
+Started again at most `RESTARTS` times in `WITHIN` seconds, with another key, and given all adapters once more. Requests
+that were running fail, and can be asked again; so do those that come while it starts. After more crashes than that the
+engine stays down and says why: then the fault is not chance. A supervisor (systemd) can tell by /health.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import contextlib
 import logging
 import os
 import secrets
-import socket
+import shutil
+import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -26,6 +26,7 @@ from .process import Process, launch
 
 log = logging.getLogger("lorakit.vllm")
 RESTARTS, WITHIN = 3, 600.0
+PAUSE = 2.0  # seconds before it is started again: the GPU's memory is free a moment after its last process ended
 READY_SECONDS = 1_800.0  # a large model on a slow disk, and CUDA graphs
 
 
@@ -41,7 +42,8 @@ class Child:
         self._down = ("vLLM has not been started", True)  # why there is no client, and whether it heals
         self._watcher: asyncio.Task[None] | None = None
         self._crashes: deque[float] = deque(maxlen=RESTARTS)
-        self.restarts = 0
+        self._folder: str | None = None  # of its sockets
+        self._starts = 0
 
     @property
     def client(self) -> VllmClient:
@@ -74,14 +76,25 @@ class Child:
             await client.aclose()
         if self._process is not None:
             await self._process.stop()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _begin(self, seconds: float) -> VllmClient:
-        key, port = secrets.token_hex(32), free_port()
-        self._process = process = await launch(command_line(self.settings, port), environment(key, os.environ))
+    async def _begin(self, seconds: float, then: Callable[[VllmClient], Awaitable[None]] | None = None) -> VllmClient:
+        """Start a vLLM, wait until it is ready and `then` is done, and return a client for it.
+
+        Raises LorakitError; then nothing is left of it.
+        """
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="lorakit-vllm-")  # only this user may enter it
+        self._starts += 1
+        key, socket = secrets.token_hex(32), os.path.join(self._folder, str(self._starts))
+        self._process = process = await launch(command_line(self.settings, socket), environment(key, os.environ))
         log.info("vLLM is process %d: %s", process.pid, process.command())
-        client = VllmClient(port, key)
+        client = VllmClient(socket, key)
         try:
             await self._ready(process, client, seconds)
+            if then is not None:
+                await then(client)
         except BaseException:
             await client.aclose()
             await process.stop()
@@ -123,26 +136,24 @@ class Child:
             log.error("vLLM ended with exit code %s\n%s", code, tail)
             if client is not None:
                 await client.aclose()
+            if not await self._again(seconds):
+                return
+
+    async def _again(self, seconds: float) -> bool:
+        """Start vLLM once more, several times if need be. Returns False if that is given up."""
+        while True:
             now = time.monotonic()
             if len(self._crashes) == RESTARTS and now - self._crashes[0] < WITHIN:
                 why = f"vLLM ended {RESTARTS + 1} times within {WITHIN:.0f} s and is not started again"
                 self._down = (why, False)
                 log.error("%s", why)
-                return
+                return False
             self._crashes.append(now)
+            await asyncio.sleep(PAUSE)
             try:
-                client = await self._begin(seconds)
-                await self._on_restart(client)
+                client = await self._begin(seconds, self._on_restart)
             except LorakitError as error:
-                self._down = (f"vLLM ended (exit code {code}) and could not be started again", False)
-                log.error("%s: %s", self._down[0], error)
-                return
-            self.restarts += 1
+                log.error("vLLM could not be started again: %s", error)
+                continue
             self._client = client
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on now."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+            return True

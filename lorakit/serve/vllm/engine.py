@@ -69,7 +69,9 @@ class VllmEngine:
         settings = self.settings
         starting = asyncio.create_task(self._child.start(self._ready_seconds))
         try:
-            shell = self._shell or await asyncio.to_thread(BaseShell, settings.base, settings.revision)
+            shell = self._shell
+            if shell is None:
+                shell = await asyncio.to_thread(BaseShell, settings.base, settings.revision)
             await starting
             context = await self._child.client.context()
         except BaseException:

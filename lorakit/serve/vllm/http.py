@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,16 @@ _SECONDS = 60.0  # of one call, other than a completion; loading an adapter read
 
 
 class VllmClient:
-    """Calls one vLLM server. Close it with `aclose`."""
+    """Calls the vLLM that listens on a Unix socket. Close it with `aclose`."""
 
-    def __init__(self, port: int, key: str):
+    def __init__(self, socket: str, key: str):
+        # vLLM closes idle connections after 5 s: a request must not take one just then.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         self._http = httpx2.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}",
+            transport=httpx2.AsyncHTTPTransport(uds=socket, limits=limits),
+            base_url="http://vllm",
             headers={"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(_SECONDS, connect=5.0),
-            # vLLM closes idle connections after 5 s: a request must not take one just then.
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
-            trust_env=False,  # a proxy from the environment is not for the loopback interface
         )
 
     async def aclose(self) -> None:
@@ -98,8 +98,11 @@ class VllmClient:
                 if response.status_code != 200:
                     raise refusal(response.status_code, await response.aread(), work, response.headers)
                 events = answer.events(response.aiter_bytes())
-                async for piece in answer.pieces(events, stops, work.sampling.logprobs):
-                    yield piece
+                try:
+                    async for piece in answer.pieces(events, stops, work.sampling.logprobs):
+                        yield piece
+                except answer.ErrorEvent as error:  # a schema that cannot be compiled comes in this way
+                    raise refusal(_code(error.event), json.dumps(error.event).encode(), work) from error
 
 
 def refusal(status: int, content: bytes, work: Work | None, headers: Any = None) -> LorakitError:
@@ -132,6 +135,13 @@ def _parameter(content: bytes) -> str | None:
     error = found.get("error", found) if isinstance(found, dict) else None
     param = error.get("param") if isinstance(error, dict) else None
     return param if isinstance(param, str) and param else None
+
+
+def _code(event: Mapping[str, Any]) -> int:
+    """Return the status that an error within a stream would have had; 500 if it does not say."""
+    error = event.get("error")
+    code = (error if isinstance(error, dict) else event).get("code")
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
 def _seconds(headers: Any) -> float:

@@ -1,8 +1,11 @@
 """A child process: its exit code, the end of its log, and that it never outlives us.
 
 It gets a session of its own, so that Ctrl-C reaches lorakit alone, which drains first, and so that its workers can be
-ended with it. If lorakit itself is killed (SIGKILL), a small shell that reads from a pipe to us notices and ends the
-child: an orphan would hold the GPU's memory.
+ended with it. If lorakit itself is killed (SIGKILL), a small process that reads from a pipe to us notices and ends the
+child and its workers: orphans would hold the GPU's memory.
+
+Two threads wait for the exit and read the output. asyncio's own processes would not do: up to Python 3.12 their `wait`
+returns only when the output is closed, and workers of a vLLM that was killed hold it open.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -21,35 +26,47 @@ from ...errors import LorakitError
 
 log = logging.getLogger("lorakit.vllm")
 LINES, WIDTH = 200, 500  # of the log, kept for messages
-# $0 is the process group to end once our end of the pipe closes.
-_LEASH = 'read _; kill -TERM -- "-$0"; sleep 10; kill -KILL -- "-$0"'
+# Ends the process group argv[1] once our end of the pipe closes.
+_LEASH = """
+import os, signal, sys, time
+os.read(0, 1)
+for number, pause in (signal.SIGTERM, 10), (signal.SIGKILL, 0):
+    try:
+        os.killpg(int(sys.argv[1]), number)
+    except ProcessLookupError:
+        break
+    for _ in range(10 * pause):
+        time.sleep(0.1)
+        try:
+            os.killpg(int(sys.argv[1]), 0)
+        except ProcessLookupError:
+            break
+"""
 
 
 class Process:
     """A running child. Made by `launch`."""
 
-    def __init__(self, child: asyncio.subprocess.Process, argv: Sequence[str]):
+    def __init__(self, child: subprocess.Popen[bytes], argv: Sequence[str]):
         self.argv = list(argv)
+        self.code: int | None = None  # the exit code; None while it runs; -9: ended by signal 9
         self._child = child
         self._lines: deque[str] = deque(maxlen=LINES)
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._leash = subprocess.Popen(
-            ["/bin/sh", "-c", _LEASH, str(child.pid)],
+            [sys.executable, "-ISc", _LEASH, str(child.pid)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._reader = asyncio.create_task(self._read())
-        self._exit = asyncio.create_task(self._wait())
+        self._reader = threading.Thread(target=self._read, name="vllm-log", daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, args=(self._exit.get_loop(),), name="vllm-exit", daemon=True).start()
 
     @property
     def pid(self) -> int:
         return self._child.pid
-
-    @property
-    def code(self) -> int | None:
-        """The exit code; None while it runs. -9: ended by signal 9."""
-        return self._child.returncode
 
     async def exited(self) -> int:
         """Wait for the end; return the exit code."""
@@ -67,36 +84,39 @@ class Process:
     async def stop(self, grace: float = 10.0) -> None:
         """End it and its workers: SIGTERM, and SIGKILL after `grace` seconds."""
         if self.code is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._child.terminate()
+            self._child.terminate()
             await asyncio.wait([self._exit], timeout=grace)
         self._kill_group()
-        await self._exit
+        await self.exited()
 
-    async def _wait(self) -> int:
-        code = await self._child.wait()
-        self._kill_group()  # workers that it left behind
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._reader, 2.0)  # the pipe's rest
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait for the exit, in a thread; then end what it left behind."""
+        code = self._child.wait()
+        self._kill_group()
+        self._reader.join(timeout=2.0)  # the rest of its output
         self._leash.kill()
-        if self._leash.stdin is not None:
-            self._leash.stdin.close()
-        await asyncio.to_thread(self._leash.wait)
-        return code
+        self._leash.communicate()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._ended, code)
+
+    def _ended(self, code: int) -> None:
+        self.code = code
+        self._exit.set_result(code)
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended; on macOS a zombie is no group
             os.killpg(self._child.pid, signal.SIGKILL)
 
-    async def _read(self) -> None:
-        """Keep the last lines of its output. Progress bars end theirs with a carriage return."""
+    def _read(self) -> None:
+        """Keep the last lines of its output, in a thread. Progress bars end theirs with a carriage return."""
         assert self._child.stdout is not None
         rest = b""
-        while data := await self._child.stdout.read(1 << 16):
-            *lines, rest = (rest + data).replace(b"\r", b"\n").split(b"\n")
-            rest = rest[-WIDTH:]
-            for line in lines:
-                self._keep(line)
+        with self._child.stdout as output:
+            while data := os.read(output.fileno(), 1 << 16):
+                *lines, rest = (rest + data).replace(b"\r", b"\n").split(b"\n")
+                rest = rest[-WIDTH:]
+                for line in lines:
+                    self._keep(line)
         self._keep(rest)
 
     def _keep(self, line: bytes) -> None:
@@ -111,13 +131,14 @@ async def launch(argv: Sequence[str], environment: Mapping[str, str]) -> Process
     if os.name == "nt":
         raise LorakitError("vLLM does not run on Windows\n  use the embedded engine (--engine embedded), or WSL")
     try:
-        child = await asyncio.create_subprocess_exec(
-            *argv,
+        child = subprocess.Popen(
+            argv,
             env=dict(environment),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
+            bufsize=0,
         )
     except OSError as error:
         why = "there is no such command" if isinstance(error, FileNotFoundError) else os.strerror(error.errno or 0)

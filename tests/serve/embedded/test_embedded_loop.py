@@ -57,7 +57,8 @@ def test_a_cancelled_request_frees_its_row_and_the_others_go_on():
 
 
 def test_cancelled_while_it_waits_and_while_its_prompt_is_computed(monkeypatch):
-    monkeypatch.setattr("lorakit.serve.embedded.loop.CHUNK_ALONE", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 1)
 
     async def scenario(engine):
         engine.tiers.known.add("slow")
@@ -177,6 +178,28 @@ def test_an_error_in_a_step_ends_its_rows_and_the_engine_goes_on():
         assert error.heals
         assert "a kernel broke" in str(error)
     assert after[0] == alone(tiny.llama(), {}, IDS)
+
+
+def test_an_error_before_the_first_token_ends_its_request_alone(monkeypatch):
+    async def scenario(engine):
+        running = engine.submit(greedy_work(tokens=25))
+        first = await anext(running)
+        for name in ("find", "keep"):
+            real = getattr(engine.prefixes, name)
+            monkeypatch.setattr(engine.prefixes, name, lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
+            if name == "find":
+                with pytest.raises(EngineFailed, match="no room"):
+                    await answer(engine, range(1, 20), (), 3)
+            else:
+                assert (await answer(engine, range(1, 20), (), 3))[1] == "length"  # what is not kept is no error
+            monkeypatch.setattr(engine.prefixes, name, real)
+        with monkeypatch.context() as patch:
+            patch.setattr("lorakit.serve.embedded.loop.Picking", lambda *_: 1 / 0)
+            with pytest.raises(EngineFailed, match="ZeroDivisionError"):
+                await answer(engine, IDS)
+        return list(first.ids) + (await read(running))[0]
+
+    assert run(scenario) == alone(tiny.llama(), {}, IDS, (), 25)
 
 
 def test_an_error_in_a_prompt_ends_no_answer_that_runs():
@@ -327,8 +350,11 @@ def test_stats_count_tokens_and_what_was_cached():
 
 def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_the_ticket():
     class Refusing:
-        def matcher(self, schema):
+        async def compiled(self, schema):
             raise Cannot(f"no {schema}", "schema")
+
+        def close(self):
+            pass
 
     async def scenario(engine):
         assert "schema" in engine.facts.can
@@ -347,5 +373,99 @@ def test_load_passes_on_what_the_tiers_refuse():
         engine.tiers.load = refuse
         with pytest.raises(LorakitError, match="not this one"):
             await engine.load("key", Held(None))
+
+    run(scenario)
+
+
+def test_a_long_prompt_is_fed_in_chunks_between_the_steps_of_others(monkeypatch):
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 2)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 2)
+    happened = []
+
+    async def scenario(engine):
+        for name in ("prefill", "step"):
+            real = getattr(engine.runner, name)
+            setattr(engine.runner, name, lambda *a, n=name, real=real: (happened.append(n), real(*a))[1])
+        running = engine.submit(greedy_work(tokens=28))
+        await anext(running)
+        happened.clear()
+        long = await answer(engine, range(1, 22), (), 3)
+        return long[0], await read(running)
+
+    long, _ = run(scenario)
+    assert long == alone(tiny.llama(), {}, range(1, 22), (), 3)
+    prompt = [at for at, name in enumerate(happened) if name == "prefill"]
+    assert len(prompt) == 10  # two tokens each, of 20
+    assert all(happened[at + 1] == "step" for at in prompt)
+
+
+def test_the_pace_of_prompts_bounds_a_chunk():
+    from lorakit.serve.embedded.prefill import FIRST, LEAST, MOST, Pace
+
+    pace = Pace()
+    assert pace.tokens(0.1) == FIRST
+    pace.saw(LEAST - 1, 100.0)  # too few to tell
+    assert pace.tokens(0.1) == FIRST
+    pace.saw(1000, 1.0)
+    assert pace.tokens(0.1) == 100
+    assert pace.tokens(0.001) == LEAST
+    assert pace.tokens(10.0) == MOST
+
+
+def test_equal_prompts_are_computed_once_whoever_of_them_hangs_up(monkeypatch):
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
+    prompt = tuple(range(1, 18))
+    fed = []
+
+    async def scenario(engine):
+        prefill = engine.runner.prefill
+
+        def noted(slots, ids):
+            fed.append((len(ids), len(ids[0])))
+            if len(fed) == 2:  # while the prompt is being computed
+                tickets[0].cancel()
+            prefill(slots, ids)
+
+        engine.runner.prefill = noted
+        tickets = [engine.submit(greedy_work(prompt, tokens=5)) for _ in range(4)]
+        return await asyncio.gather(*(read(ticket) for ticket in tickets))
+
+    answers = run(scenario, prefixes=Prefixes(0), rows=4)
+    assert sum(rows * width for rows, width in fed) == len(prompt) - 1
+    assert answers[0][1] == "cancelled"
+    for ids, finish, cached in answers[1:]:
+        assert (ids, finish) == (alone(tiny.llama(), {}, prompt, (), 5), "length")
+        assert cached == len(prompt) - 1
+
+
+def test_fifty_that_hang_up_leave_all_rows_free():
+    base = tiny.llama()
+    adapters = adapters_for(base, 2)
+    mixes = [(), (("key0", 1.0),), (("key1", 0.5),)]
+
+    async def scenario(engine):
+        async def hangs_up(n):
+            ticket = engine.submit(greedy_work(range(1, 2 + n % 20), mixes[n % 3], 10))
+            for _ in range(n % 4):
+                await anext(ticket)
+            ticket.cancel()
+            return (await read(ticket))[1]
+
+        ends = await asyncio.gather(*(hangs_up(n) for n in range(50)))
+        jobs = [(tuple(range(3, 9 + n)), mixes[n % 3], 6) for n in range(9)]
+        got = await asyncio.gather(*(answer(engine, *job) for job in jobs))
+        assert [ids for ids, *_ in got] == all_alone(base, adapters, jobs)
+        assert engine.stats().running == 0
+        return ends
+
+    ends = run(scenario, copy.deepcopy(base), adapters, rows=3)
+    assert set(ends) == {"cancelled"}
+
+
+def test_an_engine_starts_once():
+    async def scenario(engine):
+        with pytest.raises(EngineFailed, match="started before"):
+            await engine.start()
 
     run(scenario)

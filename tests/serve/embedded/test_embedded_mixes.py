@@ -156,8 +156,8 @@ def test_adapters_that_come_and_go_while_others_answer():
 
 
 def test_long_prompts_in_chunks_do_not_change_answers_and_let_others_go_on(monkeypatch):
-    monkeypatch.setattr("lorakit.serve.embedded.loop.CHUNK", 3)
-    monkeypatch.setattr("lorakit.serve.embedded.loop.CHUNK_ALONE", 5)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
     model = causal_lm("gemma3_text")
     base, adapters, jobs = copy.deepcopy(model), adapters_for(model, 3), jobs_of(6, 10)
     (got,) = asyncio.run(served(engine_for(model, rows=4), adapters, jobs))

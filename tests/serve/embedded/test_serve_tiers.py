@@ -15,8 +15,9 @@ from tier_sources import Given, alone, made, of_rank, passes, routed, until_read
 
 import lorakit as lk
 from lorakit.errors import AdapterError
+from lorakit.model.prepared import Prepared
 from lorakit.serve.embedded.tiers import Tiers
-from lorakit.serve.errors import Cannot, UnknownAdapter
+from lorakit.serve.errors import Cannot, EngineFailed, UnknownAdapter
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +114,9 @@ def test_two_mixes_that_do_not_fit_together_do_not_take_each_others_places_for_e
     run(go())
 
 
-def test_a_thousand_registered_with_few_places_and_a_pinned_one_that_never_reloads(model, first):
+def test_a_thousand_registered_with_few_places_and_a_pinned_one_that_never_reloads(model):
     """Traffic of 300 requests, skewed as 1 / rank; memory holds eight adapters besides the four on the device."""
+    first = made(tiny.llama, targets=["q_proj"])
     size = sum(t.numel() * t.element_size() for u in first.updates.values() for t in u.tensors().values())
     tiers = Tiers(model, device=4, memory_bytes=8 * size)
     forty = [Given(of_rank(2, n, first), f"tenant-{n}") for n in range(40)]  # so that the test is quick
@@ -160,6 +162,30 @@ def test_what_was_dropped_from_memory_is_read_again(model, first):
     torch.testing.assert_close(
         routed(model, ["a"])[0], alone(tiny.llama, sources["a"].adapter, 0), atol=1e-5, rtol=1e-5
     )
+
+
+def test_what_leaves_an_accelerator_is_moved_to_memory_and_back(model, first, monkeypatch):
+    """There is none here: the moves are between equal devices, but in their order and threads."""
+    monkeypatch.setattr(Prepared, "on_accelerator", True)
+    moves = []
+    monkeypatch.setattr(Prepared, "_move", lambda self, devices: moves.append((self.name, threading.current_thread())))
+    tiers, sources = Tiers(model, device=1), {key: Given(of_rank(2, n, first)) for n, key in enumerate("ab")}
+
+    async def go():
+        for key, source in sources.items():
+            await passes(tiers, tiers.load(key, source))
+        for key in "bab":
+            await until_ready(tiers, key)
+            torch.testing.assert_close(
+                routed(model, [key])[0], alone(tiny.llama, sources[key].adapter, 0), atol=1e-5, rtol=1e-5
+            )
+
+    run(go())
+    names = [name for name, _ in moves]
+    assert names[:1] == ["a"]
+    assert 3 <= len(names) <= 5  # out and back, and out again; the last may be on its way
+    assert threading.main_thread() not in [thread for _, thread in moves]
+    assert [source.reads for source in sources.values()] == [1, 1]
 
 
 def test_a_file_that_cannot_be_read_any_more_is_an_error_by_name_and_is_tried_again(model, first):
@@ -314,6 +340,23 @@ def test_a_hundred_loads_and_unloads_leave_nothing_alive(model, first):
     assert len(alive) > 1000
     assert not left
     assert lk.adapters(model) == ["stays"]
+
+
+def test_who_waits_for_an_adapter_is_told_when_the_engine_ends(model, first):
+    tiers = Tiers(model, device=2)
+
+    async def go():
+        await passes(tiers, tiers.load("a", Given(first)))
+        tiers.claim("a")
+        waiting = [asyncio.ensure_future(each) for each in (tiers.load("b", Given(first)), tiers.unload("a"))]
+        await asyncio.sleep(0)
+        tiers.close()
+        for each in waiting:
+            with pytest.raises(EngineFailed, match="the engine has stopped"):
+                await each
+
+    run(go())
+    assert tiny.same_bits(tiny.bits(model), tiny.bits(tiny.llama()))
 
 
 def test_what_runs_does_not_notice_others_that_come_and_go(model, first):

@@ -9,10 +9,14 @@ import made_experts
 import pytest
 import tiny
 import torch
-from tier_sources import IDS, Given, alone, made, passes, routed
+from made_adapters import hadamard, kronecker
+from tier_sources import IDS, Given, alone, made, passes, routed, until_ready
+from transformers.modeling_outputs import CausalLMOutput
 
 import lorakit as lk
+from lorakit.adapter.biased import Biased
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.tokens import Tokens
 from lorakit.errors import AdapterError
 from lorakit.serve.embedded.calls import Calls
@@ -30,6 +34,7 @@ KINDS = {
     "LoRA on all linears": (tiny.llama, {"targets": EVERY, "rank": 3, "rslora": True}),
     "LoRA of an embedding": (tiny.llama, {"targets": ["embed_tokens", "q_proj"]}),
     "LoRA of a Conv1D": (tiny.gpt2, {"targets": ["c_attn", "c_proj"]}),
+    "packed LoRA": (tiny.gpt2, {"packed": {"c_attn": [True, False, True]}, "targets": ["c_attn"]}),
     "DoRA": (tiny.llama, {"variant": "dora", "targets": EVERY}),
     "DoRA of a Conv1D": (tiny.gpt2, {"variant": "dora", "targets": ["c_attn", "c_fc"]}),
     "AdaLoRA": (tiny.llama, {"variant": "adalora"}),
@@ -100,6 +105,57 @@ def test_factors_are_kept_in_the_precision_of_the_base_and_give_the_same():
         in_precision(lk.Adapter(adapters["a"].config, {"m": replace(LARGE, alpha=2.0)}), torch.float16)
 
 
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def test_a_dora_over_another_kind_is_served():
+    inner, size = {"LoHa": hadamard(), "LoKr": kronecker()}, (20, 18)
+
+    class Square(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.embed, self.linear = torch.nn.Embedding(48, size[1]), torch.nn.Linear(size[1], size[0])
+
+        def forward(self, input_ids):
+            return CausalLMOutput(logits=self.linear(self.embed(input_ids)))
+
+    config = lk.LoraConfig(rank=2, targets=["linear"], variant="dora")
+    adapters = {
+        key: lk.Adapter(config, {"linear": Dora(update, torch.rand(20, 1, generator=torch.manual_seed(2)))})
+        for key, update in inner.items()
+    }
+    model = Square()
+    tiers = Tiers(model, device=2)
+
+    async def go():
+        for key, adapter in adapters.items():
+            await passes(tiers, tiers.load(key, Given(adapter)))
+
+    asyncio.run(go())
+    found = routed(model, ["LoHa", None, "LoKr"])
+    for row, key in ((0, "LoHa"), (1, None), (2, "LoKr")):
+        torch.testing.assert_close(found[row], alone(Square, adapters.get(key), row), atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_one_whose_projection_was_unpacked_meanwhile_is_built_again():
+    packed = made(tiny.gpt2, packed={"c_attn": [True, False, True]}, targets=["c_attn"])
+    plain = made(tiny.gpt2, 2, targets=["c_attn"])
+    model = tiny.gpt2()
+    tiers, sources = Tiers(model, device=1), {"packed": Given(packed), "plain": Given(plain)}
+
+    async def go():
+        for key, source in sources.items():
+            await passes(tiers, tiers.load(key, source))
+        for key in ("plain", "packed") * 2:
+            await until_ready(tiers, [key])
+            torch.testing.assert_close(
+                routed(model, [key])[0], alone(tiny.gpt2, sources[key].adapter, 0), atol=1e-5, rtol=1e-5
+            )
+
+    asyncio.run(go())
+
+
 LARGE = lk.Factors(torch.full((2, 16), 1e6), torch.zeros(16, 2), 2.0)
 
 
@@ -113,9 +169,6 @@ async def _refused(tiers: Tiers, adapter: lk.Adapter) -> str:
 
 def _changed(adapter: lk.Adapter, module: str, **tensors) -> lk.Adapter:
     return replace(adapter, updates={**adapter.updates, module: replace(adapter.updates[module], **tensors)})
-
-
-Q = "model.layers.0.self_attn.q_proj"
 
 
 def refusals():
@@ -142,6 +195,9 @@ def refusals():
         "do not fit 'model.layers.0.self_attn.q_proj'": _changed(lora, Q, A=torch.zeros(2, 17)),
         "trained on another base": made(tied),
         "update of kind 'dense', which cannot be attached": replace(lora, updates={Q: Dense(torch.zeros(16, 16))}),
+        "update of kind 'biased', which cannot be attached": replace(
+            lora, updates={Q: Biased(lora.factors[Q], torch.zeros(16))}
+        ),
         "is empty": lk.Adapter(lora.config, {}),
     }
 
@@ -192,6 +248,14 @@ class Pooled(torch.nn.Module):
         x = self.flat(x.flatten(0, 1)).view_as(x) + self.shared(torch.zeros(1, 8))
         y = self.some(x.flatten(0, 1)[:4]).sum()
         return self.pair(x)[0] + y
+
+
+def test_nothing_is_served_on_a_base_that_has_an_adapter_merged_into_it():
+    model = lk.attach(tiny.llama(), made(tiny.llama, 3), "style")
+    lk.merge(model)
+    tiers = Tiers(model, device=2)
+    refused = asyncio.run(_refused(tiers, made(tiny.llama)))
+    assert "while 'style' is merged\n  call lorakit.unmerge(model) first" in refused
 
 
 def test_how_a_model_calls_its_modules_is_seen():

@@ -11,7 +11,7 @@ import pytest
 
 from lorakit.serve.engine import Piece, Sampling, TokenLogprob, Work
 from lorakit.serve.errors import Busy, Cannot, EngineFailed, UnknownAdapter
-from lorakit.serve.vllm.answer import events, pieces
+from lorakit.serve.vllm.answer import ErrorEvent, events, pieces
 from lorakit.serve.vllm.http import refusal
 from lorakit.serve.vllm.request import body
 
@@ -95,8 +95,6 @@ def test_logprobs_of_a_stop_token_go_with_it():
         (sse(choice([5])) + b'data: {"id": "cmpl-1", "choi', "broke off"),
         (b"data: {not json}\n\n", "not JSON"),
         (b"data: [1]\n\n", "not an object"),
-        (sse({"error": {"message": "EngineCore died", "code": 500}}) + DONE, "EngineCore died"),
-        (sse({"error": "flat", "object": "error", "message": "the older form"}) + DONE, "the older form"),
         (sse(choice([5], "abort")) + DONE, "abort"),
         (sse(choice(None, "length")) + DONE, r"0\.10\.2"),
         (sse({"something": "else"}), "not understood"),
@@ -106,6 +104,15 @@ def test_logprobs_of_a_stop_token_go_with_it():
 def test_what_is_not_an_answer_is_an_error(data, message):
     with pytest.raises(EngineFailed, match=message):
         read(data)
+
+
+@pytest.mark.parametrize(
+    "event", [{"error": {"message": "EngineCore died", "code": 500}}, {"error": "flat", "message": "EngineCore died"}]
+)
+def test_errors_within_the_stream(event):
+    with pytest.raises(ErrorEvent, match="EngineCore died") as failed:
+        read(sse(choice([5]), event) + DONE)
+    assert failed.value.event == event
 
 
 @pytest.mark.parametrize("given", [None, {"token_logprobs": [], "top_logprobs": []}, {"token_logprobs": [-1.0]}])

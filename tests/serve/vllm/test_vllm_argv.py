@@ -12,13 +12,14 @@ from lorakit.serve.vllm.argv import VllmSettings, command_line, environment, ran
 
 def test_the_command_line_is_exactly_this():
     settings = VllmSettings("Qwen/Qwen3-0.6B", ("/opt/vllm/bin/vllm",), max_rank=20, batched=4, in_memory=9)
-    assert command_line(settings, 8123) == [
+    assert command_line(settings, "/tmp/s/1") == [
         *("/opt/vllm/bin/vllm", "serve", "Qwen/Qwen3-0.6B"),
-        *("--host", "127.0.0.1", "--port", "8123"),
+        *("--uds", "/tmp/s/1"),
         *("--served-model-name", "base"),
         *("--generation-config", "vllm"),
         *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "9", "--max-lora-rank", "32"),
         *("--max-logprobs", "20", "--enable-prompt-tokens-details"),
+        *("--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}'),
     ]
 
 
@@ -32,7 +33,7 @@ def test_what_is_asked_for_is_added():
         precision="bf16",
         extra=("--gpu-memory-utilization=0.8", "--tensor-parallel-size", "2"),
     )
-    argv = command_line(settings, 1)
+    argv = command_line(settings, "s")
     assert argv[:5] == ["python", "-m", "vllm.entrypoints.cli.main", "serve", str(embedded_folder())]
     assert argv[5:8] == ["--gpu-memory-utilization=0.8", "--tensor-parallel-size", "2"]
     optional = ["--revision", "main", "--max-model-len", "256", "--max-num-seqs", "16", "--dtype", "bfloat16"]
@@ -40,27 +41,36 @@ def test_what_is_asked_for_is_added():
 
 
 def test_ram_holds_at_least_what_a_batch_mixes():
-    argv = command_line(VllmSettings("embedded", batched=80, in_memory=64), 1)
+    argv = command_line(VllmSettings("embedded", batched=80, in_memory=64), "s")
     assert argv[argv.index("--max-cpu-loras") + 1] == "80"  # vLLM refuses less than --max-loras
 
 
 @pytest.mark.parametrize(
-    "extra", ["--host=0.0.0.0", "--api-key", "--max_lora_rank=64", "--uds", "--served-model-name", "--logprobs-mode=x"]
+    "extra",
+    [
+        "--host=0.0.0.0",
+        "--api-key",
+        "--max_lora_rank=64",
+        "--uds",
+        "--served-model-name",
+        "--logprobs-mode=x",
+        "--structured-outputs-config.backend=outlines",
+    ],
 )
 def test_flags_of_ours_are_refused_by_name(extra):
-    with pytest.raises(ConfigError, match=extra.partition("=")[0].replace("_", "-")):
-        command_line(VllmSettings("embedded", extra=(extra,)), 1)
+    with pytest.raises(ConfigError, match=extra.partition("=")[0].partition(".")[0].replace("_", "-")):
+        command_line(VllmSettings("embedded", extra=(extra,)), "s")
 
 
 @pytest.mark.parametrize("extra", ["--chat-template=x.jinja", "--enable-auto-tool-choice"])
 def test_flags_without_effect_are_refused(extra):
     with pytest.raises(ConfigError, match="no effect"):
-        command_line(VllmSettings("embedded", extra=(extra,)), 1)
+        command_line(VllmSettings("embedded", extra=(extra,)), "s")
 
 
 def test_a_base_that_is_none(tmp_path):
     with pytest.raises(LorakitError, match=r"config\.json is missing"):
-        command_line(VllmSettings(str(tmp_path)), 1)
+        command_line(VllmSettings(str(tmp_path)), "s")
 
 
 @pytest.mark.parametrize(("ranks", "flag"), [([], 1), ([1], 1), ([3, 8], 8), ([9], 16), ([300, 4], 320), ([512], 512)])

@@ -1,86 +1,23 @@
-"""The vLLM engine with a stub in vLLM's place: what the child is started with and asked, and what it may do wrong."""
+"""The vLLM engine with a stub in vLLM's place: what the child is asked, and what it may do wrong."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_cases import STUB, Control, ValueSource, made
+from engine_cases import ValueSource, made
+from vllm_served import GREEDY, PROMPT, A, B, answered, wait_for
 
 import lorakit as lk
 from lorakit.bases.load import embedded_folder
-from lorakit.errors import AdapterError, LorakitError
-from lorakit.serve.engine import BASE, Choice, Piece, Sampling, Work
+from lorakit.errors import AdapterError
+from lorakit.serve.engine import BASE, Piece, Sampling, Work
 from lorakit.serve.errors import Busy, Cannot, EngineFailed, UnknownAdapter
 from lorakit.serve.vllm import adapters
-from lorakit.serve.vllm.argv import VllmSettings
-from lorakit.serve.vllm.engine import VllmEngine
-
-PROMPT = (1700, 301, 22)
-GREEDY = Sampling(max_tokens=6, temperature=0.0)
-A, B = "aa" * 32, "bb" * 32
-
-
-@dataclass
-class Served:
-    engine: VllmEngine
-    control: Control
-    run: Callable[[Coroutine[Any, Any, Any]], Any]
-
-    def answer(self, choice: Choice = BASE, sampling: Sampling = GREEDY, ids: tuple[int, ...] = PROMPT) -> list[Piece]:
-        return self.run(answered(self.engine, choice, sampling, ids))
-
-    def ids(self, choice: Choice = BASE, sampling: Sampling = GREEDY) -> list[int]:
-        return [token for piece in self.answer(choice, sampling) for token in piece.ids]
-
-
-async def answered(
-    engine: VllmEngine, choice: Choice = BASE, sampling: Sampling = GREEDY, ids: tuple[int, ...] = PROMPT
-) -> list[Piece]:
-    return [piece async for piece in engine.submit(Work(ids, choice, sampling))]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Iterator[Served]:
-    """An engine with the adapters A and B, for all tests that leave it as it was."""
-    with pytest.MonkeyPatch.context() as environment, asyncio.Runner() as runner:
-        control = Control(tmp_path_factory.mktemp("stub"))
-        environment.setenv("VLLM_STUB", str(control.file))
-        environment.setenv("LORAKIT_API_KEY", "ours")
-        engine = control.engine()
-        runner.run(engine.start())
-        for key, seed in ((A, 1), (B, 2)):
-            runner.run(engine.load(key, ValueSource(f"adapter-{seed}", made(seed))))
-        yield Served(engine, control, runner.run)
-        runner.run(engine.stop(drain=0))
-
-
-@pytest.fixture
-def served(shared: Served) -> Iterator[Served]:
-    shared.control.set()
-    yield shared
-    shared.control.set()
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch) -> Iterator[Served]:
-    """An engine that is not started yet, for a test that ends or breaks it."""
-    control = Control(tmp_path)
-    monkeypatch.setenv("VLLM_STUB", str(control.file))
-    with asyncio.Runner() as runner:
-        engine = control.engine()
-        yield Served(engine, control, runner.run)
-        runner.run(engine.stop(drain=0))
 
 
 def delta(path: Path, module: str) -> torch.Tensor:
@@ -88,19 +25,14 @@ def delta(path: Path, module: str) -> torch.Tensor:
     return update.scale * update.B.double() @ update.A.double()
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
 def test_the_child_gets_its_key_by_the_environment_alone(served):
     started = served.control.log()[0]
     argv, environment = started["argv"], started["environment"]
     assert argv[1:3] == ["serve", str(embedded_folder())]
     assert argv[argv.index("--max-lora-rank") + 1] == "32"
+    socket = Path(argv[argv.index("--uds") + 1])
+    assert socket.is_socket()
+    assert socket.parent.stat().st_mode & 0o077 == 0  # nobody else may enter
     key = environment["VLLM_API_KEY"]
     assert len(key) == 64
     assert not any(key in argument for argument in argv)
@@ -171,6 +103,24 @@ def test_unused_mixes_make_room_and_go_with_their_adapters(served, monkeypatch):
         served.answer((("88" * 32, 0.4),))
 
 
+def test_loading_while_it_is_being_forgotten(served):
+    """Of one content two names may go and come at the same time."""
+    key = "c0" * 32
+    served.run(served.engine.load(key, ValueSource("going", made(5))))
+    before = served.ids(((key, 1.0),)), served.ids(((key, 0.5),))
+    served.control.set(unload_seconds=0.3)
+
+    async def scenario() -> None:
+        going = asyncio.create_task(served.engine.unload(key))
+        await asyncio.sleep(0.1)
+        await served.engine.load(key, ValueSource("coming", made(5)))
+        await going
+
+    served.run(scenario())
+    assert (served.ids(((key, 1.0),)), served.ids(((key, 0.5),))) == before
+    served.run(served.engine.unload(key))
+
+
 def test_ranks_beyond_the_flag_are_refused_with_the_flag(served):
     with pytest.raises(AdapterError, match="--max-rank 64"):
         served.run(served.engine.load("64" * 32, ValueSource("large", made(3, rank=40))))
@@ -233,6 +183,7 @@ def test_what_vllm_does_not_load_is_an_error_without_paths(served):
         ({"half_after": 0}, EngineFailed, "broke"),
         ({"half_after": 3}, EngineFailed, "broke"),
         ({"error_after": 2}, EngineFailed, "EngineCore died"),
+        ({"error_after": 0, "error_code": 400}, Cannot, "refuses this request: EngineCore died"),
         ({"abort_after": 2}, EngineFailed, "abort"),
         ({"no_ids": True}, EngineFailed, r"0\.10\.2"),
     ],
@@ -262,10 +213,8 @@ def test_a_request_that_hangs_ends_at_its_deadline_and_at_a_hang_up(served):
     late, left = served.run(scenario())
     assert (late[-1].finish, left[-1].finish) == ("timeout", "cancelled")
     assert [len(piece.ids) for piece in late] == [1, 1, 0]
-    deadline = time.monotonic() + 5
-    while sum("aborted" in event for event in served.control.log()) < 2:  # vLLM notices, and frees the slot
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    # vLLM notices, and frees the slot
+    wait_for(lambda: sum("aborted" in event for event in served.control.log()) >= 2)
 
 
 def test_texts_with_line_separators_and_several_tokens_an_event(served):
@@ -298,133 +247,3 @@ def test_an_empty_prompt_and_no_tokens(served):
     with pytest.raises(Cannot, match="empty"):
         served.answer(ids=())
     assert [piece.finish for piece in served.answer(sampling=Sampling(0))] == ["length"]
-
-
-@pytest.mark.parametrize(
-    ("switches", "message"),
-    [({"die_at_start": 3}, "exit code 3"), ({"slow_start": 0.3, "die_at_start": 4}, "exit code 4")],
-)
-def test_a_vllm_that_dies_at_start_is_an_error_with_its_log(own, switches, message):
-    own.control.set(**switches)
-    with pytest.raises(EngineFailed, match=message) as failed:
-        own.run(own.engine.start())
-    assert "No available memory" in str(failed.value)
-    assert "--max-lora-rank" in str(failed.value)
-    assert not alive(own.control.log()[0]["pid"])
-
-
-def test_a_vllm_that_is_never_ready_is_ended(own):
-    own.control.set(never_ready=True)
-    own.engine._ready_seconds = 1.5
-    with pytest.raises(EngineFailed, match="not ready after"):
-        own.run(own.engine.start())
-    assert not alive(own.control.log()[0]["pid"])
-
-
-def test_a_slow_start_is_waited_for(own):
-    own.control.set(slow_start=1.0)
-    assert own.run(own.engine.start()).context == 512
-
-
-def test_commands_and_bases_that_do_not_exist(tmp_path):
-    async def start(settings: VllmSettings) -> None:
-        await VllmEngine(settings).start()
-
-    with pytest.raises(LorakitError, match="pip install vllm"):
-        asyncio.run(start(VllmSettings("embedded", (str(tmp_path / "vllm"),))))
-    (tmp_path / "vllm").write_text("")
-    with pytest.raises(LorakitError, match="permission denied"):
-        asyncio.run(start(VllmSettings("embedded", (str(tmp_path / "vllm"),))))
-    with pytest.raises(LorakitError, match="no model folder"):
-        asyncio.run(start(VllmSettings(str(tmp_path / "nowhere"), (sys.executable,))))
-
-
-def test_a_vllm_that_dies_is_started_again_with_its_adapters(own):
-    own.run(own.engine.start())
-    own.run(own.engine.load(A, ValueSource("adapter", made(1))))
-    before = own.ids(((A, 1.0),)), own.ids(((A, 0.5),))
-    own.control.set(die_after=2)
-
-    async def scenario() -> None:
-        with pytest.raises(EngineFailed) as failed:
-            await answered(own.engine, ((A, 1.0),))
-        assert failed.value.heals
-        await asyncio.sleep(0.05)
-        own.control.set()
-        async with asyncio.timeout(20):
-            while not own.engine.stats().alive:
-                with pytest.raises(EngineFailed, match="being started again") as down:
-                    own.engine.submit(Work(PROMPT, BASE, GREEDY))
-                assert down.value.heals
-                await asyncio.sleep(0.05)
-
-    own.run(scenario())
-    assert (own.ids(((A, 1.0),)), own.ids(((A, 0.5),))) == before
-    starts = [event for event in own.control.log() if "argv" in event]
-    assert len(starts) == len({start["pid"] for start in starts}) == 2
-    assert len({start["environment"]["VLLM_API_KEY"] for start in starts}) == 2
-
-
-def test_a_vllm_that_dies_again_and_again_stays_down(own, monkeypatch):
-    monkeypatch.setattr("lorakit.serve.vllm.child.RESTARTS", 1)
-    own.engine = own.control.engine()
-    own.run(own.engine.start())
-
-    async def crash() -> None:
-        own.control.set(die_after=0)
-        with pytest.raises(EngineFailed):
-            await answered(own.engine)
-        own.control.set()
-
-    async def up() -> None:
-        async with asyncio.timeout(20):
-            while not own.engine.stats().alive:
-                await asyncio.sleep(0.05)
-
-    own.run(crash())
-    own.run(asyncio.sleep(0.1))
-    own.run(up())
-    own.run(crash())
-    own.run(asyncio.sleep(0.3))
-    with pytest.raises(EngineFailed, match="not started again") as down:
-        own.answer()
-    assert not down.value.heals
-    assert not own.engine.stats().alive
-    assert "/" not in str(down.value)  # clients read this
-
-
-def test_stopping_ends_the_child(own):
-    own.run(own.engine.start())
-    pid = own.control.log()[0]["pid"]
-    assert alive(pid)
-    own.run(own.engine.stop(drain=0))
-    assert not alive(pid)
-
-
-def test_the_child_ends_if_lorakit_is_killed(tmp_path):
-    control = Control(tmp_path)
-    script = textwrap.dedent("""
-        import asyncio, os, sys
-        from lorakit.serve.vllm.process import launch
-        async def main():
-            process = await launch(sys.argv[1:], {**os.environ, "VLLM_API_KEY": "k"})
-            print(process.pid, flush=True)
-            await process.exited()
-        asyncio.run(main())
-    """)
-    argv = [sys.executable, str(STUB), "serve", str(embedded_folder()), "--host", "127.0.0.1", "--port", "0"]
-    ours = subprocess.Popen(
-        [sys.executable, "-c", script, *argv],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "VLLM_STUB": str(control.file)},
-    )
-    assert ours.stdout is not None
-    pid = int(ours.stdout.readline())
-    assert alive(pid)
-    ours.kill()
-    ours.wait()
-    deadline = time.monotonic() + 10
-    while alive(pid):
-        assert time.monotonic() < deadline, "the child outlived lorakit"
-        time.sleep(0.05)
