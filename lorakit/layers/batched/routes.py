@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import StateError
 from ...ops.batched import sampled, stacked
 from ...ops.batched.sampled import Pattern, add_sampled
-from ...ops.batched.schedule import Row, Schedule, in_place, runs, schedule_rows
+from ...ops.batched.schedule import Row, Schedule, gathered_already, in_place, runs, schedule_rows
 from ...ops.batched.segments import Segments, segments
 from .stacks import Order, Stack, Stacks, Uses
 
@@ -343,6 +343,8 @@ class Routing:
             if key not in self._shared:
                 self._shared[key] = sampled.pattern(rows, spans, tokens, layout.capacity, y)
             return self._shared[key], None
+        if gathered_already(rows, y):
+            return runs(rows, spans, tokens), None
         ordered = ("order", layout, y.device)
         if ordered not in self._shared:
             self._shared[ordered] = Order(layout, children, y.device)
