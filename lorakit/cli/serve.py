@@ -21,15 +21,18 @@ from .shared.quantizing import ComputeDtype, Double, Quantize
 from .shared.starting import starting
 
 if TYPE_CHECKING:
+    from ..serve.card import Card
     from ..serve.guard.guarded import GuardSettings
     from ..serve.service import Service
 
-EXAMPLE = 'curl {url}/v1/chat/completions -H "Content-Type: application/json" -d {body}'
+EXAMPLE = 'curl {url}/v1/{path} -H "Content-Type: application/json" -d {body}'
 
 
 def serve(
     base: Annotated[str, typer.Argument(help="the base: 'embedded', a model folder, or a hub id")] = "embedded",
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH or PATH; repeatable")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH, or PATH, named as its folder; repeatable")
+    ] = None,
     adapters: Annotated[
         list[Path] | None,
         typer.Option(help="a folder; every adapter below it has a name, and HTTP may load from it; repeatable"),
@@ -96,7 +99,7 @@ def serve(
     from ..serve.start import check_packages, start
 
     check_packages()
-    given = named(adapter or [])
+    given = named(adapter or [], name_of_adapter)
     check_names(base, adapters=given.values())
     settings_of_engine: dict[str, Any] = {
         "precision": precision,
@@ -139,7 +142,7 @@ def serve(
         def ready() -> None:
             until_ready.close()
             settle()
-            _say_ready(service[0], url_of(listener), bool(guard.keys.use))
+            _say_ready(service[0], next(iter(given), None), url_of(listener), bool(guard.keys.use))
 
         try:
             asyncio.run(run(listener, lambda: start(settings, service.append), drain=drain, ready=ready))
@@ -151,17 +154,18 @@ def serve(
             os._exit(130 if interrupted else 0)  # not sys.exit, which waits for a thread that may still compute
 
 
-def _say_ready(service: Service, url: str, needs_key: bool) -> None:
-    """Print where the server is, and a command that asks it something."""
+def _say_ready(service: Service, first: str | None, url: str, needs_key: bool) -> None:
+    """Print where the server is, and a command that asks it something. first: of the adapters on the command line."""
     import json
 
     cards = service.registry.cards()
-    model = cards[0].name if cards else service.facts.base
+    model = first or (cards[0].name if cards else service.facts.base)
     count = f"{len(cards)} adapter{'' if len(cards) == 1 else 's'}"
     print(f"serving {service.facts.base} and {count} at {url}/v1", flush=True)
-    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+    path, asked = example_for(next((card for card in cards if card.name == model), None))
+    body = {"model": model, **asked, "max_tokens": 64}
     key = ' -H "Authorization: Bearer $LORAKIT_API_KEY"' if needs_key else ""
-    print(f"next: {EXAMPLE.format(url=url, body=shlex.quote(json.dumps(body)))}{key}", flush=True)
+    print(f"next: {EXAMPLE.format(url=url, path=path, body=shlex.quote(json.dumps(body)))}{key}", flush=True)
 
 
 def _guard(
@@ -230,3 +234,27 @@ def _name_of(base: str) -> str:
     """Name the base in /v1/models: a folder by its last part, so that no path of this machine is shown."""
     path = Path(base).expanduser()
     return path.resolve().name if path.is_dir() else base
+
+
+def name_of_adapter(path: str) -> str:
+    """Name an adapter that was given without a name: by its folder or file, a run's `adapter/` by the run.
+
+    A hub id keeps its owner. A name that cannot be one is refused where names are checked.
+    """
+    from ..serve.names import is_name
+
+    here = Path(path).expanduser()
+    if not here.exists():
+        hub_id = path.removeprefix("hf://").partition("@")[0]
+        return hub_id if hub_id.count("/") == 1 and is_name(hub_id) else here.name
+    here = here.resolve()
+    if here.is_dir():
+        return here.parent.name if here.name == "adapter" and here.parent.name else here.name
+    return here.stem
+
+
+def example_for(card: Card | None) -> tuple[str, dict[str, Any]]:
+    """Return the path and the question that suit an adapter: a text to go on from if it was trained so, else a chat."""
+    if card is not None and card.chat.style == "none":
+        return "completions", {"prompt": "your prompt"}
+    return "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}

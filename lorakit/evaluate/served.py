@@ -105,6 +105,17 @@ def chosen_models(served: Sequence[Served], base: str | None, adapters: Sequence
     return list(dict.fromkeys([first, *adapters]))
 
 
+def check_unlisted(client: Client, served: Sequence[Served], names: Sequence[str], question: Question) -> None:
+    """Ask the models that the server does not list for one token each.
+
+    So a mistyped name is an error before the others have answered all rows. Raises ServerError.
+    """
+    listed = {model.name for model in served}
+    for name in names:
+        if name not in listed:
+            client.answer(name, question.prompt, Asking(max_tokens=1, temperature=0.0), question.tools)
+
+
 def _before(example: Example) -> list[dict[str, Any]]:
     """Return the turns before the first answer, in OpenAI's form."""
     messages = example.messages

@@ -72,7 +72,7 @@ class Locations:
         if here.exists():
             return files_at(here.resolve(), label, None, rules)
         if not self.hub.is_place(path):
-            raise AdapterError(f"adapter '{label}': there is no file or folder {path}\n  expected {label}=PATH")
+            raise AdapterError(f"adapter '{label}': there is no file or folder {path}\n  expected NAME=PATH")
         owner = path.removeprefix("hf://").split("/")[0]
         fetched = Hub([owner]).fetch(path, pickles=self.pickles)
         return files_at(fetched.path, label, fetched.boundary, rules)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ..errors import ConfigError, listing, nearest
+from ..errors import ConfigError, LorakitError, listing, nearest
 from .errors import UnknownAdapter
 
 Parts = tuple[tuple[str, float], ...]  # (an adapter's public name, its weight), ...; () is the base alone
@@ -70,9 +70,9 @@ def scaled(parts: Parts, scale: float | None) -> Parts:
     if scale is None:
         return parts
     if not parts:
-        raise ConfigError("a scale was given with the base, which has no adapter to scale\n  leave it out")
+        raise ConfigError("lorakit.scale was given with the base, which has no adapter to scale\n  leave it out")
     if not math.isfinite(scale) or abs(scale) > LARGEST_WEIGHT:
-        raise ConfigError(f"scale is {scale}; expected a number from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}")
+        raise ConfigError(f"lorakit.scale is {scale}; expected a number from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}")
     return tuple((name, weight * scale) for name, weight in parts)
 
 
@@ -86,6 +86,15 @@ def unknown(name: str, known: Iterable[str], base_names: Sequence[str]) -> Unkno
     return UnknownAdapter(f"there is no model {_shown(name)}{hint}\n  GET /v1/models lists those that there are")
 
 
+def name_keys(error: LorakitError, public: Mapping[str, str]) -> None:
+    """Write public names for keys in an error of the engine, which knows no others. public: key to name."""
+    text = str(error)
+    for key, name in public.items():
+        text = text.replace(key, name)
+    if text != str(error):
+        error.args = (text,)
+
+
 def _mix(model: str, text: str, known: Collection[str], base_names: Sequence[str]) -> Parts:
     if "+" not in text and ":" not in text:
         if text in known:
@@ -93,23 +102,25 @@ def _mix(model: str, text: str, known: Collection[str], base_names: Sequence[str
         raise unknown(text, known, base_names)
     parts = text.split("+")
     if len(parts) > MOST_PARTS:
-        raise ConfigError(f"a mix of {len(parts)} adapters; expected at most {MOST_PARTS}")
+        raise ConfigError(f"model: a mix of {len(parts)} adapters; expected at most {MOST_PARTS}")
     found: dict[str, float] = {}
     for part in parts:
         name, colon, weight = part.partition(":")
+        if not name and text.strip("+:"):
+            raise ConfigError(f"model: {_shown(model)} is a mix with a name left out\n  expected such as a:0.7+b:0.3")
         if name in base_names and name not in known:
             raise _weighted_base(model)
         if name not in known:
             raise unknown(name if len(parts) > 1 else text, known, base_names)
         if name in found:
-            raise ConfigError(f"'{name}' is twice in the mix {_shown(model)}\n  expected each adapter once")
+            raise ConfigError(f"model: '{name}' is twice in the mix {_shown(model)}\n  expected each adapter once")
         found[name] = _weight(weight, name) if colon else 1.0
     return tuple(found.items())
 
 
 def _weighted_base(model: str) -> ConfigError:
     return ConfigError(
-        f"{_shown(model)} gives the base a weight or a place in a mix, which only adapters have\n"
+        f"model: {_shown(model)} gives the base a weight or a place in a mix, which only adapters have\n"
         "  leave it out: the base is always there"
     )
 
@@ -118,7 +129,7 @@ def _weight(text: str, name: str) -> float:
     value = float(text) if _WEIGHT.fullmatch(text) else math.nan
     if not abs(value) <= LARGEST_WEIGHT:
         raise ConfigError(
-            f"the weight of '{name}' is {_shown(text)}; expected a number from {-LARGEST_WEIGHT:g} to "
+            f"model: the weight of '{name}' is {_shown(text)}; expected a number from {-LARGEST_WEIGHT:g} to "
             f"{LARGEST_WEIGHT:g}, such as {name}:0.7"
         )
     return value

@@ -201,6 +201,9 @@ class Registry:
             choice = choice_of([(version.key, weight) for (_, version), (_, weight) in zip(held, parts, strict=True)])
             by_weight = sorted(cards, key=lambda one: -one[0])  # stable: as written where weights are equal
             yield Leased(model, choice, tuple(card for _, card in by_weight))
+        except LorakitError as error:
+            names.name_keys(error, {version.key: entry.card.name for entry, version in held})
+            raise
         finally:
             for entry, version in held:
                 entry.running -= 1

@@ -59,7 +59,7 @@ async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> R
     from .renderer import Renderer
     from .service import Service
 
-    await _in_thread(lambda: _check_adapters(settings))
+    await _in_thread(lambda: _check_files(settings))
     build: Callable[[ServeSettings], Built] = import_module(f".{settings.engine}.build", __package__).build
     built = await _in_thread(lambda: build(settings))
     facts = replace(await built.engine.start(), base=settings.name)  # an engine may call it by its path
@@ -86,13 +86,21 @@ async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> R
     return Running(app, stop)
 
 
-def _check_adapters(settings: ServeSettings) -> None:
-    """Raise for adapters of the command line that are not there, before the model is loaded, which takes long."""
+def _check_files(settings: ServeSettings) -> None:
+    """Raise for adapters of the command line that are not there, and for a state file that cannot be used.
+
+    Before the model is loaded, which takes long.
+    """
     from .guard.hub import Hub
     from .guard.roots import Roots
     from .locations import Locations
     from .names import check_name
+    from .state_file import StateFile
 
+    if settings.state is not None:
+        state = StateFile(settings.state, settings.name)
+        state.open()
+        state.close()
     locations = Locations(Roots(settings.roots), Hub(settings.hub), settings.allow_pickle)
     for name, path in settings.adapters.items():
         check_name(name, (settings.name,))

@@ -6,6 +6,9 @@ import importlib.util
 
 import pytest
 
+from lorakit.cli.serve import example_for, name_of_adapter
+from lorakit.data.chat_record import ChatRecord
+from lorakit.serve.card import Card
 from lorakit.serve.server import listen
 
 KEY = "use-0123456789abcdef"
@@ -77,3 +80,40 @@ def test_without_the_extra_it_says_what_to_install(refused, monkeypatch):
     error = refused(code=1)
     assert "not installed: uvicorn" in error
     assert "pip install 'lorakit[serve]'" in error
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("runs/sql/adapter", "sql"),
+        ("runs/sql/adapter/", "sql"),
+        ("runs/sql", "sql"),
+        ("one.safetensors", "one"),
+        ("owner/name@v1", "owner/name"),
+        ("hf://owner/name", "owner/name"),
+        ("gone/far/away", "away"),
+    ],
+)
+def test_a_path_without_a_name_is_named_as_its_folder(path, name, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "sql" / "adapter").mkdir(parents=True)
+    (tmp_path / "one.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert name_of_adapter(path) == name
+
+
+def test_a_broken_state_file_is_said_before_the_model_is_loaded(refused, tmp_path, monkeypatch):
+    def build(settings):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lorakit.serve.embedded.build.build", build)
+    state = tmp_path / "state.json"
+    state.write_text("{")
+    assert "mend it, or move it away" in refused("--state", str(state))
+    assert state.read_text() == "{"
+
+
+def test_the_example_suits_what_the_adapter_was_trained_on():
+    card = Card("e2e", "e2e", 0, chat=ChatRecord(style="none"))
+    assert example_for(card) == ("completions", {"prompt": "your prompt"})
+    for chats in (None, Card("sql", "sql", 0), Card("sql", "sql", 0, chat=ChatRecord(style="chat"))):
+        assert example_for(chats)[0] == "chat/completions"

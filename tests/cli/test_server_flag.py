@@ -14,6 +14,7 @@ def test_eval_asks_the_base_and_each_adapter(lorakit, data):
         assert code == 0
         assert "text from" in out
         assert "BLEU" in out
+        assert out.endswith(f"next: lorakit chat --server {stub.url} --adapter sql\n")
         assert "loss and perplexity are measured by lorakit eval without --server" in out
         models = [body["model"] for path, body, _ in stub.asked if path == "/v1/chat/completions"]
         assert models.count("base") == models.count("sql") > 0
@@ -68,6 +69,7 @@ def test_chat_keeps_the_conversation_and_switches_models(lorakit):
     assert code == 0
     answers = [answer.strip() for answer in out.split("> ")[1:]]
     assert answers[:4] == ["base 2", "base 4", "", "sql 6"]
+    assert answers[4] == "note: the server does not list 'nobody'"
     assert answers[5] == f"lorakit: {stub.url}/v1 answered 404: no model 'nobody'"
     assert answers[8] == "base 2"
     assert "/adapter NAME" in answers[9]
@@ -84,3 +86,22 @@ def test_chat_completes_texts_and_refuses_what_has_no_effect(lorakit):
         assert (code, "--precision has no effect" in err) == (2, True)
     code, _, err = lorakit("chat", "--server", "http://127.0.0.1:1", stdin="")
     assert (code, "no server answers at" in err) == (1, True)
+
+
+def test_eval_finds_a_mistyped_name_before_it_asks_for_all_answers(lorakit, data):
+    def answer(path, body):
+        return "Hi" if body["model"] != "sqk" else (404, {}, {"error": {"message": "no model 'sqk'"}})
+
+    with openai_stub.serving(answer) as stub:
+        code, out, err = lorakit("eval", data, "--server", stub.url, "--adapter", "sqk")
+    assert (code, out) == (1, "")
+    assert "no model 'sqk'" in err
+    posts = [body for path, body, _ in stub.asked if path != "/v1/models"]
+    assert [(body["model"], body["max_tokens"]) for body in posts] == [("sqk", 1)]
+
+
+def test_chat_says_which_listed_name_is_near(lorakit):
+    with openai_stub.serving(lambda path, body: "Hi") as stub:
+        _, out, _ = lorakit("chat", "--server", stub.url, "--adapter", "sqk", stdin="/adapter sql\n")
+    assert out.count("note: ") == 1
+    assert "the server does not list 'sqk'; did you mean 'sql'?" in out

@@ -73,6 +73,8 @@ def test_unknown_models_are_refused_with_the_nearest_name(model, said):
         ("base:0.5+sql:0.5", "base"),
         ("sql+base:0.5", "base"),
         ("+".join(["sql"] * 9), "at most 8"),
+        ("sql:0.7+", "a name left out"),
+        ("+sql", "a name left out"),
     ],
 )
 def test_weights_and_mixes_that_are_none_are_refused(model, said):

@@ -83,6 +83,25 @@ def test_the_base_needs_nothing(root):
     asyncio.run(scenario())
 
 
+def test_errors_of_the_engine_name_adapters_as_the_caller_does(root):
+    async def scenario():
+        made = registry(Held(), root)
+        await made.start()
+
+        async def mixed():
+            async with made.lease("a:0.3+b:0.7", None) as leased:
+                (first, _), (second, _) = leased.choice
+                raise Cannot(f"adapter '{first}' and '{second}' cannot be mixed", "mix")
+
+        with pytest.raises(Cannot) as error:
+            await mixed()
+        assert str(error.value) in ("adapter 'a' and 'b' cannot be mixed", "adapter 'b' and 'a' cannot be mixed")
+        assert error.value.what == "mix"
+        await made.close()
+
+    asyncio.run(scenario())
+
+
 def test_mixes_have_one_choice_however_they_are_written(root):
     async def scenario():
         made = registry(Held(), root)

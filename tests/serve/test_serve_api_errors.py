@@ -52,7 +52,12 @@ def app() -> Any:
         ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "up to 1024"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
-        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": []}, "messages", "expected at least 1 item, not 0"),
+        ({"lorakit": {"scal": 1}}, "lorakit.scal", "did you mean 'scale'?"),
+        ({"lorakit": {"x": 1}}, "lorakit.x", "expected scale"),
+        ({"model": "sql:nan"}, "model", "expected a number from -100 to 100"),
+        ({"model": "sql:0.5+"}, "model", "a name left out"),
+        ({"model": "sql", "lorakit": {"scale": 1000}}, "lorakit.scale", "from -100 to 100"),
         ({"messages": "Hi"}, "messages", "expected a list, not 'Hi'"),
         ({"messages": ["Hi"]}, "messages.0", ""),
         ({"messages": HELLO * 1001}, "messages", "up to 1000"),
@@ -159,7 +164,7 @@ def test_an_unknown_model_is_404(app: Any):
         ("/v1/audio/transcriptions", "does not serve"),
         ("/v1/fine_tuning/jobs", "lorakit train"),
         ("/chat/completions", "must end with /v1"),
-        ("/v1/chat/completion", "no such path"),
+        ("/v1/chat/completion", "no such path: /v1/chat/completion; did you mean '/v1/chat/completions'?"),
         ("/nowhere", "no such path"),
     ],
 )
@@ -261,3 +266,14 @@ def test_a_broken_adapter_names_the_problem():
         "param": "model",
         "code": "adapter_refused",
     }
+
+
+@pytest.mark.parametrize(
+    "name, status, code, message",
+    [("sq", 404, "model_not_found", "did you mean 'sql'?"), ("base", 400, None, "'base' is the base, which stays")],
+)
+def test_what_cannot_be_unloaded_names_its_field(app: Any, name: str, status: int, code: str | None, message: str):
+    answer = app.post("/v1/unload_lora_adapter", {"lora_name": name})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (status, "lora_name", code)
+    assert message in error["message"]

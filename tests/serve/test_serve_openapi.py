@@ -6,6 +6,7 @@ socket, and nothing may be a 5xx.
 
 from __future__ import annotations
 
+import httpx2
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -22,13 +23,18 @@ BEYOND_A_SCHEMA = [positive_data_acceptance]
 
 
 @pytest.fixture(scope="module")
-def api():
+def url():
     made = served("Hello!")
     metrics = Metrics(made.engine.stats)
     add_metrics(made.app, metrics)
     app = observed(guarded(made.app, GuardSettings(), logs.report), [metrics.observe])
-    with live(app) as url:
-        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+    with live(app) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def api(url):
+    return schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
 MODELS = ["base", "sql", "sql:0.7+chat:0.3", "base:chat", "nobody"]
@@ -63,3 +69,13 @@ def test_every_request_is_answered_as_the_page_says(api, label):
         case.call_and_validate(excluded_checks=BEYOND_A_SCHEMA)
 
     answered()
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t", "\x00", "a\r\nset-cookie: b", "é", " a ", "a" * 60])
+def test_a_field_of_any_name_can_be_told_in_a_header(url, name):
+    """A header that ends with a space, or holds a line end, is none: the connection would end without an answer."""
+    body = {"model": "base", "prompt": "x", "max_tokens": 1, name: 1}
+    answer = httpx2.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == 200
+    assert answer.headers["x-lorakit-warning"].startswith("not used: ")
+    assert "set-cookie" not in answer.headers

@@ -12,6 +12,9 @@ from served_adapters import write
 from served_app import HELLO, ids, root, served, tokenizer
 
 from lorakit.serve.engine import Stats
+from lorakit.serve.guard.hub import Hub
+from lorakit.serve.guard.roots import Roots
+from lorakit.serve.locations import Locations
 
 
 def test_models_lists_base_and_adapters_for_the_openai_client():
@@ -87,6 +90,14 @@ def test_bad_loads_are_400(body: Any, param: str):
     assert answer.json()["error"]["param"] == param
     assert str(root()) not in answer.text
     assert not app.engine.loaded
+
+
+def test_a_hub_id_that_may_not_be_loaded_names_its_field():
+    app = served()
+    app.registry.locations = Locations(Roots(()), Hub(["team"]))
+    answer = app.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "other/sql"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_path")
+    assert "--hub other" in answer.json()["error"]["message"]
 
 
 def test_tokens_of_a_prompt_and_of_messages_and_back():

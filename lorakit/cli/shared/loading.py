@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from ...data.templates import ChatOptions, Style
 
 
-def named(adapters: list[str]) -> dict[str, str]:
-    """Parse `NAME=PATH` or `PATH` (named "adapter", "adapter2", ...) into {name: path}.
+def named(adapters: list[str], name_of: Callable[[str], str] | None = None) -> dict[str, str]:
+    """Parse `NAME=PATH` or `PATH` into {name: path}.
 
-    ConfigError if a name occurs twice.
+    name_of: gives the name of a path alone; default: "adapter", "adapter2", ... ConfigError if a name occurs twice.
     """
     paths: dict[str, str] = {}
     for argument in adapters:
         name, sep, path = argument.partition("=")
         if not sep:
-            name, path = "adapter" if not paths else f"adapter{len(paths) + 1}", argument
+            name, path = f"adapter{len(paths) + 1}" if paths else "adapter", argument
+            name = name if name_of is None else name_of(path)
         if name in paths:
             raise ConfigError(f"--adapter: two adapters are named '{name}'\n  give each its own: NAME=PATH")
         paths[name] = path

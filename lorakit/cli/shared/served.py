@@ -14,7 +14,7 @@ from .output import output, say
 from .starting import starting
 
 if TYPE_CHECKING:
-    from ...serve.client import Client
+    from ...serve.client import Client, Served
     from ...tasks.metrics.texts import Compared
 
 Server = Annotated[
@@ -76,18 +76,22 @@ def evaluate_on_server(
         from ...data.read import read_rows
         from ...data.shapes import read_examples
         from ...data.split_text import answered, without_text
-        from ...evaluate.served import chosen_models, evaluate_served, questions_of
+        from ...evaluate.served import check_unlisted, chosen_models, evaluate_served, questions_of
         from ...serve.client import Asking
 
         rows = [*answered(read_rows(data, split, limit, dict(columns) if columns else None), answer_after, columns)]
         _, examples = read_examples(rows, without_text(columns) if answer_after else columns)
     with connected(url, adapters, unused) as client:
-        models = chosen_models(client.models(), None if model == DEFAULT_MODEL else model, adapters)
+        served = client.models()
+        models = chosen_models(served, None if model == DEFAULT_MODEL else model, adapters)
+        questions = questions_of(examples, continued=template == "none")
+        if questions:
+            check_unlisted(client, served, models, questions[0])
         console = output()
         with console.status("asking") as status:
             report = evaluate_served(
                 client,
-                questions_of(examples, continued=template == "none"),
+                questions,
                 models,
                 Asking(max_tokens=max_new_tokens, temperature=0.0),
                 samples=samples,
@@ -103,6 +107,9 @@ def evaluate_on_server(
         console.print(table)
     console.print(report.table())
     say("a server answers with text alone: loss and perplexity are measured by lorakit eval without --server")
+    from .next import command
+
+    say(f"next: {command('chat', server=url, adapter=list(adapters))}")
 
 
 def _counting(show: Callable[[str], Any]) -> Callable[[str, int], None]:
@@ -135,9 +142,11 @@ def chat_with_server(
         from ...evaluate.served import chosen_models
         from ...serve.client import Asking
     with connected(url, adapters, unused) as client:
-        names = chosen_models(client.models(), None if model == DEFAULT_MODEL else model, adapters)
+        served = client.models()
+        names = chosen_models(served, None if model == DEFAULT_MODEL else model, adapters)
         base, current = names[0], names[-1]
         say(f"{current} at {url}. {commands}.")
+        _say_unlisted(current, served)
         opening = [{"role": "system", "content": system}] if system else []
         history = list(opening)
         while True:
@@ -151,6 +160,7 @@ def chat_with_server(
                 return
             if word == "/adapter" and rest.strip():
                 current = rest.strip()
+                _say_unlisted(current, served)
             elif word == "/base":
                 current = base
             elif word == "/reset":
@@ -169,3 +179,12 @@ def chat_with_server(
                     history += [question, {"role": "assistant", "content": answer}]
                 except LorakitError as error:
                     print(f"{chr(10) if answer else ''}lorakit: {error}")
+
+
+def _say_unlisted(name: str, served: Sequence[Served]) -> None:
+    """Say that a server does not list a name, which may be a mix, or one that it loads on first use."""
+    from ...errors import did_you_mean
+
+    listed = [model.name for model in served]
+    if name not in listed:
+        say(f"note: the server does not list '{name}'{did_you_mean(name, listed)}")

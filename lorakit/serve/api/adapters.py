@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 from ...errors import AdapterError, ConfigError, StateError
+from ..errors import UnknownAdapter
 from ..names import check_name
 from ..service import Service
 from .errors import ApiError
@@ -34,12 +35,19 @@ def router(service: Service) -> APIRouter:
             raise ApiError(str(error), "lora_name", "name_taken") from error
         except AdapterError as error:
             raise ApiError(str(error), "lora_path", "adapter_refused") from error
+        except ConfigError as error:
+            raise ApiError(str(error), "lora_path") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter", responses={200: OK, **ERRORS}, response_model=None)
     async def unload_lora_adapter(request: UnloadRequest) -> Response:
         """Forget an adapter once its requests are done; new ones are refused at once."""
-        freed = await registry.unload(request.lora_name)
+        if request.lora_name in registry.base_names:
+            raise ApiError(f"'{request.lora_name}' is the base, which stays\n  give an adapter's name", "lora_name")
+        try:
+            freed = await registry.unload(request.lora_name)
+        except UnknownAdapter as error:
+            raise ApiError(str(error), "lora_name", "model_not_found", 404) from error
         return PlainTextResponse(
             f"Success: LoRA adapter '{request.lora_name}' removed successfully ({freed:,} bytes freed)."
         )

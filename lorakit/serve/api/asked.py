@@ -68,7 +68,7 @@ def _warning(request: Sampled) -> str:
     shown = []
     for name in names[:NAMES_IN_WARNING]:
         close = nearest(name, known) if len(name) < 40 else None
-        shown.append(name[:40] + (f" (did you mean {close}?)" if close else ""))
+        shown.append((name[:40].strip() or "''") + (f" (did you mean {close}?)" if close else ""))
     if len(names) > NAMES_IN_WARNING:
         shown.append(f"{len(names) - NAMES_IN_WARNING} more")
     return f"not used: {', '.join(shown)}" if shown else ""

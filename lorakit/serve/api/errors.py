@@ -38,8 +38,10 @@ log = logging.getLogger("lorakit.serve")
 
 # The request's field behind each ability that an engine may lack.
 FIELDS = {"mix": "model", "scale": "lorakit.scale", "schema": "response_format", "repetition": "repetition_penalty"}
-# Errors of the renderer begin with the place in the request that is wrong, such as messages[2].content.
-FIELD_AT_START = re.compile(r"(messages|prompt|tools|tool_choice|response_format|chat_template_kwargs)\b[\w.$\[\]]*")
+# Errors of the renderer and of names begin with the place in the request that is wrong, such as messages[2].content.
+FIELD_AT_START = re.compile(
+    r"(messages|prompt|tools|tool_choice|response_format|chat_template_kwargs)\b[\w.$\[\]]*|model(?=:)|lorakit\.scale\b"
+)
 NO_RETRY = {"x-should-retry": "false"}
 SHOWN = 60  # characters of a wrong value in a message
 
@@ -167,6 +169,11 @@ def validation(problems: Sequence[Mapping[str, Any]], given: object) -> ApiError
         return ApiError(f"{param} is missing", param)
     if items[0]["type"] == "extra_forbidden":
         return ApiError(f"{param} is not known", param)
+    if items[0]["type"] in ("too_short", "too_long"):
+        bounds = items[0]["ctx"]
+        most = "at least" if "min_length" in bounds else "at most"
+        bound, count = bounds.get("min_length", bounds.get("max_length")), bounds["actual_length"]
+        return ApiError(f"{param}: expected {most} {bound} item{'' if bound == 1 else 's'}, not {count}", param)
     # A nested body is a model to pydantic, and an object to the caller.
     items = [{**item, "type": "dict_type"} if item["type"] == "model_attributes_type" else item for item in items]
     value = items[0].get("input")

@@ -111,8 +111,8 @@ class AboutModel(TypedDict):
 
     status: Literal["registered", "ready", "failed"]
     version: str | None  # the first characters of the hash of an adapter's contents
-    rank: int
-    bytes: int
+    rank: int | None
+    bytes: int | None
     pinned: bool
     running: int
     problem: str | None

@@ -52,8 +52,8 @@ def adapter(service: Service, card: Card) -> ModelObject:
     about: AboutModel = {
         "status": card.status,
         "version": None if card.key is None else card.key[:12],
-        "rank": card.rank,
-        "bytes": card.size,
+        "rank": None if card.key is None else card.rank,
+        "bytes": None if card.key is None else card.size,
         "pinned": card.pinned,
         "running": card.running,
         "problem": card.problem,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import did_you_mean
+
 CHAT = "/v1/chat/completions"
 # The first part of a path below /v1: what to use instead, or "" if nothing here does it.
 NOT_HERE = {
@@ -57,6 +59,20 @@ REFUSED = {
 }
 
 
+# What a mistyped path may have been meant for.
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/tokenize",
+    "/detokenize",
+    "/health",
+    "/metrics",
+)
+
+
 def missing(path: str) -> str:
     """Say why a path answers 404."""
     parts = path.strip("/").split("/")
@@ -66,7 +82,8 @@ def missing(path: str) -> str:
         return f"lorakit does not serve {path[:100]}" + (f"; use {instead}" if instead else "")
     if path.rstrip("/") in ("/chat/completions", "/completions", "/models"):
         return f"no such path: {path}; the API's paths begin with /v1, so the client's base URL must end with /v1"
-    return f"no such path: {path[:100]}; /openapi.json lists those there are"
+    hint = did_you_mean(path[:100], PATHS)
+    return f"no such path: {path[:100]}{hint or '; /openapi.json lists those there are'}"
 
 
 def not_used(extra: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, Strict, model_validator
 
+from ...errors import did_you_mean, listing
 from .errors import ApiError
 
 Int = Annotated[int, Strict()]
@@ -54,6 +55,15 @@ class Ours(BaseModel):
     """What OpenAI's API has no field for."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        wrong = [name for name in given if name not in cls.model_fields] if isinstance(given, dict) else []
+        if wrong:
+            hint = did_you_mean(str(wrong[0]), cls.model_fields) or f"; expected {listing(cls.model_fields)}"
+            raise ApiError(f"lorakit.{str(wrong[0])[:60]} is not known{hint}", f"lorakit.{wrong[0]}")
+        return given
 
     scale: Number | None = Field(None, description="factor on the adapter's change; 0 is the base, 1 as trained")
 

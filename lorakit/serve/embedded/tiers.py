@@ -308,6 +308,7 @@ class Tiers:
                     self._shelves.detach(entry, self._loader)
                 freed = self._shelves.drop(entry)
                 entry.prepared = None
+                self._new.pop(key, None)
                 del self._leaving[key], self._entries[key]
                 assert entry.unloaded is not None
                 entry.unloaded.set_result(freed)

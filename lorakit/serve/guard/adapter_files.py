@@ -108,11 +108,16 @@ def _checked_weights(path: Path, rules: FileRules) -> list[str]:
                 )
             file.seek(8)
             return _names(path, file.read(length))
+        if head[8:9] == b"{" and path.suffix == ".safetensors":
+            raise AdapterError(
+                f"{path} is cut short: its header has {length:,} bytes, and the file {size:,}\n"
+                "  copy it again, or ask whoever made it"
+            )
     if _is_archive(path):
         if not rules.archives:
             raise AdapterError(f"{path} is numpy's archive, which is not loaded over HTTP{_CONVERT}")
     elif path.suffix in (".safetensors", ".gguf", ".npz"):
-        raise AdapterError(f"{path} is not a readable {path.suffix} file: its first bytes are others'")
+        raise AdapterError(f"{path} is not a readable {path.suffix} file: its first bytes are not those of one")
     elif not rules.pickles:
         allow = ", or start the server with --allow-pickle" if rules.trusted else ""
         raise AdapterError(f"{path} is a pickle, which can hold code, and is not loaded here{_CONVERT}{allow}")

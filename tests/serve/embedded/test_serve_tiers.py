@@ -240,6 +240,23 @@ def test_unload_waits_for_its_requests_refuses_new_ones_and_frees(model, first):
     assert tiny.same_bits(tiny.bits(model), tiny.bits(tiny.llama()))
 
 
+def test_one_that_is_unloaded_before_it_was_ever_attached_is_gone(model, first):
+    tiers = Tiers(model, device=2)
+
+    async def go():
+        await passes(tiers, tiers.load("stays", Given(of_rank(2, 1, first))))
+        loading = asyncio.ensure_future(tiers.load("a", Given(first)))
+        while not loading.done():  # beside others it is built aside, and loaded before the next pass
+            await asyncio.sleep(0.001)
+        (freed,) = await passes(tiers, tiers.unload("a"))
+        assert freed > 0
+        assert tiers.stats().on_device == 1
+        assert tiers.stats().in_memory == 0
+
+    run(go())
+    assert lk.adapters(model) == ["stays"]
+
+
 def test_one_that_is_loaded_again_while_it_is_being_unloaded_stays(model, first):
     tiers = Tiers(model, device=2)
 
