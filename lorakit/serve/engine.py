@@ -12,7 +12,7 @@ is known here by its content alone: a file that changes gets another key, so no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -114,7 +114,9 @@ class Stats:
     memory_bytes: int = 0  # of those in memory, now
     loads: int = 0  # adapters brought to the device
     evictions: int = 0
-    last_step: float | None = None  # time.monotonic() of the last step's end; None before the first
+    # time.monotonic() of the last sign that it computes: the end of a step or of a chunk of a prompt, or the admission
+    # of a request after it was idle. None before the first.
+    last_step: float | None = None
     alive: bool = True
 
 
@@ -133,10 +135,10 @@ class Engine(Protocol):
     """What `embedded` and `vllm` do. All methods are called in the event loop's thread."""
 
     async def start(self) -> Facts:
-        """Be ready for `submit`. Raises LorakitError."""
+        """Be ready for `submit`. Raises LorakitError; `stop` then frees what was begun."""
 
     def submit(self, work: Work) -> Ticket:
-        """Queue a request. Raises Busy, UnknownAdapter (a key that is not loaded), and what `check` raises.
+        """Queue a request. Raises Busy, Stopping, UnknownAdapter (a key that is not loaded), and what `check` raises.
 
         From here on `unload` waits for it. What shows only later (a schema that cannot be compiled) is raised by the
         ticket, before its first piece.
@@ -160,7 +162,7 @@ class Engine(Protocol):
         """Refuse new work, give running requests `drain` seconds, cancel the rest, and free what is held."""
 
 
-def choice_of(parts: Sequence[tuple[str, float]]) -> Choice:
+def choice_of(parts: Iterable[tuple[str, float]]) -> Choice:
     """Return a choice with each key once, in a fixed order, without those of weight 0: equal ones are the same then.
 
     The weights of a key that is named more than once are added up.

@@ -21,7 +21,7 @@ from engine_running import BASE, GREEDY, LONG, MIX, ONE, PROMPT, A, B, answered,
 import lorakit as lk
 from lorakit.bases.load import load_model
 from lorakit.serve.engine import Choice, Engine, Piece, Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, Stopping, TooLong
 from lorakit.serve.ticket import Ticket
 
 running, slow = engine_running.running, engine_running.slow
@@ -288,7 +288,11 @@ def test_stopping_lets_running_requests_end(running):
         await engine.start()
         task = asyncio.create_task(answered(engine, Work(PROMPT, BASE, GREEDY)))
         await asyncio.sleep(0)
-        await engine.stop(drain=20)
+        stopping = asyncio.create_task(engine.stop(drain=20))
+        await asyncio.sleep(0)
+        with pytest.raises(Stopping):
+            engine.submit(Work(PROMPT, BASE, GREEDY))
+        await stopping
         return await task
 
     pieces = running.run(scenario())

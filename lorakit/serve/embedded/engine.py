@@ -8,11 +8,11 @@ facts = await engine.start()
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Ability, Facts, Source, Stats, Work, check, choice_of
-from ..errors import Busy, EngineFailed
+from ..errors import Busy, EngineFailed, Stopping, without_traceback
+from ..threads import in_thread
 from ..ticket import Ticket
 from .loop import Loop
 from .request import Request
@@ -56,14 +56,13 @@ class EmbeddedEngine:
         self.facts = Facts(base, self.runner.context, self.runner.vocabulary, can, MAX_LOGPROBS)
         self._loop: Loop | None = None
         self._stopping = False
-        self._compiling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Facts:
         """Start the thread that computes. See `Engine.start`."""
         if self._loop is not None or self._stopping:
             raise EngineFailed("the engine was started before\n  make another one", heals=False)
         loop = Loop(self.runner, self.tiers, self.prefixes, rows=self.rows, to=asyncio.get_running_loop())
-        self.tiers.wake = loop.wake
+        self.tiers.wake, self.tiers.has_gone = loop.wake, self.prefixes.forget
         loop.start()
         self._loop = loop
         return self.facts
@@ -74,7 +73,7 @@ class EmbeddedEngine:
         check(work, self.facts)
         check_sampling(work.sampling, self.facts.vocabulary)
         if self._stopping:
-            raise Busy("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
+            raise Stopping("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
         if len(loop.open) >= self.rows + self.waiting:
             after = min(max(loop.counters.seconds_each / self.rows, 0.5), 60.0)
             raise Busy(
@@ -93,9 +92,8 @@ class EmbeddedEngine:
         if work.sampling.schema is None:
             loop.give(request)
         else:
-            task = asyncio.create_task(self._with_grammar(loop, request, work.sampling.schema))
-            self._compiling.add(task)
-            task.add_done_callback(self._compiling.discard)
+            request.compiling = asyncio.create_task(self._with_grammar(loop, request, work.sampling.schema))
+            loop.wake()  # it keeps the deadline meanwhile
         if loop.failed is not None:  # since the check above; its thread may not have seen this request
             request.ticket.put(loop.failed)
         return request.ticket
@@ -107,10 +105,8 @@ class EmbeddedEngine:
 
     async def unload(self, key: str) -> int:
         """Forget an adapter once its requests are done. See `Engine.unload`."""
-        loop = self._running()
-        freed = await self.tiers.unload(key)
-        loop.call(partial(self.prefixes.forget, key))
-        return freed
+        self._running()
+        return await self.tiers.unload(key)
 
     def stats(self) -> Stats:
         """Return counts as of now."""
@@ -140,8 +136,9 @@ class EmbeddedEngine:
         loop.cancel_all()
         await _emptied(loop, 60.0)  # within a step, unless the thread is stuck in one
         self._loop = None
-        await asyncio.to_thread(loop.close)
-        self.tiers.close()
+        # A step may be stuck, and detaching takes a while.
+        await in_thread(loop.close, "lorakit-close")
+        await in_thread(self.tiers.close, "lorakit-close")
         if self.grammars is not None:
             self.grammars.close()
 
@@ -159,7 +156,7 @@ class EmbeddedEngine:
         if loop is None:
             raise EngineFailed("the engine is not running\n  call start() first; a stopped one does not start again")
         if loop.failed is not None:
-            raise loop.failed
+            raise without_traceback(loop.failed)
         return loop
 
 

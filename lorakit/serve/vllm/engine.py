@@ -21,7 +21,7 @@ from collections import deque
 
 from ...errors import LorakitError
 from ..engine import Ability, Facts, Piece, Source, Stats, Work, check
-from ..errors import Busy, Cannot, EngineFailed
+from ..errors import Busy, Cannot, EngineFailed, Stopping
 from ..ticket import Ticket
 from .adapters import Adapters
 from .argv import MAX_LOGPROBS, VllmSettings, rank_flag
@@ -157,7 +157,7 @@ class VllmEngine:
         """Raise for what can be refused without asking vLLM."""
         assert self._facts is not None
         if self._stopping:
-            raise Busy(STOPPING, retry_after=10.0)
+            raise Stopping(STOPPING, retry_after=10.0)
         if not self._child.alive:
             _ = self._child.client  # raises, with the reason
         check(work, self._facts)

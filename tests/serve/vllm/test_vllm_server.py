@@ -100,10 +100,8 @@ def test_json_schemas_and_logprobs_go_through(client):
 def test_loading_over_http_reaches_vllm_and_unloading_too(client):
     loaded = client("POST", "/v1/load_lora_adapter", {"lora_name": "again", "lora_path": "chat"})
     assert loaded.status_code == 200, loaded.text
-    assert completion(client, "again").json() | {"id": 0, "model": 0} == completion(client, "chat").json() | {
-        "id": 0,
-        "model": 0,
-    }
+    again, chat = (completion(client, name).json() for name in ("again", "chat"))
+    assert (again["choices"], again["usage"]) == (chat["choices"], chat["usage"])
     assert client("POST", "/v1/unload_lora_adapter", {"lora_name": "again"}).status_code == 200
     assert completion(client, "again").status_code == 404
 
