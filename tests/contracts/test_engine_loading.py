@@ -108,6 +108,22 @@ def test_unloading_waits_for_requests_and_refuses_new_ones(running, slow):
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_unloading_waits_for_a_request_that_was_accepted_just_now(running, weight):
+    key = "f0" * 32
+    choice: Choice = ((key, weight),)
+    running.run(running.engine.load(key, ValueSource("leaving", engine_cases.made(6))))
+    alone = ids_of(running.answer(choice=choice))
+
+    async def scenario() -> list[Piece]:
+        ticket = running.engine.submit(Work(PROMPT, choice, GREEDY))
+        async with asyncio.timeout(20):
+            await running.engine.unload(key)  # no task of the engine's has run since
+        return await collected(ticket)
+
+    assert ids_of(running.run(scenario())) == alone
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
 def test_unloading_waits_for_a_request_that_hangs_up(running, slow, weight):
     key = "f1" * 32
     running.run(running.engine.load(key, ValueSource("leaving", engine_cases.made(6))))
