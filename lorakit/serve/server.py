@@ -3,8 +3,8 @@
     listener = listen("127.0.0.1", 8000)            # first: a port that is taken is an error at once
     run(listener, start, drain=20, ready=print_it, stopped=say_so)       # ends the process
 
-SIGTERM or SIGINT: no new connections, running answers get `drain` seconds, the rest is cancelled and ends with its
-finish reason. A second signal ends the process at once.
+SIGTERM or SIGINT: no new connections, running answers get `drain` seconds, the rest is cancelled and ends with an
+error. A second signal ends the process at once.
 """
 
 from __future__ import annotations
