@@ -35,6 +35,7 @@ NAMES = {
     "dora": "DoRA against LoRA, lorakit's and PEFT's",
     "starts": "PiSSA and OLoRA, lorakit's and PEFT's",
     "products": "LoHa, LoKr, VeRA and adapted attention, lorakit's and PEFT's",
+    "serve": "the server's engine, against transformers and PEFT; HTTP; cold adapters",
     "plan": "predicted against measured memory",
     "requantize": "what is left of an adapter when merged weights are quantized again, against PEFT",
 }

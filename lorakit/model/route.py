@@ -75,7 +75,7 @@ def route(
     chosen = tuple(_resolve(state, f"{per} {n}", choice, resolved, holders) for n, choice in enumerate(choices))
     if state.routes is None:
         adapted = dict.fromkeys(m for attached in state.adapters.values() for m in attached.modules)
-        state.routes = Routes({layer_at(model, m): m for m in adapted}, state.expected)
+        state.routes = Routes({layer_at(model, m): m for m in adapted}, state.expected, state.fixed)
     routes = state.routes
     routing = routes.routing(Chosen(chosen, repeat, per == "token"))
     in_use = [n for n in state.active if state.adapters[n].saved]
@@ -99,15 +99,19 @@ def route(
             use_saved(model, state, in_use)
 
 
-def expect(model: Any, adapters: int) -> None:
+def expect(model: Any, adapters: int, fixed: bool = False) -> None:
     """Say how many adapters will be attached at once at most, so that `route` has room for them from the start.
 
-    Holds until the last one is detached. Raises StateError if none is attached.
+    fixed: from now on, neither their values nor the model's own change while they are attached, so that `route` need
+    not look for changes in every layer. Holds until the last one is detached. Raises StateError if none is attached.
     """
     state = state_of(as_module(model))
-    state.expected = adapters
     if state.routes is not None:
-        state.routes.stacks.expected = adapters
+        stacks = state.routes.stacks
+        if fixed and not state.fixed:
+            stacks.of.clear()  # what is in them may have changed since
+        stacks.expected, stacks.fixed = adapters, fixed
+    state.expected, state.fixed = adapters, fixed
 
 
 def _rows_of_saved(

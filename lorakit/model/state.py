@@ -68,6 +68,7 @@ class State:
     routing: Routing | None = None  # set inside `route`
     routes: Routes | None = None  # cached by `route` between batches
     expected: int = 0  # how many adapters may be attached at once, see `route.expect`
+    fixed: bool = False  # whether attached values never change, see `route.expect`
     vocabularies: dict[str, Vocabulary] = field(default_factory=dict)  # text encoders whose tokens were added to
     own_attention: bool = False  # transformers' attention is `layers.fused.attention`
 

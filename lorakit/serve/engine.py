@@ -138,7 +138,7 @@ class Engine(Protocol):
         """Be ready for `submit`. Raises LorakitError; `stop` then frees what was begun."""
 
     def submit(self, work: Work) -> Ticket:
-        """Queue a request. Raises Busy, UnknownAdapter (a key that is not loaded), and what `check` raises.
+        """Queue a request. Raises Busy, Stopping, UnknownAdapter (a key that is not loaded), and what `check` raises.
 
         From here on `unload` waits for it. What shows only later (a schema that cannot be compiled) is raised by the
         ticket, before its first piece.

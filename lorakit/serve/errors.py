@@ -13,6 +13,10 @@ class Busy(LorakitError):
         self.retry_after = retry_after
 
 
+class Stopping(Busy):
+    """The server stops: what it answers is cut off, and it takes no more."""
+
+
 class TooLong(LorakitError, ValueError):
     """The prompt and its answer have more tokens than the context holds."""
 

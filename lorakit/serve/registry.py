@@ -189,7 +189,7 @@ class Registry:
         except UnknownAdapter:
             if not self._scan.is_near():
                 raise
-        await self._scan.next()  # for a folder that was put there since
+        await self._scan.next()  # for a folder that was put there meanwhile
         return names.parse(model, self._entries, self.base_names)
 
     def _check_ability(self, parts: names.Parts) -> None:

@@ -181,8 +181,8 @@ def test_it_can_be_stopped_while_it_starts(process):
 def test_a_client_that_does_not_read_holds_up_nobody(process):
     server = process("0", "0.2")
     host, port = server.first.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as deaf:
-        deaf.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    with socket.create_connection((host, int(port))) as silent:
+        silent.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0.3)
         assert httpx2.get(server.first).text == "ok"
         code, _, seconds = server.stop(signal.SIGTERM)

@@ -20,6 +20,7 @@ from ...ops.shared_mask import mask_for
 from ..frozen import frozen_linear
 from .groups import group
 from .routes import Routing
+from .stacks import Stack
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
@@ -87,10 +88,16 @@ def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tens
     stack = routing.stack(layer, y)
     if stack is None:
         return y
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _with_stack(layer, routing, tokens, stack, y, x)
+    return _with_stack(layer, routing, tokens, stack, y, x)
+
+
+def _with_stack(layer: LoraLayer, routing: Routing, tokens: int, stack: Stack, y: Tensor, x: Tensor) -> Tensor:
     gains = routing.stacked_gains(layer)
-    with torch.no_grad():
-        y = _gained(layer, routing, gains, tokens, y) if gains else _writable(layer, y)
-        routing.add(stack, tokens, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype))
+    y = _gained(layer, routing, gains, tokens, y) if gains else _writable(layer, y)
+    routing.add(stack, tokens, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype))
     return y
 
 

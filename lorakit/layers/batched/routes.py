@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import StateError
 from ...ops.batched import sampled, stacked
 from ...ops.batched.sampled import Pattern, add_sampled
-from ...ops.batched.schedule import Row, Schedule, in_place, runs, schedule_rows
+from ...ops.batched.schedule import Row, Schedule, gathered_already, in_place, runs, schedule_rows
 from ...ops.batched.segments import Segments, segments
 from .stacks import Order, Stack, Stacks, Uses
 
@@ -38,13 +38,27 @@ class Chosen(NamedTuple):
     per_token: bool = False
 
 
-class Routes:
-    """What `route` caches on a model between batches. `names`: layer -> full name; `expected`: see `Stacks`."""
+class OfChildren(NamedTuple):
+    """What depends on which adapters a batch uses, and not on its rows: a server's rows change at most steps."""
 
-    def __init__(self, names: dict[LoraLayer, str], expected: int = 0):
+    children: frozenset[str]
+    uses: dict[LoraLayer, Uses]
+    unpaired: dict[LoraLayer, list[str]]
+
+    def forget(self, layer: LoraLayer) -> None:
+        """Drop what is cached for a layer."""
+        self.uses.pop(layer, None)
+        self.unpaired.pop(layer, None)
+
+
+class Routes:
+    """What `route` caches on a model between batches. `names`: layer -> full name; `expected`, `fixed`: see `Stacks`."""
+
+    def __init__(self, names: dict[LoraLayer, str], expected: int = 0, fixed: bool = False):
         self.names = names
-        self.stacks = Stacks(expected)
+        self.stacks = Stacks(expected, fixed)
         self.last: dict[Chosen, Routing] = {}
+        self._of: dict[frozenset[str], OfChildren] = {}
 
     def __reduce__(self):
         return type(None), ()  # a copy of the model builds its own
@@ -59,6 +73,14 @@ class Routes:
         self.stacks.begin(routing.children)
         return routing
 
+    def of_children(self, children: frozenset[str]) -> OfChildren:
+        """Return what is cached for batches that use these adapters."""
+        found = self._of.pop(children, None) or OfChildren(children, {}, {})
+        while len(self._of) >= 8:
+            del self._of[next(iter(self._of))]
+        self._of[children] = found
+        return found
+
     def attached(self, child: str, names: Mapping[LoraLayer, str]) -> None:
         """Note that an adapter was attached to these layers. `names`: layer -> full name."""
         for layer, name in names.items():
@@ -71,12 +93,13 @@ class Routes:
         `still_adapted`: the layers that have other adapters.
         """
         self.last = {chosen: routing for chosen, routing in self.last.items() if child not in routing.children}
+        self._of = {children: of for children, of in self._of.items() if child not in children}
         for layer, rank in ranks.items():
             self.stacks.forget(layer, child, rank, last=layer not in still_adapted)
             if layer not in still_adapted:
                 del self.names[layer]
-                for routing in self.last.values():
-                    routing.forget(layer)
+                for of in (*self._of.values(), *(routing.of_children for routing in self.last.values())):
+                    of.forget(layer)
 
 
 class Routing:
@@ -87,24 +110,22 @@ class Routing:
         self.choices, self.repeat, self.per_token = chosen
         self.children = list(dict.fromkeys(child for choice in self.choices for child, _ in choice))
         self.groups = _groups(self.choices)
+        self.of_children = routes.of_children(frozenset(self.children))
         self._shared: dict[tuple, Any] = {}
-        self._uses: dict[LoraLayer, Uses] = {}
-        self._unpaired: dict[LoraLayer, list[str]] = {}
 
     def __reduce__(self):
         return type(None), ()  # a copy of the model is not inside `route`
 
-    def forget(self, layer: LoraLayer) -> None:
-        """Drop what is cached for a layer."""
-        self._uses.pop(layer, None)
-        self._unpaired.pop(layer, None)
-
     def unpaired(self, layer: LoraLayer) -> list[str]:
         """Return the adapters whose update of this layer is not a pair of matrices."""
-        children = self._unpaired.get(layer)
+        children = self.of_children.unpaired.get(layer)
         if children is None:
             modules = layer._modules
-            children = self._unpaired[layer] = [c for c in self.children if c in modules and not modules[c].width]
+            children = self.of_children.unpaired[layer] = (
+                []
+                if self.routes.stacks.has(layer, self.of_children.children)
+                else [c for c in self.children if c in modules and not modules[c].width]
+            )
         return children
 
     def tokens(self, layer: LoraLayer, x: Tensor) -> int:
@@ -271,19 +292,20 @@ class Routing:
 
     def stack(self, layer: LoraLayer, y: Tensor) -> Stack | None:
         """Return the layer's stack with all adapters of this batch in it; None if none of them is on this layer."""
-        uses, stacks = self._uses.get(layer), self.routes.stacks
+        uses, stacks = self.of_children.uses.get(layer), self.routes.stacks
         if uses is not None and uses.stack is stacks.of.get(layer) and uses.stack.fits(y) and uses.valid():
             return uses.stack
-        modules = layer._modules
-        children = [c for c in self.children if c in modules and modules[c].width]
+        modules, children = layer._modules, self.children
+        if not stacks.has(layer, self.of_children.children):
+            children = [c for c in children if c in modules and modules[c].width]
         if not children:
             return None
-        uses = self._uses[layer] = stacks.uses(layer, children, y, self.routes.names)
+        uses = self.of_children.uses[layer] = stacks.uses(layer, children, y, self.routes.names)
         return uses.stack
 
     def stacked_gains(self, layer: LoraLayer) -> Mapping[str, Tensor]:
         """Return g [out] of each adapter of the batch that has one, as they were when `stack` returned."""
-        return self._uses[layer].gains
+        return self.of_children.uses[layer].gains
 
     def weights(self, children: Sequence[str], like: Tensor) -> Tensor:
         """Return the weights of these adapters in each choice: [choices, adapters], in the dtype of `like`."""
@@ -298,7 +320,7 @@ class Routing:
     def add(self, stack: Stack, tokens: int, y: Tensor, x: Tensor) -> None:
         """Add the updates to y in place. y: [N, out], contiguous, x: [N, in]; `tokens`: of each row."""
         size = x.shape[1] + y.shape[1]
-        key = (stack.layout, tokens, size, y.dtype, y.device)
+        key = (stack.layout, tokens, size, stack.dtype, stack.device)
         if key not in self._shared:
             self._shared[key] = self._plan(stack, tokens, size, y)
         plan, order = self._shared[key]
@@ -321,6 +343,8 @@ class Routing:
             if key not in self._shared:
                 self._shared[key] = sampled.pattern(rows, spans, tokens, layout.capacity, y)
             return self._shared[key], None
+        if gathered_already(rows, y):
+            return runs(rows, spans, tokens), None
         ordered = ("order", layout, y.device)
         if ordered not in self._shared:
             self._shared[ordered] = Order(layout, children, y.device)

@@ -152,6 +152,19 @@ def in_place(rows: Sequence[Row], tokens: int) -> bool:
     return len(rows) * tokens >= GATHER_BELOW * sum(1 for _ in itertools.groupby(rows))
 
 
+def gathered_already(rows: Sequence[Row], like: Tensor) -> bool:
+    """Whether all rows of each adapter are adjacent, and a call costs so little that each may have its own.
+
+    Prompts that are prefilled together are such rows. Then gathering only makes calls fewer, for two copies of the rows
+    and one of the factors: in float32, eight rows of 8 to 32 tokens took 1.15 to 1.25 times as long so, at widths 256,
+    512 and 2048. In bfloat16, where a call costs more, they took 0.4 to 1.1 times as long.
+    """
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        return False
+    used = [k for row, _ in itertools.groupby(rows) for k, _ in row]
+    return len(used) == len(set(used))
+
+
 def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Schedule:
     """Schedule each run of equal rows in place, one adapter at a time. `spans`: each adapter's ranks in the stack."""
     chunks, start = [], 0

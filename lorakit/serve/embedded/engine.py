@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Ability, Facts, Source, Stats, Work, check, choice_of
-from ..errors import Busy, EngineFailed, without_traceback
+from ..errors import Busy, EngineFailed, Stopping, without_traceback
 from ..threads import in_thread
 from ..ticket import Ticket
 from .loop import Loop
@@ -73,7 +73,7 @@ class EmbeddedEngine:
         check(work, self.facts)
         check_sampling(work.sampling, self.facts.vocabulary)
         if self._stopping:
-            raise Busy("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
+            raise Stopping("the server is stopping\n  ask another one, or again when it is back", retry_after=5.0)
         if len(loop.open) >= self.rows + self.waiting:
             after = min(max(loop.counters.seconds_each / self.rows, 0.5), 60.0)
             raise Busy(

@@ -61,7 +61,7 @@ class Shelves:
         """Attach an adapter that is at hand. Raises what building raises, if that was left to this."""
         assert entry.prepared is not None
         entry.prepared.attach(self.model)
-        expect(self.model, self.places)
+        expect(self.model, self.places, fixed=True)
         self.device[entry.key] = self.built.pop(entry.key)
         self._unsettled.pop(entry.key, None)
         entry.size = entry.prepared.bytes

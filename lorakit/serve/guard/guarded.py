@@ -49,7 +49,7 @@ def bounded_crowd(app: App, most: int) -> App:
             return
         if open_now >= most:
             message = f"{most:,} requests are under way, which is all this server takes; ask again in a second"
-            await refuse(send, 429, message, "too_many_requests", kind="rate_limit_error", more={"retry-after": "1"})
+            await refuse(send, 429, message, "too_many_requests", more={"retry-after": "1"})
             return
         open_now += 1
         try:

@@ -40,10 +40,10 @@ class Hub:
     """The allowed owners (OWNER) and repositories (OWNER/NAME). Empty: nothing is fetched."""
 
     def __init__(self, allowed: Sequence[str] = (), most_bytes: int = 4 << 30):
-        """most_bytes: the largest adapter that is fetched. Raises ConfigError for what is no OWNER or OWNER/NAME."""
+        """most_bytes: the largest adapter that is fetched. Raises ConfigError for what is not OWNER or OWNER/NAME."""
         for name in allowed:
             if _ALLOWED.fullmatch(name) is None or ".." in name:
-                raise ConfigError(f"'{name}' is no owner or repository of the hub; expected OWNER or OWNER/NAME")
+                raise ConfigError(f"'{name}' is not an owner or a repository of the hub; expected OWNER or OWNER/NAME")
         self.allowed = frozenset(name.lower() for name in allowed)
         self.most_bytes = most_bytes
 
@@ -65,7 +65,7 @@ class Hub:
 
         found = _PLACE.fullmatch(place)
         if found is None or ".." in place:
-            raise ConfigError(f"{place[:100]!r} is no hub id; expected OWNER/NAME or OWNER/NAME@REVISION")
+            raise ConfigError(f"{place[:100]!r} is not a hub id; expected OWNER/NAME or OWNER/NAME@REVISION")
         name = HubName(found["repository"], found["revision"])
         if not self._allows(name.repository):
             raise ConfigError(

@@ -93,10 +93,10 @@ def only_with_key(app: App, keys: Keys) -> App:
             await app(scope, receive, send)
         elif uses and not keys.manage:
             message = f"{scope['path']} needs the manage key, and this server has none: start it with --manage-key-file"
-            await refuse(send, 403, message, "no_manage_key", kind="permission_error")
+            await refuse(send, 403, message, "no_manage_key")
         elif uses:
             message = f"{scope['path']} needs the manage key; the one given is for using the models"
-            await refuse(send, 403, message, "manage_key_needed", kind="permission_error")
+            await refuse(send, 403, message, "manage_key_needed")
         else:
             what = "no key was given" if given is None else "the key is not known"
             message = f"{what}; expected the header 'Authorization: Bearer KEY'"

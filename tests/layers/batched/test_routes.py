@@ -180,14 +180,16 @@ def test_dropout_is_for_training(kind):
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
 
 
-def test_what_layers_derive_from_a_batch_is_shared_by_layers_of_equal_ranks():
+@pytest.mark.parametrize("order, shared", [("ab", 3), ("aab", 3), ("aba", 4)])
+def test_what_layers_derive_from_a_batch_is_shared_by_layers_of_equal_ranks(order, shared):
     model = tiny.llama()
     for rank, name in ((2, "a"), (3, "b")):
         lk.attach(model, lk.LoraConfig(rank=rank), name=name, trainable=False)
-    with torch.no_grad(), lk.route(model, ["a", "b"]):
-        model(**tiny.example(model))
-        # of 14 layers: in + out is 32, 24 (k and v) or 40; and the adapters' order
-        assert len(model._lorakit.routing._shared) == 4
+    ids = tiny.example(model)["input_ids"][:1].expand(len(order), -1)
+    with torch.no_grad(), lk.route(model, list(order)):
+        model(ids)
+        # of 14 layers: in + out is 32, 24 (k and v) or 40; and, where rows must be gathered, the adapters' order
+        assert len(model._lorakit.routing._shared) == shared
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -14,6 +14,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.layers.batched import stacks as stacks_module
 from lorakit.layers.batched.stacks import Layout, Stack
+from lorakit.model.route import expect
 
 RANKS = {"a": 1, "b": 2, "c": 3, "d": 2, "e": 1}
 
@@ -146,6 +147,62 @@ def test_one_changed_factor_copies_one_adapter_to_the_same_place(written):
         with lk.route(model, ["a", "b", "c"]):
             model(x[:3])
         assert written == []
+
+
+def test_fixed_adapters_are_not_compared_with_what_was_written_before_or_since(written):
+    model, x = build("abc")
+    check(model, x, ["a", "b", "c"])
+    with torch.no_grad():
+        model[0].lora_a.B.mul_(2.0)
+    expect(model, 5, fixed=True)
+    written.clear()
+    check(model, x, ["a", "b", "c"])  # what changed before that counts
+    assert sorted(written) == ["a", "b", "c"]
+    written.clear()
+    check(model, x, ["c", "a", "b", "a"])
+    with torch.no_grad(), lk.route(model, ["a", "b", "c"]):
+        before = model(x[:3])
+        model[0].lora_a.B.mul_(2.0)  # against the promise
+        assert torch.equal(model(x[:3]), before)
+    assert written == []
+
+
+@pytest.mark.parametrize("others", ["bc", "bcde"])
+def test_a_fixed_adapter_that_comes_back_under_its_name_is_written_again(written, others):
+    model, x = build("a" + others)
+    expect(model, 5, fixed=True)
+    mix = ["a", *others]
+    check(model, x, mix)
+    lk.detach(model, "b")
+    check(model, x, [name for name in mix if name != "b"])
+    attach(model, "b")  # of the same rank, so that it gets the same place
+    written.clear()
+    check(model, x, mix)
+    assert written == ["b"]
+
+
+def test_a_fixed_adapter_that_comes_back_as_another_kind_is_computed_so():
+    model, x = build("abc")
+    expect(model, 5, fixed=True)
+    check(model, x, ["a", "b", "c"])
+    lk.detach(model, "b")
+    config = lk.LoraConfig(rank=2, alpha=3, targets=["0"], variant="loha")
+    lk.attach(model, config, name="b", trainable=False)
+    with torch.no_grad():
+        for parameter in model[0].lora_b.parameters():
+            parameter.normal_()
+    check(model, x, ["a", "b", "c"])
+    check(model, x, ["a", "b", "c"])
+
+
+def test_what_depends_on_the_adapters_alone_outlives_another_order_of_rows():
+    model, x = build("abc")
+    check(model, x, ["a", "b", "c"])
+    found = {id(uses) for routing in model._lorakit.routes.last.values() for uses in routing.of_children.uses.values()}
+    check(model, x, ["c", "a", "a", "b"])
+    routings = model._lorakit.routes.last.values()
+    assert len(routings) > 1
+    assert {id(uses) for routing in routings for uses in routing.of_children.uses.values()} == found
 
 
 def test_another_precision_is_another_stack():

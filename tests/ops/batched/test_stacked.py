@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from lorakit.ops.batched import schedule as cut_module
-from lorakit.ops.batched.schedule import schedule_rows
+from lorakit.ops.batched.schedule import gathered_already, schedule_rows
 from lorakit.ops.batched.segments import add_segments, segments
 from lorakit.ops.batched.stacked import add_stacked, chunk_factors, reference
 
@@ -70,6 +70,20 @@ def test_one_token_rows_in_float32(rows, call):
 
 def uses(*names: int | None) -> list:
     return [() if k is None else ((k, 1.0),) for k in names]
+
+
+@pytest.mark.parametrize(
+    "names, expected", [((0, 1, 2), True), ((1, 1, None, 0), True), ((0, 1, 0), False), ((0, None, 0), False)]
+)
+def test_rows_of_an_adapter_that_are_adjacent_need_no_gathering_where_calls_are_cheap(names, expected):
+    assert gathered_already(uses(*names), torch.empty(0)) is expected
+    assert not gathered_already(uses(*names), torch.empty(0, dtype=torch.bfloat16))
+
+
+def test_mixed_rows_that_share_an_adapter_are_gathered():
+    rows = [((0, 0.5), (1, 0.5)), ((0, 0.5), (2, 0.5))]
+    assert not gathered_already(rows, torch.empty(0))
+    assert gathered_already(rows[:1] + uses(2), torch.empty(0))
 
 
 def test_adapters_of_equal_rank_are_one_batched_product():

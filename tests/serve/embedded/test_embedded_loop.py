@@ -18,7 +18,7 @@ from lorakit.serve.embedded.grammar import Grammars
 from lorakit.serve.embedded.prefill import Group
 from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.engine import Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, Stopping, TooLong, UnknownAdapter
 
 IDS = (5, 9, 11)
 
@@ -302,7 +302,7 @@ def test_stop_drains_then_cancels_and_refuses_new_work():
         runs, waits = engine.submit(greedy_work()), engine.submit(greedy_work(choice=(("never", 1.0),)))
         stopping = asyncio.create_task(engine.stop(0.3))
         await asyncio.sleep(0.01)
-        with pytest.raises(Busy, match="stopping"):
+        with pytest.raises(Stopping, match="stopping"):
             engine.submit(greedy_work())
         finished = await read(runs), await read(waits)
         await stopping
