@@ -25,7 +25,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/health", responses={200: {"model": Health}, **ERRORS, **failed}, response_model=None)
     async def health() -> Response:
-        """Answer 200 if the engine is idle, or made a step within the last minute; else 503."""
+        """Answer 200 if the engine is idle, or computed something within the last minute; else 503."""
         stats = service.engine.stats()
         problem = _problem(stats)
         state: Health = {
@@ -45,5 +45,5 @@ def _problem(stats: Stats) -> str | None:
         return "the engine has ended; its log says why"
     since = 0.0 if stats.last_step is None else time.monotonic() - stats.last_step
     if stats.running and since > LONGEST_STEP:
-        return f"requests run, but the last step was {since:.0f} seconds ago"
+        return f"requests run, but nothing was computed for {since:.0f} seconds"
     return None

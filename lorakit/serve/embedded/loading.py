@@ -37,11 +37,20 @@ Arrived = Prepared | Adapter | AdapterError  # an Adapter is for the engine's th
 class Loader:
     """Reads and prepares adapters in its own threads.
 
-    arrived: called in them when one has, with its key, and whether nothing about it can fail any more.
+    checked: called in them with the key of one about which nothing can fail any more, before it arrives; whoever takes
+    it may forget the key at once. arrived: called after there is something to `take`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, calls: Calls, arrived: Callable[[str, bool], None]):
-        self._model, self._tokenizer, self._calls, self._has_arrived = model, tokenizer, calls, arrived
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        calls: Calls,
+        checked: Callable[[str], None],
+        arrived: Callable[[], None],
+    ):
+        self._model, self._tokenizer, self._calls = model, tokenizer, calls
+        self._is_checked, self._has_arrived = checked, arrived
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.swapping = False  # whether forwards put other parameters in the base's place: then they cannot be read
         self._turns = threading.Condition()
@@ -139,7 +148,10 @@ class Loader:
             if self._closed:
                 return
             self._preparing = aside = not self.swapping
-        self._arrive(key, self.prepare(key, adapter, source.label) if aside else adapter, ends_turn=aside)
+        result = self.prepare(key, adapter, source.label) if aside else adapter
+        if isinstance(result, Prepared) and result.is_built:
+            self._is_checked(key)
+        self._arrive(key, result, ends_turn=aside)
 
     def _arrive(self, key: str, result: Arrived, ends_turn: bool = False) -> None:
         """Leave an adapter, or why there is none, for the engine's thread."""
@@ -148,7 +160,7 @@ class Loader:
                 self._preparing = False
             self._arrived.append((key, result))
             self._turns.notify_all()
-        self._has_arrived(key, isinstance(result, Prepared) and result.is_built)
+        self._has_arrived()
 
 
 def refusal(label: str, error: Exception) -> AdapterError:
