@@ -157,7 +157,10 @@ def peft_side(model: Any, adapters: Mapping[str, lk.Adapter], rows: int) -> Stat
     theirs: Any = None
     for name, adapter in adapters.items():
         config = peft.LoraConfig(
-            r=adapter.config.rank, lora_alpha=adapter.config.alpha, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
+            r=adapter.config.rank,
+            lora_alpha=int(adapter.config.alpha),
+            target_modules=PROJECTIONS,
+            task_type="CAUSAL_LM",
         )
         if theirs is None:
             theirs = peft.get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)

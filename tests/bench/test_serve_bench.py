@@ -1,4 +1,4 @@
-"""The sides of `lorakit bench serve` answer the same requests with the same tokens, and its memory rows are readable."""
+"""The sides of `lorakit bench serve` give the same answers, and its rows count what they say."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_clients_count_the_tokens_of_streams_and_stop_at_an_error():
         return asyncio.run(serve_client.ask("http://test", list(bodies), 2, transport))
 
     assert ask(*({"model": "base", "max_tokens": n} for n in (3, 4, 5))) == 12
-    with pytest.raises(RuntimeError, match="404.*no such model"):
+    with pytest.raises(RuntimeError, match=r"404.*no such model"):
         ask({"model": "unknown", "max_tokens": 1})
 
 
