@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (torch and the libraries of the field, some minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0 setuptools
-	$(PIP) --editable .
+	$(PIP) --editable '.[serve]'
 	touch $@
 
 $(VENV)/image: $(VENV)/installed

@@ -44,7 +44,7 @@ class PlainTiers:
     """
 
     def __init__(self, model):
-        self.model, self.wake = model, lambda: None
+        self.model, self.wake, self.has_gone = model, lambda: None, lambda key: None
         self.known: set[str] = set()
         self.claims: Counter[str] = Counter()
         self.uses: Counter[str] = Counter()
@@ -63,7 +63,12 @@ class PlainTiers:
         self.known.discard(key)
         while self.claims[key] or self.uses[key]:
             await asyncio.sleep(0.005)
-        await self._do(lambda: lk.detach(self.model, key))
+
+        def detach():
+            lk.detach(self.model, key)
+            self.has_gone(key)
+
+        await self._do(detach)
         return 1
 
     async def _do(self, job):

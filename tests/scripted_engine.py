@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from lorakit.serve.engine import Facts, Piece, Source, Stats, TokenLogprob, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, Stopping, TooLong, UnknownAdapter
 from lorakit.serve.ticket import Ticket
 
 ABILITIES = frozenset({"mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"})
@@ -51,7 +51,9 @@ class ScriptedEngine:
         return self.facts
 
     def submit(self, work: Work) -> Ticket:
-        if self.busy or self._stopping or (self.places is not None and len(self._tasks) >= self.places):
+        if self._stopping:
+            raise Stopping("the server is stopping", retry_after=2.0)
+        if self.busy or (self.places is not None and len(self._tasks) >= self.places):
             raise Busy("all places are taken", retry_after=2.0)
         missing = [key for key, _ in work.choice if key not in self.loaded or key in self._leaving]
         if missing:

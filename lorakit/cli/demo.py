@@ -103,6 +103,7 @@ def _of_text(
     say(f"merged model and adapter: largest difference of the logits {outcome.merged_difference:.2g}")
     say(f"adapter: {outcome.adapter}; merged model: {outcome.merged}; {outcome.seconds:.0f} s in all")
     print(f"next: lorakit generate 'name[Blue Spice], eatType[pub], area[riverside]\\n' --adapter {outcome.adapter}")
+    print(f"      lorakit serve embedded --adapter demo={outcome.adapter}     # OpenAI's API on port 8000")
     print("      lorakit train --data YOUR.jsonl --model Qwen/Qwen3-0.6B     # your data, a larger base")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shlex
 import sys
 from contextlib import ExitStack
@@ -23,6 +21,7 @@ from .shared.starting import starting
 if TYPE_CHECKING:
     from ..serve.card import Card
     from ..serve.guard.guarded import GuardSettings
+    from ..serve.guard.limits import Limits
     from ..serve.service import Service
 
 EXAMPLE = 'curl {url}/v1/{path} -H "Content-Type: application/json" -d {body}'
@@ -69,6 +68,8 @@ def serve(
     prefix_memory: Annotated[str, typer.Option(help="memory for keys and values of prompts' starts")] = "256MiB",
     waiting: Annotated[int, typer.Option(min=0, help="requests that may wait; more are answered with 429")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds for a request, waiting included")] = 600.0,
+    max_prompt: Annotated[int | None, typer.Option(min=1, help="tokens of a prompt; default: the context's")] = None,
+    max_answer: Annotated[int | None, typer.Option(min=1, help="tokens of an answer; default: the context's")] = None,
     drain: Annotated[float, typer.Option(min=0, help="seconds for running answers when the server is stopped")] = 20.0,
     state: Annotated[
         Path | None, typer.Option(help="a file that remembers what was loaded over HTTP, for the next start")
@@ -93,8 +94,8 @@ def serve(
     `base:adapter` is the same; `a:0.7+b:0.3` mixes two; the base's own name is the base alone.
     """
     from ..serve.embedded.heap import settle
-    from ..serve.server import is_loopback, listen, url_of
-    from ..serve.server import serve as run
+    from ..serve.guard.limits import Limits
+    from ..serve.server import is_loopback, listen, run, url_of
     from ..serve.settings import ServeSettings
     from ..serve.start import check_packages, start
 
@@ -112,7 +113,8 @@ def serve(
         "adapter_memory": _bytes("--adapter-memory", adapter_memory),
         "prefix_memory": _bytes("--prefix-memory", prefix_memory),
     }
-    guard = _guard(host, api_key_file, manage_key_file, allow_host or [], cors_origin or [], waiting, timeout, rows)
+    limits = Limits(waiting=waiting, seconds=timeout, prompt_tokens=max_prompt, answer_tokens=max_answer)
+    guard = _guard(host, api_key_file, manage_key_file, allow_host or [], cors_origin or [], limits, rows)
     listener = listen(host, port)
     if not is_loopback(listener) and not guard.keys.use:
         listener.close()
@@ -144,14 +146,13 @@ def serve(
             settle()
             _say_ready(service[0], next(iter(given), None), url_of(listener), bool(guard.keys.use))
 
-        try:
-            asyncio.run(run(listener, lambda: start(settings, service.append), drain=drain, ready=ready))
-        except StoppedError as stopped:
+        def stopped(error: StoppedError) -> int:
             until_ready.close()
-            interrupted = stopped.signal == "SIGINT"
-            print(f"lorakit: stopped by {'Ctrl-C' if interrupted else stopped.signal}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(130 if interrupted else 0)  # not sys.exit, which waits for a thread that may still compute
+            interrupted = error.signal == "SIGINT"
+            print(f"lorakit: stopped by {'Ctrl-C' if interrupted else error.signal}", file=sys.stderr)
+            return 130 if interrupted else 0
+
+        run(listener, lambda: start(settings, service.append), drain=drain, ready=ready, stopped=stopped)
 
 
 def _say_ready(service: Service, first: str | None, url: str, needs_key: bool) -> None:
@@ -174,14 +175,12 @@ def _guard(
     manage_key_file: Path | None,
     allow_host: list[str],
     cors_origin: list[str],
-    waiting: int,
-    timeout: float,
+    limits: Limits,
     rows: int,
 ) -> GuardSettings:
     from ..serve.guard.guarded import GuardSettings
     from ..serve.guard.hosts import host_names
     from ..serve.guard.keys import MANAGE_VARIABLE, USE_VARIABLE, Keys, read_keys
-    from ..serve.guard.limits import Limits
     from ..serve.guard.origins import origin_names
 
     keys = Keys(
@@ -195,11 +194,7 @@ def _guard(
                 "  name those that may, or give a key by --api-key-file or LORAKIT_API_KEY"
             )
     return GuardSettings(
-        host_names(host, allow_host),
-        origin_names(cors_origin),
-        keys,
-        Limits(waiting=waiting, seconds=timeout),
-        open=2 * (waiting + rows) + 64,
+        host_names(host, allow_host), origin_names(cors_origin), keys, limits, open=2 * (limits.waiting + rows) + 64
     )
 
 

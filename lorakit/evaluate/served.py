@@ -1,9 +1,10 @@
 """Evaluate the models of a server on the same rows, side by side, by the texts that they answer.
 
-    report = evaluate_served(client, rows_of(...), ["base", "sql"], Asking(max_tokens=128, temperature=0))
+    settings = GenerationSettings(max_tokens=128, temperature=0)
+    report = evaluate_served(client, questions_of(examples), ["base", "sql"], settings)
 
-Servers do not tell the loss. The prompt of a row is what stands before its first answer; the server formats it with the
-template of the model that is asked. Prompts, references and scores are those of `evaluate`.
+Servers do not report the loss. The prompt of a row is what stands before its first answer; the server formats it with
+the template of the model that is asked. Prompts, references and scores are those of `evaluate`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from ..data.shapes import Example
 from ..errors import ConfigError, DataError
-from ..serve.client import Asking, Client, Served
+from ..serve.client import Client, GenerationSettings, Served
 from ..tasks.metrics.texts import Compared, score
 from ..tasks.task import Asked
 from .evaluate import Judged, Report, spread
@@ -35,7 +36,7 @@ def questions_of(examples: Sequence[Example], continued: bool = False) -> list[Q
     """Return the distinct prompts in order of appearance, each with the distinct answers in its rows.
 
     continued: prompts are texts to continue, not conversations. Raises DataError for a row without a prompt, and for a
-    conversation that shall be continued.
+    conversation that is to be continued.
     """
     found: dict[str, list[Example]] = {}
     for example in examples:
@@ -63,7 +64,7 @@ def evaluate_served(
     client: Client,
     questions: Sequence[Question],
     models: Sequence[str],
-    how: Asking,
+    how: GenerationSettings,
     *,
     samples: int = 3,
     at_once: int = 32,
@@ -113,7 +114,7 @@ def check_unlisted(client: Client, served: Sequence[Served], names: Sequence[str
     listed = {model.name for model in served}
     for name in names:
         if name not in listed:
-            client.answer(name, question.prompt, Asking(max_tokens=1, temperature=0.0), question.tools)
+            client.answer(name, question.prompt, GenerationSettings(max_tokens=1, temperature=0.0), question.tools)
 
 
 def _before(example: Example) -> list[dict[str, Any]]:

@@ -36,8 +36,17 @@ def random_source(device: torch.device, seed: int | None) -> torch.Generator:
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Return the nucleus's probabilities, [..., vocab]: zero outside it, renormalised inside."""
-    probabilities, order = logits.softmax(-1).sort(descending=True)
-    # of all likelier tokens; 0 for the most likely one, so it always stays
-    before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= top_p, 0)
-    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
+    kept = in_nucleus(logits.softmax(-1), top_p)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def in_nucleus(weights: Tensor, top_p: float | Tensor) -> Tensor:
+    """Return the weights with zeros outside of each row's nucleus. The likeliest token always stays.
+
+    weights: [..., vocab], probabilities up to a factor. top_p: one, or one for each row, [..., 1].
+    """
+    values, order = weights.sort(dim=-1, descending=True, stable=True)
+    before = values.cumsum(-1) - values  # the mass of all likelier tokens
+    outside = before >= weights.sum(-1, keepdim=True) * top_p
+    outside[..., 0] = False  # even with top_p 0
+    return torch.zeros_like(weights).scatter_(-1, order, values.masked_fill_(outside, 0.0))

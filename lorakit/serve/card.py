@@ -21,7 +21,7 @@ class Card:
     """One public name. `key`: the hash of the contents behind it, None until they are read."""
 
     name: str
-    place: str  # where it was asked for: relative to its root, or a hub id; a path only if given on the command line
+    place: str  # where it was asked for: relative to its root, or a hub id; of a path on the command line its last part
     created: int  # seconds since 1970
     key: str | None = None
     status: Status = "registered"

@@ -2,8 +2,8 @@
 
     client = Client("http://127.0.0.1:8000")
     client.models()                                                  # names, as the server lists them
-    client.answer("sql", [{"role": "user", "content": "..."}], Asking(max_tokens=64)).text
-    for piece in client.stream("sql", messages, Asking()): ...
+    client.answer("sql", [{"role": "user", "content": "..."}], GenerationSettings(max_tokens=64)).text
+    for piece in client.stream("sql", messages, GenerationSettings()): ...
 
 For `lorakit chat --server` and `lorakit eval --server`. A prompt is a conversation, or a text to be continued.
 """
@@ -17,13 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ..errors import ConfigError, LorakitError
 
 if TYPE_CHECKING:
     import httpx2
 
-KEYS = ("LORAKIT_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
+KEY = "LORAKIT_API_KEY"  # environment variables
+OPENAI_KEY, OPENAI_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+OPENAI_HOST = "api.openai.com"
 TRIES = 5
 LONGEST_WAIT = 60.0  # seconds between two tries
 Prompt = str | Sequence[Mapping[str, Any]]  # a text to continue, or a conversation
@@ -38,8 +41,8 @@ class ServerError(LorakitError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How a server shall answer; None leaves a setting to the server."""
+class GenerationSettings:
+    """How a server is to answer; None leaves a setting to the server."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -69,10 +72,13 @@ class Client:
     def __init__(
         self, url: str, key: str | None = None, seconds: float = 600.0, transport: httpx2.BaseTransport | None = None
     ):
-        """key: by default that of the environment (`KEYS`). transport: another way to reach it, for tests."""
+        """key: by default LORAKIT_API_KEY of the environment, for OpenAI's server OPENAI_API_KEY.
+
+        seconds: to wait for each part of an answer. transport: another way to reach the server, for tests.
+        """
         http = _http()
         self.url = _base_url(url)
-        key = key or next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+        key = key or _key_for(self.url)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._has_key = key is not None
         self._http = http.Client(headers=headers, timeout=http.Timeout(seconds, connect=10), transport=transport)
@@ -89,7 +95,9 @@ class Client:
         except (KeyError, TypeError, AttributeError):
             raise self._unreadable("/models") from None
 
-    def answer(self, model: str, prompt: Prompt, how: Asking, tools: Sequence[Mapping[str, Any]] = ()) -> Answer:
+    def answer(
+        self, model: str, prompt: Prompt, how: GenerationSettings, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Answer:
         """Return the answer to a prompt. Raises ServerError."""
         path, body = _request(model, prompt, how, tools)
         answered = self._json("POST", path, body)
@@ -100,13 +108,10 @@ class Client:
         except (KeyError, IndexError, TypeError, AttributeError):
             raise self._unreadable(path) from None
 
-    def stream(self, model: str, prompt: Prompt, how: Asking) -> Iterator[str]:
+    def stream(self, model: str, prompt: Prompt, how: GenerationSettings) -> Iterator[str]:
         """Yield the answer's text as it arrives. Raises ServerError, also in the middle of an answer."""
         path, body = _request(model, prompt, how, ())
-        with self._errors(), self._http.stream("POST", self.url + path, json=body | {"stream": True}) as response:
-            if response.status_code != 200:
-                response.read()
-                raise self._refused(response)
+        with self._answered("POST", path, body | {"stream": True}) as response:
             for line in response.iter_lines():
                 if not line.startswith("data:"):
                     continue
@@ -129,21 +134,26 @@ class Client:
             raise self._unreadable(path) from None
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """Return the JSON that the server answers, asking again where it says that this can help."""
+        with self._answered(method, path, body) as response:
+            response.read()
+            try:
+                return response.json()
+            except ValueError:
+                raise self._unreadable(path) from None
+
+    @contextmanager
+    def _answered(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[httpx2.Response]:
+        """Give the response, which is not read yet, asking again where the server says that this can help."""
         for tried in range(1, TRIES + 1):
-            with self._errors():
-                response = self._http.request(method, self.url + path, json=body)
-            if response.status_code == 200:
-                break
-            if response.status_code not in (429, 503) or tried == TRIES:
-                raise self._refused(response)
-            if response.headers.get("x-should-retry") == "false":
+            with self._errors(), self._http.stream(method, self.url + path, json=body) as response:
+                if response.status_code == 200:
+                    yield response
+                    return
+                response.read()
+            heals = response.status_code in (429, 503) and response.headers.get("x-should-retry") != "false"
+            if not heals or tried == TRIES:
                 raise self._refused(response)
             time.sleep(min(_wait(response.headers.get("retry-after"), tried), LONGEST_WAIT))
-        try:
-            return response.json()
-        except ValueError:
-            raise self._unreadable(path) from None
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -167,11 +177,8 @@ class Client:
             said = response.text[:200].strip()
         status, hint = response.status_code, ""
         if status in (401, 403):
-            hint = (
-                "\n  "
-                + ("its key was not accepted: check" if self._has_key else "it wants a key: set")
-                + f" the environment variable {' or '.join(KEYS)}"
-            )
+            problem = "the key was not accepted: check" if self._has_key else "it needs a key: set"
+            hint = f"\n  {problem} the environment variable {KEY}"
         elif status == 404 and "error" not in response.text:
             hint = "\n  expected the address of an OpenAI-compatible server, such as http://127.0.0.1:8000"
         elif 300 <= status < 400:
@@ -193,6 +200,17 @@ def _http() -> Any:
     return httpx2
 
 
+def _key_for(url: str) -> str | None:
+    """Return the environment's key for a server. OpenAI's own is for OpenAI, or the server it was set up for."""
+    if os.environ.get(KEY):
+        return os.environ[KEY]
+    set_up = os.environ.get(OPENAI_URL)
+    is_openais = urlsplit(url).hostname == OPENAI_HOST and url.startswith("https://")
+    if is_openais or (set_up and url == set_up.rstrip("/")):
+        return os.environ.get(OPENAI_KEY) or None
+    return None
+
+
 def _base_url(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--server {url}: expected a URL, such as http://127.0.0.1:8000")
@@ -200,7 +218,9 @@ def _base_url(url: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def _request(model: str, prompt: Prompt, how: Asking, tools: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+def _request(
+    model: str, prompt: Prompt, how: GenerationSettings, tools: Sequence[Mapping[str, Any]]
+) -> tuple[str, dict[str, Any]]:
     settings = {
         "max_tokens": how.max_tokens,
         "temperature": how.temperature,

@@ -12,9 +12,11 @@ is known here by its content alone: a file that changes gets another key, so no 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from .errors import Cannot, TooLong
 from .ticket import Ticket
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ Choice = tuple[tuple[str, float], ...]  # (an adapter's key, its weight), ...; (
 Finish = Literal["stop", "length", "cancelled", "timeout"]
 Ability = Literal["mix", "scale", "schema", "logprobs", "logit_bias", "min_p", "repetition"]
 BASE: Choice = ()
+TEXT_TASKS = (None, "CAUSAL_LM")  # PEFT's task types of adapters that continue text, which is what an engine serves
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Piece:
     """New tokens of an answer, without a stop token. `finish`: set in the last piece, which may have no tokens.
 
     logprobs: one for each id if they were asked for. cached: tokens of the prompt that were not computed again, given
-    with one piece: the first here, the last where vLLM tells so late.
+    with one piece: the first, or the last where vLLM reports it no earlier.
     """
 
     ids: tuple[int, ...]
@@ -111,7 +114,9 @@ class Stats:
     memory_bytes: int = 0  # of those in memory, now
     loads: int = 0  # adapters brought to the device
     evictions: int = 0
-    last_step: float | None = None  # time.monotonic() of the last step's end; None before the first
+    # time.monotonic() of the last sign that it computes: the end of a step or of a chunk of a prompt, or the admission
+    # of a request after it was idle. None before the first.
+    last_step: float | None = None
     alive: bool = True
 
 
@@ -130,19 +135,22 @@ class Engine(Protocol):
     """What `embedded` and `vllm` do. All methods are called in the event loop's thread."""
 
     async def start(self) -> Facts:
-        """Be ready for `submit`. Raises LorakitError."""
+        """Be ready for `submit`. Raises LorakitError; `stop` then frees what was begun."""
 
     def submit(self, work: Work) -> Ticket:
-        """Queue a request. Raises Busy, TooLong, UnknownAdapter (a key that is not loaded), Cannot.
+        """Queue a request. Raises Busy, Stopping, UnknownAdapter (a key that is not loaded), and what `check` raises.
 
-        What shows only later (a schema that cannot be compiled) is raised by the ticket, before its first piece.
+        From here on `unload` waits for it. What shows only later (a schema that cannot be compiled) is raised by the
+        ticket, before its first piece.
         """
 
     async def load(self, key: str, source: Source, *, pin: bool = False) -> None:
         """Make an adapter usable: read, check against the base, and attach between two steps.
 
-        Of a key that is loaded, only the pin changes. A pinned adapter stays on the device. Raises AdapterError for
-        what this engine or base cannot serve; what runs is not touched.
+        Of a key that is loaded, only the pin changes. A pinned adapter stays on the device. Of a key that is being
+        unloaded, the unload is taken back, and returns 0 (embedded), or UnknownAdapter is raised: load it again once it
+        has gone (vLLM, which cannot take it back). Raises AdapterError for what this engine or base cannot serve; what
+        runs is not touched.
         """
 
     async def unload(self, key: str) -> int:
@@ -153,3 +161,41 @@ class Engine(Protocol):
 
     async def stop(self, drain: float) -> None:
         """Refuse new work, give running requests `drain` seconds, cancel the rest, and free what is held."""
+
+
+def choice_of(parts: Iterable[tuple[str, float]]) -> Choice:
+    """Return a choice with each key once, in a fixed order, without those of weight 0: equal ones are the same then.
+
+    The weights of a key that is named more than once are added up.
+    """
+    weights: dict[str, float] = {}
+    for key, weight in parts:
+        weights[key] = weights.get(key, 0.0) + weight
+    return tuple(sorted((key, weight) for key, weight in weights.items() if weight))
+
+
+def check(work: Work, facts: Facts) -> None:
+    """Raise for what no engine with these facts can do. Each engine's `submit` calls it.
+
+    Raises Cannot for an empty prompt, tokens that the base does not have, no tokens to answer, too many logprobs, and a
+    schema where there are none; TooLong for more positions than the context has.
+    """
+    ids, sampling = work.ids, work.sampling
+    if not ids:
+        raise Cannot("the prompt is empty\n  expected at least one token", "prompt")
+    if not 0 <= min(ids) <= max(ids) < facts.vocabulary:
+        wrong = next(i for i in ids if not 0 <= i < facts.vocabulary)
+        raise Cannot(f"the prompt has the token {wrong}; the base has tokens 0 to {facts.vocabulary - 1}", "prompt")
+    if sampling.max_tokens < 1:
+        raise Cannot(f"max_tokens is {sampling.max_tokens}; expected at least 1", "max_tokens")
+    if len(ids) + sampling.max_tokens > facts.context:
+        left = facts.context - len(ids)
+        fix = f"shorten the prompt, or lower max_tokens to {left}" if left > 0 else "shorten the prompt"
+        raise TooLong(
+            f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}; the context has "
+            f"{facts.context}\n  {fix}"
+        )
+    if (sampling.logprobs or 0) > facts.max_logprobs:
+        raise Cannot(f"logprobs is {sampling.logprobs}; expected up to {facts.max_logprobs}", "logprobs")
+    if sampling.schema is not None and "schema" not in facts.can:
+        raise Cannot("this engine was started without grammars, so it has no JSON mode", "schema")

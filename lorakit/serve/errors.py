@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import LorakitError
+from ..errors import AdapterError, LorakitError
 
 
 class Busy(LorakitError):
@@ -11,6 +11,10 @@ class Busy(LorakitError):
     def __init__(self, message: str, retry_after: float = 1.0):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Stopping(Busy):
+    """The server stops: what it answers is cut off, and it takes no more."""
 
 
 class TooLong(LorakitError, ValueError):
@@ -27,6 +31,18 @@ class Cannot(LorakitError, ValueError):
     def __init__(self, message: str, what: str):
         super().__init__(message)
         self.what = what
+
+
+class NoPlace(AdapterError):
+    """An adapter cannot be pinned now: others take all places. It can when one of them is unloaded."""
+
+
+class Unreachable(AdapterError):
+    """What holds an adapter's files does not answer. `retry_after`: seconds after which to ask again."""
+
+    def __init__(self, message: str, retry_after: float = 5.0):
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineFailed(LorakitError, RuntimeError):

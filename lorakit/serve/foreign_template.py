@@ -4,8 +4,8 @@ Jinja's sandbox keeps a template from files and from Python's internals, but not
 such as {{ 10 ** 10 ** 10 }} holds the interpreter in one operation, which no thread, signal or event loop can end. In a
 process of its own (`template_process`) it is ended by the operating system: processor time, memory and the length of
 what it writes are bounded, and it can write no file and start no program. A template that exceeded a bound is refused
-from then on. The process starts with the first such template (0.2 s) and serves all; a rendering takes about a
-millisecond.
+from then on; one that was ended because the machine is busy may be tried again. The process starts with the first such
+template (0.2 s) and serves all; a rendering takes about a millisecond.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from threading import Lock, Timer
 from typing import Any
 
 from ..errors import DataError
+from .errors import Busy
 
 CHILD = Path(__file__).with_name("template_process.py")
 PASSED_ON = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")  # of the environment; no keys or tokens
 REMEMBERED = 1_024  # templates that were refused
 KILLED_FOR_TIME = -27  # SIGPROF
+KILLED_FROM_OUTSIDE = -9  # SIGKILL: after `Bounds.wall`, or by the system when memory is short
+RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Bounds:
 
 
 class UnusableTemplateError(DataError):
-    """A template that is none, or exceeds the bounds: not one that rejects a conversation."""
+    """A template that is invalid, or exceeds the bounds: not one that rejects a conversation."""
 
 
 class TemplateProcess:
@@ -59,7 +62,10 @@ class TemplateProcess:
         self._closed = False
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """Return what a template writes. Raises DataError with the template's own error, or the bound it exceeded."""
+        """Return what a template writes.
+
+        Raises DataError with the template's own error, or the bound it exceeded, and Busy where another try can help.
+        """
         if len(source) > self.bounds.source:
             raise UnusableTemplateError(f"it has {len(source):,} characters; at most {self.bounds.source:,}")
         key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
@@ -121,9 +127,12 @@ class TemplateProcess:
             return DataError("the server is stopping")
         if code == KILLED_FOR_TIME:
             return _Exceeded(f"it took more than {self.bounds.seconds:g} s of processor time")
-        return _Exceeded(
-            f"it ended the process that renders it (status {code}): for memory, or after {self.bounds.wall:g} s"
-        )
+        if code == KILLED_FROM_OUTSIDE:  # a busy machine does this to any template
+            return Busy(
+                f"the chat template could not be rendered within {self.bounds.wall:g} s and the memory that is free",
+                RETRY_SECONDS,
+            )
+        return _Exceeded(f"it ended the process that renders it (status {code})")
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._closed:
@@ -165,7 +174,7 @@ class ForeignTemplate:
         **kwargs: Any,
     ) -> str:
         """Return the text of a conversation. chat_template: this template with its clock set (`templates.dated`)."""
-        assert not tokenize, "text is wanted"
+        assert not tokenize, "only text is rendered here"
         if self._process.spent > self._until:
             seconds = self._process.bounds.request_seconds
             raise DataError(f"it took more than {seconds:g} s of processor time for this request")

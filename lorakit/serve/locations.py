@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ _OTHERS = re.compile(
     r"(model|pytorch_model|diffusion_pytorch_model|consolidated(\.\d+)?|optimizer|adapter_model|adapters)"
     r"(-\d{5}-of-\d{5})?\.\w+"
 )
+
+Locate = Callable[[], AdapterFiles]  # not for the event loop's thread: it may download; raises AdapterError
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,32 @@ class Locations:
             + (", or OWNER/NAME of the hub" if self.hub else "")
         )
 
-    def on_command_line(self, path: str, label: str) -> AdapterFiles:
-        """Return the files of a path on this machine, or of any hub id. Raises AdapterError."""
+    def on_command_line(self, path: str, label: str) -> tuple[str, Locate]:
+        """Decide whether a text is a path on this machine or a hub id. Return (its public form, what finds its files).
+
+        Decided once: if a folder is gone later, its path must not be asked of the hub, where it may be a stranger's
+        repository. Requests run what is returned too, so its errors show no path. Raises AdapterError if it is neither.
+        """
         rules = replace(LOCAL, pickles=self.pickles)
-        here = Path(path).expanduser()
-        if here.exists():
+        here = Path(path).expanduser().absolute()
+
+        def of_this_machine() -> AdapterFiles:
+            if not here.exists():
+                raise AdapterError(
+                    f"the files of adapter '{label}' are gone\n  put them back where the server was started with them"
+                )
             return files_at(here.resolve(), label, None, rules)
-        if not self.hub.is_place(path):
-            raise AdapterError(f"adapter '{label}': there is no file or folder {path}\n  expected NAME=PATH")
-        owner = path.removeprefix("hf://").split("/")[0]
-        fetched = Hub([owner]).fetch(path, pickles=self.pickles)
-        return files_at(fetched.path, label, fetched.boundary, rules)
+
+        def of_the_hub() -> AdapterFiles:
+            owner = path.removeprefix("hf://").split("/")[0]
+            fetched = Hub([owner]).fetch(path, pickles=self.pickles)
+            return files_at(fetched.path, label, fetched.boundary, rules)
+
+        if here.exists():
+            return here.name, of_this_machine
+        if self.hub.is_place(path):
+            return path, of_the_hub
+        raise AdapterError(f"adapter '{label}': there is no file or folder {path}\n  expected NAME=PATH")
 
     def below_roots(self) -> Iterator[tuple[str, str, int]]:
         """Yield (name, place, when it was written in seconds since 1970) of each adapter below the roots.

@@ -1,6 +1,6 @@
 """The server's log on stderr: a line for each request, and errors with their traceback. No prompts, answers and keys.
 
-    2026-11-30T18:20:03Z 127.0.0.1 "POST /v1/chat/completions" 200 0.412s adapter=sql@3fa9c1d2 req-5f0c…
+    2026-11-30T18:20:03Z 127.0.0.1 "POST /v1/chat/completions" 200 0.412s adapter=sql@3fa9c1 req-5f0c…
 
 An unexpected error is logged with the lines it passed through but without its message, which may quote the request.
 """
@@ -14,7 +14,7 @@ import traceback
 from typing import Any, TextIO
 
 from .guard.shield import Broken
-from .observe import Seen
+from .observe import RequestLog
 
 LOG = logging.getLogger("lorakit.serve")
 _PATH_LENGTH = 200
@@ -24,14 +24,14 @@ def configure(access: bool = True, stream: TextIO | None = None) -> None:
     """Send our log and uvicorn's warnings to `stream`, or stderr. access: a line for each request too."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Form("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"))
-    handler.addFilter(_is_news)
+    handler.addFilter(_was_not_reported)
     for log, level in ((LOG, logging.INFO if access else logging.WARNING), (_uvicorn(), logging.WARNING)):
         log.handlers[:] = [handler]
         log.setLevel(level)
         log.propagate = False
 
 
-def access_line(seen: Seen) -> None:
+def access_line(seen: RequestLog) -> None:
     """Log a request that has ended."""
     adapter = f" adapter={_plain(seen.adapter)}" if seen.adapter else ""
     cut = "" if seen.complete else " incomplete"
@@ -62,7 +62,7 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() and c != '"' else ascii(c)[1:-1] for c in shown)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _was_not_reported(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], Broken))
 
 

@@ -27,7 +27,7 @@ REQUEST = RequestRow({}, "request", 1)
 
 
 def checked_messages(messages: object) -> list[dict[str, Any]]:
-    """Return messages as data has turns. Raises DataError, naming the message, for what is none, or is not text."""
+    """Return messages as data has turns. Raises DataError, naming the message, for what is invalid or not text."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         what = "an empty list" if messages in ([], ()) else f"a {type(messages).__name__}"
         raise DataError(

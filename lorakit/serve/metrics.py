@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .observe import Seen
+from .observe import RequestLog
 
 if TYPE_CHECKING:
     from .engine import Stats
@@ -63,7 +63,7 @@ class Metrics:
         )
         self._registry.register(_EngineCollector(stats))
 
-    def observe(self, seen: Seen) -> None:
+    def observe(self, seen: RequestLog) -> None:
         """Count a request that has ended."""
         path = seen.path if seen.path in self.paths else OTHER
         method = seen.method if seen.method in METHODS else OTHER
@@ -82,7 +82,7 @@ class Metrics:
 
     def _label(self, adapter: str) -> str:
         """Return the label of an adapter as an answer names it: without the hash; all mixes have one label."""
-        name = MIX if ", " in adapter else adapter.rpartition("@")[0] or adapter
+        name = MIX if "+" in adapter else adapter.rpartition("@")[0] or adapter  # no name has a "+"
         if name not in self._adapters and len(self._adapters) >= MAX_ADAPTERS:
             return OTHER
         self._adapters.add(name)

@@ -49,7 +49,7 @@ def parse(model: str, known: Collection[str], base_names: Sequence[str]) -> Part
     """Return the adapters that a request's `model` names, with their weights as written.
 
     known: the adapters' public names. Raises UnknownAdapter for a name that is neither theirs nor the base's, and
-    ConfigError for a weight or a mix that is none.
+    ConfigError for an invalid weight or mix.
     """
     if model in base_names:
         return ()
@@ -66,14 +66,21 @@ def parse(model: str, known: Collection[str], base_names: Sequence[str]) -> Part
 
 
 def scaled(parts: Parts, scale: float | None) -> Parts:
-    """Multiply all weights by a request's scale. Raises ConfigError for a scale that is none, or is for the base."""
+    """Multiply all weights by a request's scale. Raises ConfigError for an invalid scale, or one for the base."""
     if scale is None:
         return parts
     if not parts:
         raise ConfigError("lorakit.scale was given with the base, which has no adapter to scale\n  leave it out")
     if not math.isfinite(scale) or abs(scale) > LARGEST_WEIGHT:
         raise ConfigError(f"lorakit.scale is {scale}; expected a number from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}")
-    return tuple((name, weight * scale) for name, weight in parts)
+    products = tuple((name, weight * scale) for name, weight in parts)
+    for name, product in products:
+        if abs(product) > LARGEST_WEIGHT:
+            raise ConfigError(
+                f"lorakit.scale: with it, '{name}' has the weight {product:g}; expected a number from "
+                f"{-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+            )
+    return products
 
 
 def unknown(name: str, known: Iterable[str], base_names: Sequence[str]) -> UnknownAdapter:

@@ -14,7 +14,7 @@ ADAPTER_HEADER = b"x-lorakit-adapter"
 
 
 @dataclass(frozen=True)
-class Seen:
+class RequestLog:
     """A request that has ended. No part of what it asked for or was answered is in here."""
 
     client: str
@@ -28,7 +28,7 @@ class Seen:
     id: str
 
 
-def observed(app: App, watchers: Sequence[Callable[[Seen], None]]) -> App:
+def observed(app: App, watchers: Sequence[Callable[[RequestLog], None]]) -> App:
     """Return `app`; every watcher is called once after each request."""
 
     async def watching(scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +53,7 @@ def observed(app: App, watchers: Sequence[Callable[[Seen], None]]) -> App:
         try:
             await app(scope, receive, sending)
         finally:
-            seen = Seen(
+            seen = RequestLog(
                 client=(scope.get("client") or ("-", 0))[0],
                 method=scope["method"],
                 path=scope["path"],

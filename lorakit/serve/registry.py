@@ -17,48 +17,29 @@ import logging
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ..data.chat_record import ChatRecord
 from ..errors import LorakitError, StateError
 from . import names
 from .card import Card, Leased
-from .engine import Engine, Facts
-from .errors import Busy, Cannot, EngineFailed, UnknownAdapter, without_traceback
+from .engine import Engine, Facts, choice_of
+from .errors import Cannot, UnknownAdapter
 from .guard.hub import Hub
 from .guard.roots import Roots
-from .locations import Locations
-from .root_scan import RootScan, Seen
-from .sources import AdapterFiles, ReadAdapter, Stamp, read_adapter, remove_abandoned
+from .locations import Locate, Locations
+from .readers import Readers
+from .registered import Registered
+from .root_scan import FoundAdapter, RootScan
+from .sources import AdapterFiles, Stamp, remove_abandoned
 from .state_file import Loaded, StateFile
-from .versions import Version, Versions, choice_of
+from .versions import Version, Versions
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-READERS = 2  # threads that read adapters: hashing and parsing them takes processor time from the engine's steps
-# A failure that is not a file's (the hub is out of reach) is tried again after this time.
-RETRY_SECONDS = 5.0
-_TRANSIENT = (Busy, EngineFailed, OSError)
-
-Origin = Literal["command line", "root", "http"]
-
-
-@dataclass
-class _Entry:
-    """One public name."""
-
-    card: Card  # replaced, never changed, when the content is: requests keep the one they were leased
-    origin: Origin
-    locate: Callable[[], AdapterFiles]
-    version: Version | None = None
-    files: AdapterFiles | None = None  # of the version
-    running: int = 0
-    loading: asyncio.Task[None] | None = None  # the first use, which others wait for
-    failed: tuple[Stamp, float, LorakitError] | None = None  # the files then (() if not found), the time, the error
 
 
 class Registry:
@@ -78,38 +59,33 @@ class Registry:
         base: Any = None,
         check: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None,
     ):
-        """allow_pickle: for `add` only. base: its folder or transformers config, which the GGUF of a Llama needs.
-
-        check: gets the metadata of an adapter that is to be loaded; raises AdapterError (`Renderer.check`).
-        """
+        """allow_pickle: for `add` only. base, check: see `Readers`; check is `Renderer.check`."""
         self.facts = facts
         self.base_names = tuple(base_names)
         self.locations = Locations(roots or Roots(), hub or Hub(), allow_pickle)
         self.max_registered = max_registered
-        self.base, self._check = base, check
+        self.base = base
         self.versions = Versions(engine)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Registered] = {}
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._state = StateFile(state, facts.base) if state is not None else None
         self._writing = asyncio.Lock()
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lorakit-adapters")
+        self._readers = Readers(base, check)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._scan = RootScan(self.locations, self.base_names, self._register)
-
-    # ------------------------------------------------------------------------------------------ at the start
 
     def add(self, name: str, path: str | Path, *, pin: bool = False) -> Card:
         """Register an adapter of the command line: any path on this machine, or a hub id.
 
         Raises ConfigError for a name that cannot be one, StateError for one that is taken, AdapterError if there is
-        no adapter.
+        nothing at the path. Whether an adapter is there is seen by `start`.
         """
         names.check_name(name, self.base_names)
         if name in self._entries:
             raise StateError(f"two adapters are called '{name}'\n  give each a name of its own: --adapter NAME=PATH")
-        text = str(path)
-        card = Card(name, text, self.locations.on_command_line(text, name).modified, pinned=pin)
-        self._entries[name] = _Entry(card, "command line", lambda: self.locations.on_command_line(text, name))
+        place, locate = self.locations.on_command_line(str(path), name)
+        card = Card(name, place, int(time.time()), pinned=pin)
+        self._entries[name] = Registered(card, "command line", locate, str(path))
         return card
 
     async def start(self) -> None:
@@ -137,7 +113,8 @@ class Registry:
             log.warning("the state file's adapter '%s' is left out: the command line gives that name", loaded.name)
             return
         card = Card(loaded.name, loaded.place, loaded.created, pinned=loaded.pinned)
-        self._entries[loaded.name] = _Entry(card, "http", self._over_http(loaded.place, loaded.name))
+        locate = self._over_http(loaded.place, loaded.name)
+        self._entries[loaded.name] = Registered(card, "http", locate, loaded.place)
 
     async def rescan(self) -> int:
         """Register the adapters below the roots that are new, forget those not in use that are gone; return how many
@@ -145,7 +122,7 @@ class Registry:
         """
         return await self._scan.now()
 
-    def _register(self, found: Sequence[Seen]) -> int:
+    def _register(self, found: Sequence[FoundAdapter]) -> int:
         there = {name for name, _, _ in found}
         for name, entry in list(self._entries.items()):
             if entry.origin == "root" and name not in there and entry.version is None and entry.loading is None:
@@ -155,18 +132,17 @@ class Registry:
         if (over := len(new) - room) > 0:
             log.warning("%d adapters below roots are not registered: the limit is %d", over, self.max_registered)
         for name, place, written in new[:room]:
-            self._entries[name] = _Entry(Card(name, place, written), "root", self._over_http(place, name))
+            locate = self._over_http(place, name)
+            self._entries[name] = Registered(Card(name, place, written), "root", locate, place)
         return min(len(new), room)
 
     async def close(self) -> None:
         """Wait for loads and unloads that are under way, and unlock the state file. The engine stays as it is."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.versions.close()
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
         if self._state is not None:
             self._state.close()
-
-    # ------------------------------------------------------------------------------------------ what there is
 
     def cards(self) -> list[Card]:
         """Return a card for each name, by name: a restarted server lists them in the same order."""
@@ -176,22 +152,20 @@ class Registry:
         """Return a name's card. Raises UnknownAdapter."""
         return self._card(self._entry(name))
 
-    def _card(self, entry: _Entry) -> Card:
+    def _card(self, entry: Registered) -> Card:
         return replace(entry.card, running=entry.running)
-
-    # ------------------------------------------------------------------------------------------ a request
 
     @asynccontextmanager
     async def lease(self, model: str, scale: float | None = None) -> AsyncIterator[Leased]:
         """Hold the adapters that a request's `model` names (`names.parse`), all weights multiplied by `scale`.
 
         The first use of a name loads it; others wait for the same load. Raises UnknownAdapter for a name that nothing
-        has, ConfigError for a weight or scale that is none, Cannot for a mix or scale that the engine has not got,
+        has, ConfigError for an invalid weight or scale, Cannot for a mix or scale that the engine does not offer,
         AdapterError for an adapter that cannot be read or served, and what `Engine.load` raises.
         """
         parts = names.scaled(await self._parts(model), scale)
         self._check_ability(parts)
-        held: list[tuple[_Entry, Version]] = []
+        held: list[tuple[Registered, Version]] = []
         try:
             cards = []
             for name, weight in parts:
@@ -215,7 +189,7 @@ class Registry:
         except UnknownAdapter:
             if not self._scan.is_near():
                 raise
-        await self._scan.next()  # for a folder that was put there since
+        await self._scan.next()  # for a folder that was put there meanwhile
         return names.parse(model, self._entries, self.base_names)
 
     def _check_ability(self, parts: names.Parts) -> None:
@@ -224,7 +198,7 @@ class Registry:
         if any(weight != 1 for _, weight in parts) and "scale" not in self.facts.can:
             raise Cannot("this engine uses adapters at their own scale only\n  leave out scale and weights", "scale")
 
-    async def _hold(self, name: str) -> tuple[_Entry, Version]:
+    async def _hold(self, name: str) -> tuple[Registered, Version]:
         """Return a name's version, loaded, counted as in use."""
         while True:
             entry = self._entry(name)  # again: it may be unloaded meanwhile
@@ -234,47 +208,38 @@ class Registry:
                 return entry, entry.version
             await self._first_use(name, entry)
 
-    # ------------------------------------------------------------------------------------------ loading
-
-    async def _first_use(self, name: str, entry: _Entry) -> None:
+    async def _first_use(self, name: str, entry: Registered) -> None:
         """Load a registered name, once for all who ask. A client that hangs up does not end it."""
         if entry.loading is None:
             entry.loading = self._task(self._load_registered(name, entry))
         await asyncio.shield(entry.loading)
 
-    async def _load_registered(self, name: str, entry: _Entry) -> None:
+    async def _load_registered(self, name: str, entry: Registered) -> None:
         stamp: Stamp = ()
         try:
             async with self._lock(name):
                 if entry.version is not None or self._entries.get(name) is not entry:
                     return
-                self._fail_again(entry, ())
-                files = await asyncio.to_thread(entry.locate)
-                stamp = await asyncio.to_thread(files.stamp)
-                self._fail_again(entry, stamp)
-                read = await self._read(files)
+                entry.fail_again(())
+                files, stamp = await self._readers.locate(entry.locate)
+                entry.fail_again(stamp)
+                read = await self._readers.read(files)
                 version = await self.versions.bring(read, files, self.base, entry.card.pinned)
-                self._activate(entry, version, files, entry.card.ready(read))
+                card = entry.card.ready(read)
+                if entry.origin == "command line":  # a restarted server says the same
+                    card.created = files.modified
+                self._activate(entry, version, files, card)
         except LorakitError as error:
-            if not isinstance(error, _TRANSIENT):
-                entry.failed = (stamp, time.monotonic(), without_traceback(error))
-                entry.card = replace(entry.card, status="failed", problem=str(error))
+            entry.remember(error, stamp)
             raise
         finally:
             entry.loading = None
 
-    @staticmethod
-    def _fail_again(entry: _Entry, stamp: Stamp) -> None:
-        """Raise the error of the last try if the files are as they were then; without files, for RETRY_SECONDS."""
-        if entry.failed is not None:
-            before, when, error = entry.failed
-            if before == stamp and (stamp or time.monotonic() < when + RETRY_SECONDS):
-                raise without_traceback(error)
-
-    async def load(self, name: str, place: str, *, pin: bool = False, in_place: bool = False) -> Card:
+    async def load(self, name: str, place: str, *, pin: bool | None = False, in_place: bool = False) -> Card:
         """Load an adapter over HTTP. place: relative to a root, or an allowed hub id. Returns its card.
 
-        in_place: replace a name's content; requests that run keep what they have. A load that fails changes nothing.
+        pin: whether it stays on the device; None: as it was. in_place: replace a name's content; requests that run keep
+        what they have. A load that fails changes nothing.
         Raises ConfigError for a name that cannot be one and for places that are not allowed, StateError for a name that
         is loaded already (without in_place) or is not a client's to change, AdapterError for what is not there or
         cannot be served, WriteError if the state file cannot be written, and what `Engine.load` raises.
@@ -282,14 +247,18 @@ class Registry:
         names.check_name(name, self.base_names)
         return await asyncio.shield(self._task(self._load(name, place, pin, in_place)))
 
-    async def _load(self, name: str, place: str, pin: bool, in_place: bool) -> Card:
+    async def _load(self, name: str, place: str, pin: bool | None, in_place: bool) -> Card:
         async with self._lock(name):
             entry = self._entries.get(name)
             self._check_load(name, entry, place, in_place)
+            if pin is None:
+                pin = entry is not None and entry.card.pinned
             configured = entry is not None and entry.origin == "command line"
-            locate = entry.locate if entry is not None and configured else self._over_http(place, name)
-            files = await asyncio.to_thread(locate)
-            read = await self._read(files)
+            locate = self._over_http(place, name)
+            if entry is not None and configured:
+                place, locate = entry.card.place, entry.locate
+            files, _ = await self._readers.locate(locate)
+            read = await self._readers.read(files)
             version = await self.versions.bring(read, files, self.base, pin)
             created = int(time.time()) if entry is None or entry.version is not version else entry.card.created
             card = Card(name, place, created, pinned=pin).ready(read)
@@ -300,12 +269,13 @@ class Registry:
                 self.versions.drop_name(version, files, pin)
                 raise
             # Nothing is awaited from here on, so that no other load writes the state file without this one.
-            entry = self._entries.setdefault(name, _Entry(card, "http", locate))
-            entry.locate, entry.origin = locate, entry.origin if configured else "http"
+            entry = self._entries.setdefault(name, Registered(card, "http", locate, place))
+            if not configured:
+                entry.origin, entry.locate, entry.asked = "http", locate, place
             self._activate(entry, version, files, card)
             return self._card(entry)
 
-    def _check_load(self, name: str, entry: _Entry | None, place: str, in_place: bool) -> None:
+    def _check_load(self, name: str, entry: Registered | None, place: str, in_place: bool) -> None:
         if entry is None:
             if len(self._entries) >= self.max_registered:
                 raise StateError(f"{self.max_registered:,} adapters are registered already\n  unload some")
@@ -315,10 +285,10 @@ class Registry:
                 f"an adapter '{name}' is loaded already\n"
                 '  unload it first, or replace it: "load_inplace": true; requests that run keep the old one'
             )
-        if entry.origin == "command line" and place != entry.card.place:
+        if entry.origin == "command line" and place not in (entry.asked, entry.card.place):
             raise StateError(f"the name '{name}' was given on the server's command line\n  choose another name")
 
-    def _activate(self, entry: _Entry, version: Version, files: AdapterFiles, card: Card) -> None:
+    def _activate(self, entry: Registered, version: Version, files: AdapterFiles, card: Card) -> None:
         """Let a name stand for a version, and let go of the one before."""
         before, old_files, was_pinned = entry.version, entry.files, entry.card.pinned
         entry.version, entry.files, entry.card, entry.failed = version, files, card, None
@@ -347,14 +317,12 @@ class Registry:
             freed = self.versions.drop_name(version, files, pinned)
         return await freed
 
-    # ------------------------------------------------------------------------------------------ helpers
-
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Registered:
         if name not in self._entries:
             raise names.unknown(name, self._entries, self.base_names)
         return self._entries[name]
 
-    def _over_http(self, place: str, name: str) -> Callable[[], AdapterFiles]:
+    def _over_http(self, place: str, name: str) -> Locate:
         return lambda: self.locations.over_http(place, name)
 
     async def _save(self, name: str, changed: Loaded | None) -> None:
@@ -386,9 +354,3 @@ class Registry:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # read, so that asyncio does not call it lost when nobody waits any more
-
-    async def _read(self, files: AdapterFiles) -> ReadAdapter:
-        read = await asyncio.get_running_loop().run_in_executor(self._readers, read_adapter, files, self.base)
-        if self._check is not None:
-            await self._check(read.adapter.metadata)
-        return read

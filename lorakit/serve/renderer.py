@@ -29,7 +29,7 @@ from .answer_text import AnswerText, TokenTexts
 from .chat_format import ChatFormat, Formats
 from .foreign_template import Bounds, TemplateProcess
 from .messages import checked_messages, only_text
-from .tool_calls.choice import asked
+from .tool_calls.choice import tool_request
 from .tool_calls.forced import FORCED
 from .tool_calls.stream import ToolStream
 from .tool_calls.syntax import Syntax, Tools
@@ -74,7 +74,7 @@ class Renderer:
         """Take the base's tokenizer. model_ends: what ends the model's generation (`generate.end_ids`).
 
         template: the text of a chat template for the base in place of its own, and for adapters that have none of
-        their own. bounds: for templates that come with adapters. Raises ConfigError for a template that is none.
+        their own. bounds: for templates that come with adapters. Raises ConfigError for an invalid template.
         """
         self.tokenizer = with_template(tokenizer, template, "--chat-template")
         self.texts = TokenTexts(self.tokenizer)
@@ -119,7 +119,7 @@ class Renderer:
         """Check what an adapter's metadata says of its prompts against the base, and try its template.
 
         Raises AdapterError: for end tokens or added tokens that the base does not have, arguments that the template
-        does not read, and a template that is none or exceeds the bounds.
+        does not read, and a template that is invalid or exceeds the bounds.
         """
         record = ChatRecord.of(metadata)
         added = recorded_tokens(metadata)
@@ -151,15 +151,17 @@ class Renderer:
         parallel: bool,
         kwargs: Mapping[str, Any],
     ) -> Prompt:
-        turns, wants = checked_messages(messages), asked(tools, tool_choice, parallel)
+        turns, request = checked_messages(messages), tool_request(tools, tool_choice, parallel)
         form = self._formats.of(_record(card))
         if form.style == "none":
-            if wants.tools:
+            if request.tools:
                 raise DataError("this adapter was trained on texts without turns, so it cannot call tools")
             return Prompt(form.text_ids(only_text(turns)), form.stop_ids(False))
-        ids, notes = form.chat_ids(turns, wants.tools, kwargs)
-        syntax, keep = self._syntax(form, wants.tools, wants.schema)
-        return Prompt(ids, form.stop_ids(bool(wants.tools)), wants.schema, notes, wants.tools, syntax, keep, parallel)
+        ids, notes = form.chat_ids(turns, request.tools, kwargs)
+        syntax, keep = self._syntax(form, request.tools, request.schema)
+        return Prompt(
+            ids, form.stop_ids(bool(request.tools)), request.schema, notes, request.tools, syntax, keep, parallel
+        )
 
     def _check(self, record: ChatRecord, added: Mapping[str, int]) -> None:
         try:

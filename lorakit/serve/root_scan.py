@@ -13,17 +13,20 @@ from collections.abc import Callable, Collection, Sequence
 
 from . import names
 from .locations import Locations
+from .threads import in_thread
 
 log = logging.getLogger(__name__)
-SECONDS = 0.5
+SECONDS = 0.5  # from the end of one look to the next, at least
 
-Seen = tuple[str, str, int]  # (name, place, when it was written in seconds since 1970)
+FoundAdapter = tuple[str, str, int]  # (name, place, when it was written in seconds since 1970)
 
 
 class RootScan:
     """Looks, and gives what it sees to `register`, which returns how many of it are new."""
 
-    def __init__(self, locations: Locations, base_names: Collection[str], register: Callable[[Sequence[Seen]], int]):
+    def __init__(
+        self, locations: Locations, base_names: Collection[str], register: Callable[[Sequence[FoundAdapter]], int]
+    ):
         """base_names: what requests call the base; no adapter can have these names."""
         self.locations, self.base_names, self.register = locations, base_names, register
         self._allowed = 0.0  # when the next look may begin, by time.monotonic()
@@ -35,7 +38,7 @@ class RootScan:
         """Look at once, and return how many adapters are new."""
         async with self._looking:
             begin = time.monotonic()
-            found = await asyncio.to_thread(lambda: list(self.locations.below_roots()))
+            found = await in_thread(lambda: list(self.locations.below_roots()), "lorakit-scan")
             end = time.monotonic()
             self._allowed = end + max(SECONDS, 10 * (end - begin))
             self._warn([place for name, place, _ in found if not self._can_be(name)])

@@ -63,10 +63,13 @@ def checked_schema(schema: object, key: str, most: int = 65_536) -> str:
     """Return a JSON schema as text. Raises DataError for what is malformed, too long or refers to another document."""
     if not isinstance(schema, Mapping):
         raise DataError(f"{key} is a {type(schema).__name__}; expected an object")
-    _check(schema, key, 0)
-    text = json.dumps(schema, ensure_ascii=False)
-    if len(text) > most:
+    try:
+        text = json.dumps(schema, ensure_ascii=False)
+    except RecursionError:
+        raise DataError(f"{key} is nested too deep; at most {NESTING} levels") from None
+    if len(text) > most:  # before the walk, which takes a second for a megabyte
         raise DataError(f"{key} has {len(text):,} characters; at most {most:,}")
+    _check(schema, key, 0)
     return text
 
 

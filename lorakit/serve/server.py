@@ -1,10 +1,10 @@
 """The server's process: take the port, start, say that it is ready, and stop within a bound when it is asked to.
 
     listener = listen("127.0.0.1", 8000)            # first: a port that is taken is an error at once
-    signal = asyncio.run(serve(listener, start, drain=20, ready=print_it))
+    run(listener, start, drain=20, ready=print_it, stopped=say_so)       # ends the process
 
-SIGTERM or SIGINT: no new connections, running answers get `drain` seconds, the rest is cancelled and ends with its
-finish reason. A second signal ends the process at once.
+SIGTERM or SIGINT: no new connections, running answers get `drain` seconds, the rest is cancelled and ends with an
+error. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,32 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{name}:{port}"
 
 
+def run(
+    listener: socket.socket,
+    start: Callable[[], Awaitable[Running]],
+    *,
+    drain: float,
+    ready: Callable[[], None],
+    stopped: Callable[[StoppedError], int],
+) -> None:
+    """Do as `serve` does, and end the process once a signal has stopped it. stopped: says so; returns the exit code.
+
+    The process ends inside the event loop: asyncio.run would join threads first that wait for a disk or the network,
+    and that may never come back. Raises what `start` raises, and LorakitError for a server that stopped by itself.
+    """
+
+    async def serving() -> None:
+        try:
+            await serve(listener, start, drain=drain, ready=ready)
+        except StoppedError as error:
+            code = stopped(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    asyncio.run(serving())
+
+
 async def serve(
     listener: socket.socket, start: Callable[[], Awaitable[Running]], *, drain: float, ready: Callable[[], None]
 ) -> None:
@@ -89,8 +116,9 @@ async def serve(
         await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await starting
+            await asyncio.wait([starting], timeout=2 * AFTER_DRAIN)  # it lets go of what it began
+            if starting.done() and not starting.cancelled():
+                starting.result()
             listener.close()
             raise StoppedError(f"stopped by {stopped.result()} before it was ready", stopped.result())
         running: Running = starting.result()

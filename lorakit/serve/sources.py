@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterError, LorakitError, WriteError
-from .guard.adapter_files import FileRules, check_files
+from .guard.adapter_files import FileRules, check_files, check_large
 from .guard.roots import open_below
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MOST_FILES = 10_000  # in an adapter's folder
-MOST_SAID = 2_000  # characters of an error, which may quote a file
+LONGEST_ERROR = 2_000  # characters; it may quote a file
 PREFIX = "lorakit-read-"  # of the temporary folders with copies
 ABANDONED = 3600.0  # seconds after which a copy is nobody's: reading takes less
 _CHUNK = 1 << 20
@@ -93,7 +93,7 @@ def files_at(path: Path, label: str, boundary: Path | None, rules: FileRules) ->
     inside = None
     if not path.is_dir():
         path, inside = path.parent, path.name
-    there = _files_in(path, label)
+    there = _files_in(path, label, boundary)
     if inside is None and _RUN in there and any(name.startswith("adapter/") for name in there):
         path = path / "adapter"
         there = {name.removeprefix("adapter/"): size for name, size in there.items() if name.startswith("adapter/")}
@@ -101,12 +101,15 @@ def files_at(path: Path, label: str, boundary: Path | None, rules: FileRules) ->
     return AdapterFiles(label, path, tuple(names), opened.rstrip("/"), boundary, rules)
 
 
-def _files_in(folder: Path, label: str) -> dict[str, int | None]:
-    """Return a folder's files with their sizes, and those of the folders in it that can hold parts of an adapter."""
+def _files_in(folder: Path, label: str, boundary: Path | None) -> dict[str, int | None]:
+    """Return a folder's files with their sizes, and those of the folders in it that can hold parts of an adapter.
+
+    A folder that a link leads out of the boundary is left out: errors list the names of what is there.
+    """
     found: dict[str, int | None] = {}
     for inner in ("", *_INSIDE):
-        where = folder / inner
-        if not where.is_dir():
+        where = (folder / inner).resolve()
+        if not where.is_dir() or (boundary is not None and not where.is_relative_to(boundary)):
             continue
         try:
             with os.scandir(where) as entries:
@@ -189,6 +192,9 @@ def _copied(files: AdapterFiles, copy: Path) -> tuple[str, int]:
                 raise AdapterError(
                     f"adapter '{files.label}' has more than the {files.rules.total:,} bytes that one may have"
                 )
+            # Before the copy, which takes as much space as the file. What is used is checked again, in the copy.
+            check_large(Path(name), source, files.rules)
+            source.seek(0)
             try:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 with open(copy / name, "wb", buffering=0) as target:
@@ -202,8 +208,8 @@ def _copied(files: AdapterFiles, copy: Path) -> tuple[str, int]:
         if size != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
             raise AdapterError(f"{name} of adapter '{files.label}' was written while it was read\n  try again")
         total += size
-        spoken = Path(name).suffix if alone else name
-        digest.update(f"{len(spoken)} {spoken} {size} ".encode() + content.digest())
+        hashed_name = Path(name).suffix if alone else name
+        digest.update(f"{len(hashed_name)} {hashed_name} {size} ".encode() + content.digest())
     return digest.hexdigest(), total
 
 
@@ -241,7 +247,9 @@ def _without(message: str, copy: Path, files: AdapterFiles) -> str:
     """Name files by the adapter's name instead of where the copy, or the original, is."""
     for path in (copy, files.folder):
         message = message.replace(f"{path}/", "").replace(str(path), files.label)
-    message = message.encode("utf8", "backslashreplace").decode()[:MOST_SAID]  # JSON can hold halves of surrogate pairs
+    message = message.encode("utf8", "backslashreplace").decode()[
+        :LONGEST_ERROR
+    ]  # JSON can hold halves of surrogate pairs
     named = f"'{files.label}'" in message or message.startswith(files.label)
     return message if named else f"adapter '{files.label}': {message}"
 

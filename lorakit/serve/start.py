@@ -7,13 +7,11 @@ An engine is a folder here, named as in --engine, whose `build.build(settings)` 
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LorakitError, listing
 from .guard.guarded import guarded
@@ -22,6 +20,7 @@ from .metrics import Metrics, add_metrics
 from .observe import observed
 from .server import Running
 from .settings import ServeSettings
+from .threads import in_thread
 
 if TYPE_CHECKING:
     from .engine import Engine, Facts
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from .renderer import Renderer
     from .service import Service
 
-T = TypeVar("T")
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance", "httpx2")  # of the extra `serve`
 
 
@@ -59,10 +57,9 @@ async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> R
     from .renderer import Renderer
     from .service import Service
 
-    await _in_thread(lambda: _check_files(settings))
+    await in_thread(lambda: _check_files(settings), "lorakit-check")
     build: Callable[[ServeSettings], Built] = import_module(f".{settings.engine}.build", __package__).build
-    built = await _in_thread(lambda: build(settings))
-    facts = replace(await built.engine.start(), base=settings.name)  # an engine may call it by its path
+    built = await in_thread(lambda: build(settings), "lorakit-load")
     closing: list[Callable[[], Awaitable[None]]] = []
 
     async def stop(drain: float) -> None:
@@ -72,6 +69,7 @@ async def start(settings: ServeSettings, notice: Callable[[Service], None]) -> R
             await close()
 
     try:
+        facts = replace(await built.engine.start(), base=settings.name)  # an engine may call it by its path
         renderer = Renderer(built.tokenizer, built.ends, template=settings.chat_template)
         closing.append(renderer.close)
         registry = _registry(settings, built.engine, facts, renderer)
@@ -104,7 +102,8 @@ def _check_files(settings: ServeSettings) -> None:
     locations = Locations(Roots(settings.roots), Hub(settings.hub), settings.allow_pickle)
     for name, path in settings.adapters.items():
         check_name(name, (settings.name,))
-        locations.on_command_line(path, name)
+        _, locate = locations.on_command_line(path, name)
+        locate()
 
 
 def _registry(settings: ServeSettings, engine: Engine, facts: Facts, renderer: Renderer) -> Registry:
@@ -137,28 +136,3 @@ def _app(settings: ServeSettings, service: Service) -> Any:
     metrics = Metrics(service.engine.stats)
     add_metrics(app, metrics)
     return observed(guarded(app, settings.guard, report), (metrics.observe, access_line))
-
-
-async def _in_thread(function: Callable[[], T]) -> T:
-    """Run in a thread that a signal need not wait for: asyncio's own are joined when the loop is closed."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(value)  # type: ignore[arg-type]
-
-    def run() -> None:
-        try:
-            outcome: tuple[T | None, BaseException | None] = function(), None
-        except BaseException as error:  # SystemExit too: whoever waits must hear of it
-            outcome = None, error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, name="lorakit-load", daemon=True).start()
-    return await done

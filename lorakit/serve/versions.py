@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import AdapterError, TargetError
-from .engine import Choice, Engine
+from .engine import Engine
 from .sources import AdapterFiles, FileSource, ReadAdapter
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Versions:
                 version.loaded = version.pinned = False
                 try:
                     freed = await self.engine.unload(version.key)
-                except Exception:  # it cannot be helped by whoever was the last to use it
+                except Exception:  # an operator's matter: whoever was the last to use it has had its answer
                     log.exception("unloading the adapter %s failed", version.source.label)
             if not version.users and self._versions.get(version.key) is version:
                 del self._versions[version.key]
@@ -148,13 +148,3 @@ class Versions:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def choice_of(parts: Sequence[tuple[str, float]]) -> Choice:
-    """Return the engine's choice: by key, so that a mix written in another order is the same; equal contents added up;
-    without those of weight 0.
-    """
-    total: dict[str, float] = {}
-    for key, weight in parts:
-        total[key] = total.get(key, 0.0) + weight
-    return tuple(sorted((key, weight) for key, weight in total.items() if weight))

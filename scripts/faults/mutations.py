@@ -27,7 +27,8 @@ SOUND: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "/v1/completions": [
-        {"model": "b", "prompt": "Once", "max_tokens": 3, "temperature": 0, "logprobs": 2, "echo": True, "best_of": 2},
+        {"model": "b", "prompt": "Once", "max_tokens": 3, "temperature": 0, "logprobs": 2, "n": 2, "best_of": 2},
+        {"model": "a", "prompt": "Once", "max_tokens": 3, "echo": True},
         {"model": "embedded", "prompt": [1, 2, 3], "max_tokens": 2, "stream": True, "presence_penalty": 0.5},
         {"model": "a", "prompt": ["x", "y"], "max_tokens": 2, "suffix": "", "frequency_penalty": -0.5, "top_p": 0.5},
     ],
@@ -47,7 +48,7 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 10**18, -(10**18), 10**400, 1e308, -1e308, 1e-300, 0.1, "", "a", "x" * 70_000,
     "\x00", "\ud800", "é\u202e\U0001f600", "../../etc/passwd", "{{7*7}}", [], {}, [[]], [None], [{}], {"a": {}},
     {"": ""}, [1] * 5000, {"type": "x"}, float("nan"), float("inf"), -float("inf"), ["x"] * 2000,
-    {str(n): n for n in range(3000)},
+    {str(n): n for n in range(3000)}, [{}] * 100_000, ["a"] * 150_000,
 ]  # fmt: skip
 KEYS = [
     "model",
@@ -137,7 +138,7 @@ def _mutate(rng: random.Random, value: dict[str, Any]) -> None:
 
 def _damaged(rng: random.Random, body: bytes) -> bytes:
     """Damage the bytes."""
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
     if kind == 0:
         return body[: rng.randrange(len(body) + 1)]
     if kind == 1:
@@ -149,6 +150,10 @@ def _damaged(rng: random.Random, body: bytes) -> bytes:
         return body + rng.choice([b"}", b"\x00", body, b"x" * 1_100_000])
     if kind == 4:
         return body.replace(b":", rng.choice([b"", b"::", b"="]), 1)
+    if kind == 5:  # sound UTF-16, in which U+0122 has the byte of a quote
+        depth = rng.choice([10, 40, 600])
+        hidden = '{"model":"\u0122\u0122\u0122","messages":' + "[" * depth + "]" * depth + "}"
+        return hidden.encode(rng.choice(["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"]))
     return b"\xff\xfe" + body.decode("utf8", "replace").encode("utf-16-le", "replace")
 
 

@@ -78,7 +78,7 @@ class Server:
     def rss(self) -> int:
         """Return its resident memory in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
+        return int(_number(r"VmRSS:\s+(\d+)", status)) * 1024
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -99,13 +99,21 @@ class Server:
     def metric(self, name: str) -> float:
         """Return a number of /metrics."""
         page = self.ask("GET", "/metrics")[1].decode()
-        return float(re.search(rf"^{name} (\S+)$", page, re.MULTILINE)[1])  # type: ignore[index]
+        return _number(rf"^{name} (\S+)$", page)
 
     def models(self) -> list[dict[str, Any]]:
         """Return /v1/models, without what changes from a start to the next."""
         data = json.loads(self.ask("GET", "/v1/models")[1])["data"]
         kept = [{name: model.get(name) for name in ("id", "root", "parent", "max_model_len")} for model in data]
         return sorted(kept, key=lambda model: model["id"])
+
+
+def _number(pattern: str, text: str) -> float:
+    """Return the number that the pattern's group finds on a line. Raises RuntimeError if there is none."""
+    found = re.search(pattern, text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"nothing is like {pattern} in {text[:500]!r}")
+    return float(found[1])
 
 
 def events(answer: http.client.HTTPResponse) -> Iterator[Any]:

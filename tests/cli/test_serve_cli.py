@@ -58,6 +58,8 @@ def test_every_name_and_origin_are_allowed_only_with_a_key(refused, flag):
         (["--adapter", "a=x", "--adapter", "a=y"], "two adapters are named 'a'"),
         (["--host", "no.such.host.invalid"], "there is no such address"),
         (["--port", "70000"], "65535"),
+        (["--max-prompt", "0"], "--max-prompt"),
+        (["--max-answer", "-1"], "--max-answer"),
         (["--adpter", "x"], "--adapter"),
     ],
 )

@@ -22,7 +22,7 @@ import lorakit as lk
 from lorakit.bases.load import load_model
 from lorakit.errors import AdapterError, LorakitError
 from lorakit.serve.engine import BASE, Choice, Engine, Facts, Piece, Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, Stopping, TooLong, UnknownAdapter
 from lorakit.serve.ticket import Ticket
 
 PROMPT = (1700, 301, 22, 2950, 640)
@@ -420,7 +420,11 @@ def test_stopping_lets_running_requests_end(running):
         await engine.start()
         task = asyncio.create_task(answered(engine, Work(PROMPT, BASE, GREEDY)))
         await asyncio.sleep(0)
-        await engine.stop(drain=20)
+        stopping = asyncio.create_task(engine.stop(drain=20))
+        await asyncio.sleep(0)
+        with pytest.raises(Stopping):
+            engine.submit(Work(PROMPT, BASE, GREEDY))
+        await stopping
         return await task
 
     pieces = running.run(scenario())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from lorakit.serve.messages import REQUEST
 from lorakit.serve.renderer import Renderer
 from lorakit.serve.tool_calls.families import PLAIN, SYNTAXES, syntax_of
 from lorakit.serve.tool_calls.forced import FORCED
-from lorakit.serve.tool_calls.stream import Delta, ToolStream, read_calls
+from lorakit.serve.tool_calls.stream import ToolDelta, ToolStream, read_calls
 from lorakit.serve.tool_calls.syntax import Syntax
 
 TOOL = {
@@ -68,6 +69,7 @@ DEEPSEEK_CALL = '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city"
 DEEPSEEK_OLD = (
     '<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>'
 )
+DEEPSEEK_OLDER = f"<｜tool▁calls▁begin｜>{DEEPSEEK_OLD}<｜tool▁calls▁end｜>"
 GEMMA_ONE = '<|tool_call>call:get_weather{city:<|"|>Rome<|"|>}<tool_call|>'
 JSON_ONE = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
 LLAMA_ONE = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
@@ -175,7 +177,7 @@ SAMPLES = [
 sampled = pytest.mark.parametrize("sample", SAMPLES, ids=[sample.syntax.name for sample in SAMPLES])
 
 
-def read(text: str, syntax: Syntax, cut: str = "whole", parallel: bool = True) -> Delta:
+def read(text: str, syntax: Syntax, cut: str = "whole", parallel: bool = True) -> ToolDelta:
     """Content and calls of a text that arrives whole, letter by letter, or in pieces of random length."""
     if cut == "whole":
         return read_calls(text, syntax, [TOOL], parallel=parallel)
@@ -186,14 +188,14 @@ def read(text: str, syntax: Syntax, cut: str = "whole", parallel: bool = True) -
         at += length
     stream = ToolStream(syntax, [TOOL], parallel=parallel)
     deltas = [*map(stream.feed, pieces), stream.finish()]
-    return Delta(
+    return ToolDelta(
         "".join(d.content for d in deltas),
         tuple(call for d in deltas for call in d.calls),
         "".join(d.reasoning for d in deltas),
     )
 
 
-def calls_of(delta: Delta) -> list[tuple[str, Any]]:
+def calls_of(delta: ToolDelta) -> list[tuple[str, Any]]:
     return [(call.name, json.loads(call.arguments)) for call in delta.calls]
 
 
@@ -250,6 +252,48 @@ def test_a_template_of_the_family_is_recognized_by_one_syntax(sample):
 def test_a_template_without_calls_has_no_syntax():
     assert syntax_of("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}") is None
     assert syntax_of("") is None
+
+
+FILLS = (
+    *(" ", "\n", "a", "'", '"', "\\'", '\\"', "(", "[", "{", "}", ",", "a:", "`", "```", "<", "1.", "; ", "f(a=1),"),
+    *("</arg_key><arg_value>", "<arg_key>", "</parameter>", "<parameter=a>", "[ARGS]", "<|channel|>", "</function>"),
+)
+
+
+@sampled
+def test_no_text_takes_more_than_linear_time(sample):
+    """Calls that go wrong at every third place, by 4,000 characters of something: an answer is read on the event loop,
+    so whoever writes a long one must not be able to stop it. A quadratic pattern took up to 26 s for these.
+    """
+    text = DEEPSEEK_OLDER if sample.syntax.name == "deepseek" else sample.one
+    for at in range(3, len(text), 3):
+        for fill in FILLS:
+
+            def seconds(length: int, at: int = at, fill: str = fill) -> float:
+                began = time.thread_time()
+                read(text[:at] + fill * (length // len(fill)) + "x" + text[-24:], sample.syntax)
+                return time.thread_time() - began
+
+            taken = seconds(4_000)
+            if taken > 0.01:
+                assert min(seconds(4_000) for _ in range(3)) < 3 * min(seconds(2_000) for _ in range(3)), (at, fill)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_arguments_are_json_that_every_client_reads(number):
+    """Python's json writes NaN and Infinity, at which JavaScript's throws."""
+    for name, text in (
+        ("hermes", f'<tool_call>{{"name": "get_weather", "arguments": {{"days": {number}}}}}</tool_call>'),
+        ("hermes", f'<tool_call>{{"name": "get_weather", "arguments": "{{\\"days\\": {number}}}"}}</tool_call>'),
+        ("mistral", f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {{"days": {number}}}}}]'),
+        ("llama", f'{{"name": "get_weather", "parameters": {{"days": {number}}}}}'),
+        ("python-calls", f"<|tool_call_start|>[get_weather(days={number})]<|tool_call_end|>"),
+        ("python-calls", f"<|tool_call_start|>[get_weather(days=0x{'f' * 5000})]<|tool_call_end|>"),
+    ):
+        found = read(text, next(s for s in SYNTAXES if s.name == name))
+        assert (found.content, found.calls) == (text, ())
+    written = GLM_ONE.replace("city", "days").replace("Rome", number)
+    assert calls_of(read(written, next(s for s in SYNTAXES if s.name == "glm"))) == [("get_weather", {"days": number})]
 
 
 def test_channels_of_gpt_oss_are_content_and_reasoning():

@@ -11,7 +11,7 @@ from lorakit.data.parse import Row
 from lorakit.data.shapes import read_examples
 from lorakit.errors import ConfigError, DataError
 from lorakit.evaluate.served import chosen_models, evaluate_served, questions_of
-from lorakit.serve.client import Asking, Client, Served, ServerError
+from lorakit.serve.client import Client, GenerationSettings, Served, ServerError
 
 
 def examples(*rows):
@@ -83,7 +83,7 @@ def test_models_are_scored_side_by_side():
             Client(stub.url),
             questions_of(rows),
             ["base", "sql"],
-            Asking(max_tokens=5, temperature=0.0),
+            GenerationSettings(max_tokens=5, temperature=0.0),
             on_rows=lambda model, rows: seen.append(model),
         )
     assert [one.scores.exact_match for one in report.judged] == [0.0, 100.0]
@@ -99,7 +99,7 @@ def test_a_server_that_fails_ends_the_evaluation():
     rows = examples(*({"prompt": f"p{n}", "completion": "x"} for n in range(5)))
     no_model = (404, {}, {"error": {"message": "no model 'sqll'"}})
     with openai_stub.serving(lambda path, body: no_model) as stub, pytest.raises(ServerError, match="no model 'sqll'"):
-        evaluate_served(Client(stub.url), questions_of(rows), ["sqll"], Asking())
+        evaluate_served(Client(stub.url), questions_of(rows), ["sqll"], GenerationSettings())
 
 
 def test_the_base_is_the_first_model_without_a_parent():

@@ -88,7 +88,8 @@ def test_other_steps_need_force_and_foreign_folders_are_never_replaced(demo, tmp
     assert output["adapter"] == str(out / "run" / "adapter")
     assert [row["step"] for row in RunFolder(out / "run").rows() if "loss" in row] == [1]
     assert cli(["demo", "--out", str(out), "--steps", "1", "--rows", "1"]) == 0
-    *_, next_line, own_data = capsys.readouterr().out.splitlines()
+    *_, next_line, served, own_data = capsys.readouterr().out.splitlines()
     assert next_line.startswith("next: lorakit generate 'name[")
     assert f"--adapter {out}/run/adapter" in next_line
+    assert served.strip().startswith(f"lorakit serve embedded --adapter demo={out}/run/adapter ")
     assert own_data.strip().startswith("lorakit train --data")

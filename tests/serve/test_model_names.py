@@ -104,7 +104,13 @@ def test_looking_for_a_similar_name_among_many_is_quick():
 def test_scales_multiply_weights_and_are_checked():
     assert names.scaled((("a", 0.5), ("b", 2.0)), 0.5) == (("a", 0.25), ("b", 1.0))
     assert names.scaled((), None) == ()
-    for parts, scale in [((), 0.5), ((("a", 1.0),), float("nan")), ((("a", 1.0),), float("inf")), ((("a", 1.0),), 1e9)]:
+    for parts, scale in [
+        ((), 0.5),
+        ((("a", 1.0),), float("nan")),
+        ((("a", 1.0),), float("inf")),
+        ((("a", 1.0),), 1e9),
+        ((("b", 0.1), ("a", -100.0)), 1.1),
+    ]:
         with pytest.raises(ConfigError):
             names.scaled(parts, scale)
 

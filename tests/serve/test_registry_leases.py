@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from served_adapters import Held, registry, write
 import lorakit as lk
 from lorakit.errors import AdapterError, ConfigError, TargetError
 from lorakit.serve.engine import Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, UnknownAdapter
+from lorakit.serve.errors import Busy, Cannot, NoPlace, UnknownAdapter
+from lorakit.serve.locations import Locations
 
 
 @pytest.fixture
@@ -226,7 +230,7 @@ def test_a_broken_adapter_says_why_and_is_tried_again_after_its_files_changed(ro
 
 def test_what_failed_is_not_read_again_for_each_request(root, monkeypatch):
     async def scenario():
-        import lorakit.serve.registry as module
+        import lorakit.serve.readers as module
 
         reads = []
         real = module.read_adapter
@@ -283,3 +287,53 @@ def test_an_error_that_is_kept_does_not_keep_what_failed(root):
         assert not [thing for thing in gc.get_objects() if isinstance(thing, lk.Adapter)]
 
     asyncio.run(scenario())
+
+
+def test_a_pin_without_a_place_is_tried_again_at_the_next_use(root):
+    """What heals when another adapter is unloaded is not remembered, though the files are the same."""
+
+    async def scenario():
+        engine = Held()
+        made = registry(engine, root)
+        await made.start()
+        engine.refuse = NoPlace("adapter 'a' cannot be pinned: all 1 places of the device are, by 'b'")
+        with pytest.raises(NoPlace):
+            async with made.lease("a"):
+                pass
+        assert made.get("a").status == "registered"
+        engine.refuse = None
+        async with made.lease("a"):
+            assert made.get("a").status == "ready"
+
+    asyncio.run(scenario())
+
+
+def test_searches_that_hang_stop_neither_others_nor_the_end_of_the_loop(root):
+    """More of them than asyncio has threads, and a loop that closes while they hang."""
+    hang = threading.Event()
+
+    async def scenario():
+        made = registry(Held(), root)
+        await made.start()
+        real = Locations.over_http
+
+        def over_http(self, place, label):
+            if place == "b":
+                hang.wait(60)
+            return real(self, place, label)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Locations, "over_http", over_http)
+            hung = [asyncio.create_task(made.load(f"hung-{n}", "b")) for n in range((os.cpu_count() or 1) + 6)]
+            await asyncio.sleep(0.05)
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), 5) == 1
+            async with asyncio.timeout(5), made.lease("a"):
+                pass
+        assert not any(task.done() for task in hung)
+
+    began = time.monotonic()
+    try:
+        asyncio.run(scenario())
+        assert time.monotonic() - began < 20
+    finally:
+        hang.set()

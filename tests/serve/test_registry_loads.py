@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import time
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from served_adapters import Held, registry, write
 
 import lorakit as lk
 from lorakit.errors import AdapterError, ConfigError, StateError
+from lorakit.serve import registered
 from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import UnknownAdapter
+from lorakit.serve.guard.hub import Hub
 
 
 @pytest.fixture
@@ -266,9 +269,10 @@ def test_adapters_of_the_command_line_are_loaded_at_the_start(tmp_path):
         engine = Held()
         made = registry(engine)
         card = made.add("sql", path, pin=True)
-        assert (card.name, card.place, card.status) == ("sql", str(path), "registered")
+        assert (card.name, card.place, card.status) == ("sql", "x", "registered")  # nowhere a path of this machine
         await made.start()
         assert made.get("sql").status == "ready"
+        assert made.get("sql").created == max(int(file.stat().st_mtime) for file in path.iterdir())
         assert engine.pinned == {made.get("sql").key}
         with pytest.raises(StateError, match="called 'sql'"):
             made.add("sql", path)
@@ -302,7 +306,52 @@ def test_a_name_of_the_command_line_is_not_a_client_s_to_change(root, tmp_path):
             await made.load("sql", "a", in_place=True)
         before = made.get("sql").key
         write(path, 5)
-        assert (await made.load("sql", str(path), in_place=True)).key != before
+        card = await made.load("sql", str(path), in_place=True)
+        assert (card.key != before, card.place) == (True, "x")
+        assert (await made.load("sql", "x", in_place=True)).key == card.key  # as /v1/models names it
+
+    asyncio.run(scenario())
+
+
+def test_a_path_of_the_command_line_that_is_gone_is_neither_shown_nor_asked_of_the_hub(tmp_path, monkeypatch):
+    """Its text may be a hub id too, where the repository is a stranger's."""
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario():
+        write(tmp_path / "runs" / "sql")
+        made = registry(Held())
+        made.add("relative", "runs/sql")
+        made.add("absolute", tmp_path / "runs" / "sql")
+        await made.start()
+        shutil.rmtree(tmp_path / "runs")
+        monkeypatch.setattr(Hub, "fetch", lambda *_, **__: pytest.fail("a path of this machine was asked of the hub"))
+        for name in ("relative", "absolute"):
+            await made.unload(name)
+            with pytest.raises(AdapterError, match=f"the files of adapter '{name}' are gone") as caught:
+                async with made.lease(name):
+                    pass
+            assert str(tmp_path) not in str(caught.value)
+            assert str(tmp_path) not in str(made.get(name))
+        write(tmp_path / "runs" / "sql")
+        await asyncio.sleep(0)
+        monkeypatch.setattr(registered, "RETRY_SECONDS", 0)
+        async with made.lease("relative"):
+            pass
+        await settled(made)
+
+    asyncio.run(scenario())
+
+
+def test_a_load_in_place_can_leave_the_pin_as_it_is(root):
+    async def scenario():
+        engine = Held()
+        made = registry(engine, root)
+        await made.load("mine", "a", pin=True)
+        card = await made.load("mine", "b", pin=None, in_place=True)
+        await settled(made)
+        assert card.pinned
+        assert card.key in engine.pinned
+        assert not (await made.load("new", "a", pin=None)).pinned
 
     asyncio.run(scenario())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx2
@@ -16,6 +17,7 @@ from lorakit.serve.guard.limits import Limits
 from lorakit.serve.ticket import Ticket
 
 CHAT = "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,15 @@ def app() -> Any:
         ({"lorakit": {"scale": "x"}}, "lorakit.scale", "a number"),
         ({"lorakit": {"scales": 1}}, "lorakit.scales", "not known"),
         ({"guided_json": {"type": "object"}}, "guided_json", "response_format"),
+        ({"guided_json": {}}, "guided_json", "response_format"),
+        ({"bad_words": ["a"]}, "bad_words", "logit_bias"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "shorten the prompt"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "append"),
+        ({"modalities": ["text", "audio"]}, "modalities", "answers are text"),
+        ({"stop_token_ids": [5] * 129}, "stop_token_ids", "up to 128"),
+        ({"stop_token_ids": [5, 258]}, "stop_token_ids", "258 is not a token of the model; its ids end at 257"),
+        ({"model": "sql:60", "lorakit": {"scale": 60}}, "lorakit.scale", "from -100 to 100"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", "cannot call tools"),
         ({"functions": [{}]}, "functions", "tools"),
         ({"model": 5}, "model", "expected text"),
     ],
@@ -82,6 +93,67 @@ def test_the_wrong_field_is_named_with_what_was_expected(app: Any, fields: Any, 
     assert error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"}
     assert len(app.engine.works) == before
+
+
+WRONG = {
+    "objects": ("/v1/completions", {"model": "base", "prompt": [{}] * 300_000}),
+    "nulls": ("/v1/completions", {"model": "base", "prompt": [None] * 190_000}),
+    "lists": ("/v1/completions", {"model": "base", "prompt": [[None]] * 140_000}),
+    "stops": ("/v1/completions", {"model": "base", "prompt": "x", "stop": [1] * 490_000}),
+    "stop ids": ("/v1/completions", {"model": "base", "prompt": "x", "stop_token_ids": ["a"] * 200_000}),
+    "biases": ("/v1/completions", {"model": "base", "prompt": "x", "logit_bias": {str(n): "a" for n in range(80_000)}}),
+    "messages": (CHAT, {"model": "base", "messages": [1] * 490_000}),
+    "tools": (CHAT, {**ASK, "tools": [1] * 490_000}),
+    "tokens": ("/detokenize", {"tokens": ["a"] * 200_000}),
+    "a schema": (
+        CHAT,
+        {
+            **ASK,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": {"anyOf": [{}] * 300_000}},
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_large_wrong_body_does_not_stop_the_event_loop(app: Any, kind: str):
+    """All of its errors together took up to 7 seconds, in which nobody got an answer."""
+    path, body = WRONG[kind]
+    encoded = json.dumps(body, separators=(",", ":")).encode()
+    assert 600_000 < len(encoded) < 1_000_000
+    began = time.thread_time()
+    answer = app.post(path, encoded)
+    assert time.thread_time() - began < 0.5
+    assert answer.status_code == 400
+    assert len(answer.text) < 500
+
+
+def test_a_stopping_server_is_503(app: Any):
+    stopping = served()
+    asyncio.run(stopping.engine.stop(0))
+    answer = stopping.post(CHAT, ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+    assert answer.headers["retry-after"]
+
+
+def test_what_is_out_of_reach_is_asked_for_again():
+    from lorakit.serve.errors import Unreachable
+
+    app = served()
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise Unreachable("the hub cannot be reached", retry_after=3.0)
+
+    app.registry.lease = app.registry.load = unreachable  # type: ignore[method-assign,assignment]
+    load = "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "sql"}
+    for path, body in ((CHAT, ASK), load):
+        answer = app.post(path, body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unreachable")
+        assert answer.headers["retry-after"] == "3"
+        assert "x-should-retry" not in answer.headers
 
 
 @pytest.mark.parametrize("missing", ["model", "messages"])
@@ -102,7 +174,8 @@ def test_a_missing_field_is_named(app: Any, missing: str):
         (b'"text"', "JSON object"),
         (b"\xff\xfe{}", "not JSON"),
         (b'{"model": "\xff"}', "UTF-8"),
-        (b"[" * 100_000, ""),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"model": "base", "x": ' + b"[" * 900 + b"]" * 900 + b"}", ""),
         (b'{"model": "base", "messages": [], "n": ' + b"9" * 5000 + b"}", ""),
         (b'{"model": "base", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature"),
         (b'{"model": "base", "messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "temperature"),

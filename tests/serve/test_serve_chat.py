@@ -179,6 +179,47 @@ def test_headers_name_the_adapters_version_and_what_had_no_effect():
     assert "x-lorakit-warning" not in app.post("/v1/chat/completions", {**ASK, "user": "me", "store": True}).headers
 
 
+@pytest.mark.parametrize("fields", [{"model": "sql:0"}, {"model": "sql", "lorakit": {"scale": 0}}])
+def test_what_has_no_weight_is_not_said_to_answer(fields: Any):
+    app = served()
+    answer = app.post("/v1/chat/completions", {**ASK, **fields})
+    assert (answer.status_code, app.engine.works[-1].choice) == (200, ())
+    assert "x-lorakit-adapter" not in answer.headers
+    mix = app.post("/v1/chat/completions", {**ASK, "model": "sql:0+chat:0.5"})
+    assert mix.headers["x-lorakit-adapter"] == app.registry.get("chat").version
+
+
+def test_what_is_not_read_deep_within_a_request_is_named_too():
+    app = served()
+    body = {
+        **ASK,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "x"}}]}],
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "response_format": {"type": "text", "strict": True},
+        "tools": [{**WEATHER, "custom": {"a": 1}, "function": {**WEATHER["function"], "strict": True}}],
+        "modalities": ["text"],
+        "guided_json": None,
+    }
+    answer = app.post("/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-lorakit-warning"] == (
+        "not used: stream_options.continuous_usage_stats, response_format.strict, "
+        "messages[0].content[0].cache_control, tools[0].custom, tools[0].function.strict"
+    )
+    called = app.post("/v1/chat/completions", {**ASK, "tools": body["tools"][:1], "tool_choice": "required"})
+    assert called.headers["x-lorakit-warning"] == "not used: tools[0].custom"
+
+
+def test_a_format_beside_a_demanded_call_is_said_to_have_no_effect():
+    app = served('[{"name": "weather", "arguments": {"city": "Rome"}}]')
+    body = {**ASK, "tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}
+    answer = app.post("/v1/chat/completions", body)
+    assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+    assert answer.headers["x-lorakit-warning"] == "response_format is not used: a call is demanded"
+    assert app.post("/v1/chat/completions", {**body, "tool_choice": "none"}).status_code == 200
+    assert app.engine.works[-1].sampling.schema == '{"type": "object"}'
+
+
 WEATHER = {
     "type": "function",
     "function": {

@@ -15,7 +15,8 @@ import trl_templates
 
 from lorakit.bases.load import load_tokenizer
 from lorakit.errors import DataError
-from lorakit.serve.foreign_template import Bounds, ForeignTemplate, TemplateProcess
+from lorakit.serve.errors import Busy
+from lorakit.serve.foreign_template import Bounds, ForeignTemplate, TemplateProcess, UnusableTemplateError
 
 TIGHT = Bounds(seconds=0.3, wall=20.0, memory=96 * 2**20, characters=100_000)
 TURNS = [{"role": "user", "content": "Hello"}]
@@ -93,6 +94,23 @@ def test_generation_blocks_and_the_clock_are_known(process):
 
 
 # ------------------------------------------------------------------------------------------ bounds
+
+
+def test_what_is_killed_from_outside_may_be_tried_again():
+    """A machine without time or memory left does that to any template: it says nothing of this one."""
+    process = TemplateProcess(Bounds(seconds=20.0, wall=0.3))
+    loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}Hello"
+    try:
+        for _ in range(2):
+            with pytest.raises(Busy, match=r"could not be rendered within 0.3 s"):
+                render(process, loops)
+        process.bounds = Bounds(seconds=0.2)
+        with pytest.raises(UnusableTemplateError, match="processor time"):
+            render(process, loops)
+        assert render(process, "Hello") == "Hello"
+    finally:
+        process.close()
+
 
 HOSTILE = {
     "a power": "{{ 10 ** (10 ** 10) }}",

@@ -94,6 +94,35 @@ def test_a_client_that_does_not_read_holds_back_its_stream_until_it_is_cancelled
     asyncio.run(never_reads())
 
 
+@pytest.mark.parametrize(
+    "path, body", [("/v1/chat/completions", SQL), ("/v1/completions", {"model": "sql", "prompt": "a"})]
+)
+def test_a_write_that_fails_is_the_last_one(path: str, body: Any, caplog: Any):
+    """A client that does not read is cut off after a minute (`guard.shield`), not after another for the error too."""
+
+    class Broken(Exception):
+        pass
+
+    async def breaks() -> None:
+        app = served(endless)
+        exchange = Exchange(app.app, path, {**body, "stream": True, "max_tokens": 400})
+        tried = []
+
+        async def send(message: dict[str, Any]) -> None:
+            tried.append(message["type"])
+            if len(tried) == 3:
+                raise Broken
+
+        exchange._send = send  # type: ignore[method-assign]
+        with pytest.raises(Broken):
+            await exchange.run()
+        assert tried == ["http.response.start", "http.response.body", "http.response.body"]
+        assert (app.leased, app.engine.cancelled) == (0, 1)
+
+    asyncio.run(breaks())
+    assert "a request failed" not in caplog.text
+
+
 def test_a_request_in_time_is_not_cancelled_by_the_end_of_its_connection():
     async def ask() -> None:
         app = served("Hello")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import hub_stub
@@ -13,7 +17,7 @@ import served_adapters
 from served_adapters import Held, registry
 
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.serve.errors import UnknownAdapter
+from lorakit.serve.errors import UnknownAdapter, Unreachable
 from lorakit.serve.guard.hub import Hub
 
 
@@ -52,8 +56,12 @@ def stub(monkeypatch, tmp_path) -> Iterator[hub_stub.Hub]:
         (["someone"], "someone/..", False),
     ],
 )
-def test_the_whitelist_is_by_owner_or_repository(allowed, place, allows):
-    assert Hub(allowed).allows(place) is allows
+def test_the_whitelist_is_by_owner_or_repository(allowed, place, allows, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Hub, "_fetch", lambda self, name, pickles: asked.append(name))
+    with contextlib.nullcontext() if allows else pytest.raises(ConfigError):
+        Hub(allowed).fetch(place)
+    assert len(asked) == allows
 
 
 @pytest.mark.parametrize("allowed", ["", "*", "a/b/c", "a b", "../x", "a/", "http://x/y", "a..b"])
@@ -176,6 +184,63 @@ def test_the_cache_does_when_the_hub_cannot_be_reached(stub, monkeypatch):
     assert hub.fetch("someone/sql") == first
     with pytest.raises(AdapterError, match="cannot be reached"):
         hub.fetch("someone/other")
+
+
+def test_a_hub_that_is_out_of_reach_is_an_error_that_heals(stub, monkeypatch):
+    """Unlike what the caller, or whoever runs the server, has to change."""
+    stub.fail["/api/models/"] = 503
+    with pytest.raises(Unreachable, match="try again later") as caught:
+        Hub(["someone"]).fetch("someone/sql")
+    assert caught.value.retry_after > 0
+    stub.fail.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(AdapterError, match="HF_HUB_OFFLINE is set") as refused:
+        Hub(["someone"]).fetch("someone/never")
+    assert not isinstance(refused.value, Unreachable)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        Hub(["someone"]).fetch("someone/never")
+
+
+def test_the_token_is_sent_to_the_hub_alone(stub, monkeypatch):
+    """Not to where the hub keeps its large files, and no request can name another hub."""
+    got: list[tuple[str, str | None]] = []
+    real = hub_stub._Handler.resolve
+
+    class Storage(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            got.append((self.path, self.headers.get("Authorization")))
+            content = stub.files("someone/sql")["adapter_model.safetensors"]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Storage) as storage:
+        threading.Thread(target=storage.serve_forever, args=(0.02,), daemon=True).start()
+
+        def resolve(self, path, token):
+            if not path.endswith(".safetensors"):
+                return real(self, path, token)
+            assert token == hub_stub.TOKEN
+            content = stub.files("someone/sql")["adapter_model.safetensors"]
+            headers = {
+                "Location": f"http://127.0.0.1:{storage.server_address[1]}/large",
+                "X-Linked-Size": str(len(content)),
+                "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Repo-Commit": stub.repositories["someone/sql"].refs["main"],
+            }
+            return self.say(302, headers=headers, content=b"")
+
+        monkeypatch.setattr(hub_stub._Handler, "resolve", resolve)
+        fetched = Hub(["someone"]).fetch("someone/sql")
+        storage.shutdown()
+    assert (fetched.path / "adapter_model.safetensors").stat().st_size > 0
+    assert got == [("/large", None)]
 
 
 def test_a_hub_that_does_not_answer_does_not_stop_other_loads(stub, monkeypatch, tmp_path):

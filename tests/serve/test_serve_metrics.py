@@ -6,16 +6,17 @@ import time
 
 from asgi_calls import call, echo
 from prometheus_client.parser import text_string_to_metric_families
+from served_app import served
 
 from lorakit.serve.engine import Stats
 from lorakit.serve.metrics import MAX_ADAPTERS, OTHER, Metrics
-from lorakit.serve.observe import Seen, observed
+from lorakit.serve.observe import RequestLog, observed
 
 CHAT = "/v1/chat/completions"
 
 
 def seen(path=CHAT, status=200, adapter=None, method="POST", first=0.2):
-    return Seen("127.0.0.1", method, path, status, 0.3, first, True, adapter, "req-1")
+    return RequestLog("127.0.0.1", method, path, status, 0.3, first, True, adapter, "req-1")
 
 
 def samples(metrics):
@@ -70,10 +71,13 @@ def test_what_clients_make_up_adds_no_labels():
 
 
 def test_mixes_have_one_label():
-    metrics = Metrics(Stats, [CHAT])
-    for n in range(9):
-        metrics.observe(seen(adapter=f"a@{n}, b@2"))
-    assert value(metrics, "lorakit_adapter_requests_total", adapter="mix") == 9
+    """As the API names them in its answers."""
+    app, metrics = served(), Metrics(Stats, [CHAT])
+    for mix in ("sql:0.7+chat:0.3", "sql+team/sql:0.5", "chat:2+sql"):
+        answer = app.post("/v1/completions", {"model": mix, "prompt": "x", "max_tokens": 1})
+        assert answer.status_code == 200
+        metrics.observe(seen(adapter=answer.headers["x-lorakit-adapter"]))
+    assert value(metrics, "lorakit_adapter_requests_total", adapter="mix") == 3
 
 
 def test_a_watcher_sees_what_was_answered():

@@ -27,7 +27,7 @@ def test_models_lists_base_and_adapters_for_the_openai_client():
     models, one = asyncio.run(ask())
     assert [model.id for model in models] == ["base", "chat", "sql"]
     assert (models[0].parent, models[0].root, models[0].max_model_len) == (None, "base", 1024)
-    assert (one.parent, one.root, one.owned_by, one.object) == ("base", str(root() / "sql"), "lorakit", "model")
+    assert (one.parent, one.root, one.owned_by, one.object) == ("base", "sql", "lorakit", "model")
     assert (one.lorakit["status"], one.lorakit["version"]) == ("registered", None)
     app.post("/tokenize", {"model": "sql", "prompt": "x"})  # its first use
     about = app.get("/v1/models/sql").json()["lorakit"]
@@ -81,6 +81,8 @@ def test_adapters_are_loaded_and_unloaded_in_vllms_forms():
         ({"lora_name": "x", "lora_path": "/etc"}, "lora_path"),
         ({"lora_name": "x", "lora_path": "nowhere"}, "lora_path"),
         ({"lora_name": "x", "lora_path": "sql", "pin": "yes"}, "pin"),
+        ({"lora_name": "x", "lora_path": "sql", "pinned": True}, "pinned"),
+        ({"lora_name": "x", "lora_path": "someone/elses"}, "lora_path"),
     ],
 )
 def test_bad_loads_are_400(body: Any, param: str):
@@ -113,8 +115,44 @@ def test_tokens_of_a_prompt_and_of_messages_and_back():
     assert app.post("/tokenize", {"prompt": "a", "messages": HELLO}).status_code == 400
     assert app.post("/tokenize", {"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
     assert app.post("/detokenize", {"tokens": [258]}).status_code == 400
+    assert app.post("/detokenize", {"tokens": [5], "model": "nope"}).status_code == 404
     assert app.post("/tokenize", b'{"prompt": "\\ud800"}').status_code == 400
     assert app.leased == 0
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({"messages": HELLO, "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": HELLO, "add_special_tokens": True}, "add_special_tokens"),
+        ({"messages": HELLO, "tools": [{}] * 129}, "tools"),
+        ({"messages": HELLO * 1001}, "messages"),
+        ({"messages": HELLO, "continue_final_message": True}, "continue_final_message"),
+        ({"prompt": "a", "tools": []}, "tools"),
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+    ],
+)
+def test_tokens_that_would_be_others_are_400(body: Any, param: str):
+    answer = served().post("/tokenize", body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_tokenize_names_what_it_does_not_read():
+    body = {"messages": HELLO, "add_generation_prompt": True, "add_special_tokens": False, "whatever": True}
+    answer = served().post("/tokenize", body)
+    assert answer.headers["x-lorakit-warning"] == "not used: whatever"
+
+
+def test_vllms_fields_of_a_load_are_named_and_a_pin_stays_when_nothing_is_said_of_it():
+    app = served(adapters=[])
+    body = {"lora_name": "new", "lora_path": "sql", "pin": True, "lora_int_id": 3, "base_model_name": "base"}
+    answer = app.post("/v1/load_lora_adapter", body)
+    assert (answer.status_code, answer.headers["x-lorakit-warning"]) == (200, "not used: lora_int_id, base_model_name")
+    again = {"lora_name": "new", "lora_path": "other", "load_inplace": True}
+    assert app.post("/v1/load_lora_adapter", again).status_code == 200
+    assert app.registry.get("new").pinned
+    answer = app.post("/v1/unload_lora_adapter", {"lora_name": "new", "lora_nam": "x"})
+    assert answer.json()["error"]["param"] == "lora_nam"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from asgi_calls import echo
 
 from lorakit.errors import ConfigError
 from lorakit.serve import connections
-from lorakit.serve.server import is_loopback, listen, url_of
+from lorakit.serve.server import HEADER_BYTES, _server, is_loopback, listen, url_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent as Unix does")
 ROOT = Path(__file__).parent.parent.parent
@@ -79,8 +79,10 @@ def in_thread(url: str, got: list[bytes]) -> threading.Thread:
 
 @contextlib.contextmanager
 def running(protocol):
-    """A server in a thread, with this class of connections; yields its address."""
-    server = uvicorn.Server(uvicorn.Config(echo, http=protocol, lifespan="off", log_level="warning"))
+    """A server, or one with this class of connections, in a thread; yields its address."""
+    server = protocol
+    if isinstance(protocol, type):
+        server = uvicorn.Server(uvicorn.Config(echo, http=protocol, lifespan="off", log_level="warning"))
     with listen("127.0.0.1", 0) as listener:
         address = listener.getsockname()
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -120,6 +122,45 @@ def test_an_answer_that_does_not_end_is_cut_after_the_bound(process):
     assert seconds < 12  # 0.2 and 3 for what was cancelled, on a busy machine
 
 
+def test_threads_that_hang_do_not_hold_up_the_end(process):
+    """A download, or a file on a network disk: asyncio.run would wait for its threads, as long as they take."""
+    server, got = process("0", "0.2"), []
+    thread = in_thread(f"{server.first}/thread", got)
+    code, out, seconds = server.stop(signal.SIGTERM)
+    thread.join()
+    assert (code, out.split(" ")[0]) == (0, "SIGTERM")
+    assert seconds < 12
+
+
+def test_a_thread_that_hangs_at_the_start_does_not_hold_up_the_end(process):
+    server = process("0", "60", "hung")
+    assert server.first == "starting"
+    code, out, seconds = server.stop(signal.SIGINT)
+    assert (code, out.split(" ")[:2]) == (0, ["SIGINT", "[]"])
+    assert seconds < 12
+
+
+def test_headers_are_bounded(process):
+    server = process("0", "0.2")
+    assert httpx2.get(server.first, headers={"x-long": "y" * (HEADER_BYTES // 2)}).text == "ok"
+    with contextlib.suppress(httpx2.HTTPError):  # the connection may be closed while it still sends
+        assert httpx2.get(server.first, headers={"x-long": "y" * (2 * HEADER_BYTES)}).status_code == 400
+    assert httpx2.get(server.first).text == "ok"
+
+
+def test_connections_are_bounded_and_those_beyond_are_refused(monkeypatch):
+    monkeypatch.setattr("lorakit.serve.server.CONNECTIONS", 3)
+    with running(_server(echo, 0.2)) as address, contextlib.ExitStack() as kept:
+        for _ in range(2):
+            kept.enter_context(socket.create_connection(address, 10))
+        time.sleep(0.2)
+        url = f"http://{address[0]}:{address[1]}"
+        assert httpx2.get(url).status_code == 503  # it is the third
+        kept.close()
+        time.sleep(0.2)
+        assert httpx2.get(url).status_code == 200
+
+
 def test_a_second_signal_ends_it_at_once(process):
     server, got = process("0", "60"), []
     thread = in_thread(f"{server.first}/slow", got)
@@ -140,8 +181,8 @@ def test_it_can_be_stopped_while_it_starts(process):
 def test_a_client_that_does_not_read_holds_up_nobody(process):
     server = process("0", "0.2")
     host, port = server.first.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as deaf:
-        deaf.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    with socket.create_connection((host, int(port))) as silent:
+        silent.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0.3)
         assert httpx2.get(server.first).text == "ok"
         code, _, seconds = server.stop(signal.SIGTERM)

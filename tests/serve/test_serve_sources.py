@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.errors import AdapterError
+from lorakit.serve import sources
 from lorakit.serve.guard.adapter_files import HTTP, LOCAL, FileRules
 from lorakit.serve.sources import PREFIX, FileSource, files_at, read_adapter, remove_abandoned
 
@@ -184,6 +185,59 @@ def test_links_out_of_the_boundary_are_refused_file_by_file(folder, tmp_path):
     (folder / "adapter_model.safetensors").symlink_to(secret)
     assert "leads out" in refused(folder, boundary=folder)
     assert read(folder, LOCAL).size  # the command line may
+
+
+@pytest.mark.parametrize("inner", ["adapter", "virtual_tokens"])
+def test_names_of_files_behind_a_folder_s_link_out_of_the_boundary_are_not_shown(inner, tmp_path):
+    secret, run = tmp_path / "secret", tmp_path / "root" / "run"
+    secret.mkdir()
+    (secret / "salaries.xlsx").write_text("x")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("a: 1")
+    (run / inner).symlink_to(secret)
+    message = refused(run, boundary=tmp_path / "root")
+    assert "salaries" not in message
+    assert "config.yaml" in message
+
+
+def test_a_link_to_a_folder_within_the_boundary_is_followed(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("a: 1")
+    (run / "adapter").symlink_to(folder)
+    assert read(run, boundary=tmp_path).key == read(folder).key
+
+
+def test_code_beside_an_adapter_is_neither_read_nor_run(folder):
+    """`auto_map` and `trust_remote_code` are how transformers is made to run a repository's code."""
+    (folder / "modeling_evil.py").write_text("raise SystemExit('was run')")
+    key = read(folder).key
+    config(folder, auto_map={"AutoModel": "modeling_evil.Model", "AutoConfig": "x/y--evil.C"}, trust_remote_code=True)
+    assert files_at(folder, "sql", folder, HTTP).names == files_at(folder, "sql", None, HTTP).names
+    assert not [name for name in files_at(folder, "sql", None, HTTP).names if name.endswith(".py")]
+    before = set(sys.modules)
+    got = read(folder)
+    assert got.key != key
+    assert not {name for name in set(sys.modules) - before if "evil" in name}
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+def test_what_is_refused_for_its_beginning_is_not_copied_before(name, folder, monkeypatch):
+    """A copy of 4 GiB would be that much of the disk for temporary files, which is memory in many containers."""
+    copied = []
+    real = sources._write
+    monkeypatch.setattr(sources, "_write", lambda target, chunk: (copied.append(len(chunk)), real(target, chunk)))
+    for old in folder.glob("adapter_model*"):
+        old.unlink()
+    beginning = {"safetensors": (5 << 20).to_bytes(8, "little") + b'{"a":', "bin": b"\x80\x02", "json": b"{"}
+    with open(folder / name, "wb") as file:
+        file.write(beginning[name.rpartition(".")[2]])
+        file.truncate(64 << 20)
+    if name.endswith(".json"):
+        (folder / "adapter_model.safetensors").write_bytes(b"x")
+    said = {"safetensors": "its header has 5,242,880 bytes", "bin": "is a pickle", "json": "expected at most 1,048,576"}
+    assert said[name.rpartition(".")[2]] in refused(folder)
+    assert sum(copied) < 1 << 20
 
 
 def test_pipes_devices_and_folders_in_place_of_files_are_refused(folder):

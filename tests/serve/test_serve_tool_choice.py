@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lorakit.errors import DataError
-from lorakit.serve.tool_calls.choice import asked
+from lorakit.serve.tool_calls.choice import tool_request
 from lorakit.serve.tool_calls.forced import FORCED
 from lorakit.serve.tool_calls.stream import read_calls
 
@@ -41,33 +41,33 @@ def names(found):
 
 def test_auto_shows_the_tools_and_demands_nothing():
     for choice in (None, "auto"):
-        found = asked(TOOLS, choice)
+        found = tool_request(TOOLS, choice)
         assert names(found) == ["weather", "now", "tree"]
         assert found.schema is None
     assert "parameters" not in found.tools[1]["function"]  # null: a function without parameters
 
 
 def test_none_shows_no_tools():
-    assert asked(TOOLS, "none").tools == ()
+    assert tool_request(TOOLS, "none").tools == ()
     for nothing in (None, [], ()):
-        assert not asked(nothing).tools
+        assert not tool_request(nothing).tools
 
 
 def test_required_and_named_hold_the_answer_to_a_schema():
-    assert names(asked(TOOLS, "required")) == names(asked(TOOLS, NAMED)) == ["weather", "now", "tree"]
-    required, named = (json.loads(asked(TOOLS, choice).schema) for choice in ("required", NAMED))
+    assert names(tool_request(TOOLS, "required")) == names(tool_request(TOOLS, NAMED)) == ["weather", "now", "tree"]
+    required, named = (json.loads(tool_request(TOOLS, choice).schema) for choice in ("required", NAMED))
     called = [item["properties"]["name"]["const"] for item in required["items"]["anyOf"]]
     assert called == ["weather", "now", "tree"]
     assert "maxItems" not in required
     assert [item["properties"]["name"]["const"] for item in named["items"]["anyOf"]] == ["weather"]
     assert named["maxItems"] == 1
-    assert json.loads(asked(TOOLS, "required", parallel=False).schema)["maxItems"] == 1
+    assert json.loads(tool_request(TOOLS, "required", parallel=False).schema)["maxItems"] == 1
 
 
 def test_allowed_tools_are_shown_alone():
     allowed = {"mode": "auto", "tools": [NAMED]}
-    assert names(asked(TOOLS, {"type": "allowed_tools", "allowed_tools": allowed})) == ["weather"]
-    demanded = asked(TOOLS, {"type": "allowed_tools", "allowed_tools": {**allowed, "mode": "required"}})
+    assert names(tool_request(TOOLS, {"type": "allowed_tools", "allowed_tools": allowed})) == ["weather"]
+    demanded = tool_request(TOOLS, {"type": "allowed_tools", "allowed_tools": {**allowed, "mode": "required"}})
     assert json.loads(demanded.schema)["items"]["anyOf"][0]["properties"]["name"] == {"const": "weather"}
 
 
@@ -88,7 +88,7 @@ ANSWERS = [
 def test_the_schema_admits_calls_and_nothing_else():
     """jsonschema decides; references within a tool's parameters must still be found."""
     jsonschema = pytest.importorskip("jsonschema")
-    validator = jsonschema.Draft202012Validator(json.loads(asked(TOOLS, "required").schema))
+    validator = jsonschema.Draft202012Validator(json.loads(tool_request(TOOLS, "required").schema))
     for answer, is_valid in ANSWERS:
         assert validator.is_valid(answer) == is_valid, answer
 
@@ -98,7 +98,7 @@ def test_the_grammar_engine_admits_the_same():
     llguidance = pytest.importorskip("llguidance")
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = llguidance.LLMatcher.grammar_from_json_schema(
-        asked(TOOLS, "required").schema, overrides={"whitespace_flexible": False}
+        tool_request(TOOLS, "required").schema, overrides={"whitespace_flexible": False}
     )
     for answer, is_valid in ANSWERS:
         matcher = llguidance.LLMatcher(tokenizer, grammar)
@@ -140,4 +140,4 @@ def test_a_forced_answer_is_read_as_calls():
 )
 def test_what_is_wrong_is_named(tools, choice, says):
     with pytest.raises(DataError, match=says):
-        asked(tools, choice)
+        tool_request(tools, choice)

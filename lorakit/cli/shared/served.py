@@ -77,7 +77,7 @@ def evaluate_on_server(
         from ...data.shapes import read_examples
         from ...data.split_text import answered, without_text
         from ...evaluate.served import check_unlisted, chosen_models, evaluate_served, questions_of
-        from ...serve.client import Asking
+        from ...serve.client import GenerationSettings
 
         rows = [*answered(read_rows(data, split, limit, dict(columns) if columns else None), answer_after, columns)]
         _, examples = read_examples(rows, without_text(columns) if answer_after else columns)
@@ -93,7 +93,7 @@ def evaluate_on_server(
                 client,
                 questions,
                 models,
-                Asking(max_tokens=max_new_tokens, temperature=0.0),
+                GenerationSettings(max_tokens=max_new_tokens, temperature=0.0),
                 samples=samples,
                 at_once=at_once,
                 compared=compared,
@@ -133,14 +133,14 @@ def chat_with_server(
     settings: Mapping[str, Any],
     commands: str,
 ) -> None:
-    """Chat with a model of a server in the terminal. settings: those of `client.Asking`."""
+    """Chat with a model of a server in the terminal. settings: those of `client.GenerationSettings`."""
     from ...errors import LorakitError
 
     if template == "plain":
         raise ConfigError("--template plain has no effect with --server, which has its own templates\n  omit it")
     with starting(f"asking {url}"):
         from ...evaluate.served import chosen_models
-        from ...serve.client import Asking
+        from ...serve.client import GenerationSettings
     with connected(url, adapters, unused) as client:
         served = client.models()
         names = chosen_models(served, None if model == DEFAULT_MODEL else model, adapters)
@@ -172,7 +172,7 @@ def chat_with_server(
                 prompt = line.replace("\\n", "\n") if template == "none" else [*history, question]
                 answer = ""
                 try:
-                    for piece in client.stream(current, prompt, Asking(**settings)):
+                    for piece in client.stream(current, prompt, GenerationSettings(**settings)):
                         answer += piece
                         print(piece, end="", flush=True)
                     print()

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 from ...errors import AdapterError, ConfigError, StateError
-from ..errors import UnknownAdapter
+from ..errors import UnknownAdapter, Unreachable
 from ..names import check_name
 from ..service import Service
 from .errors import ApiError
@@ -30,14 +30,16 @@ def router(service: Service) -> APIRouter:
             raise ApiError(str(error), "lora_name") from error
         name, in_place = request.lora_name, bool(request.load_inplace)
         try:
-            await registry.load(name, request.lora_path, pin=bool(request.pin), in_place=in_place)
+            await registry.load(name, request.lora_path, pin=request.pin, in_place=in_place)
         except StateError as error:
             raise ApiError(str(error), "lora_name", "name_taken") from error
+        except Unreachable:
+            raise
         except AdapterError as error:
             raise ApiError(str(error), "lora_path", "adapter_refused") from error
-        except ConfigError as error:
+        except ConfigError as error:  # a place that is not allowed
             raise ApiError(str(error), "lora_path") from error
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.", headers=_note(request))
 
     @routes.post("/v1/unload_lora_adapter", responses={200: OK, **ERRORS}, response_model=None)
     async def unload_lora_adapter(request: UnloadRequest) -> Response:
@@ -49,7 +51,14 @@ def router(service: Service) -> APIRouter:
         except UnknownAdapter as error:
             raise ApiError(str(error), "lora_name", "model_not_found", 404) from error
         return PlainTextResponse(
-            f"Success: LoRA adapter '{request.lora_name}' removed successfully ({freed:,} bytes freed)."
+            f"Success: LoRA adapter '{request.lora_name}' removed successfully ({freed:,} bytes freed).",
+            headers=_note(request),
         )
 
     return routes
+
+
+def _note(request: LoadRequest | UnloadRequest) -> dict[str, str]:
+    """Name the fields of vLLM's form that mean nothing here."""
+    given = [name for name in ("lora_int_id", "base_model_name") if getattr(request, name, None) is not None]
+    return {"x-lorakit-warning": f"not used: {', '.join(given)}"} if given else {}

@@ -1,20 +1,23 @@
 """The answers of one request on their way: tokens to text, stop texts, tool calls, and why each ended.
 
-pieces of tokens -> Answer -> Deltas: text that may be sent now, calls, log probabilities; the last has a reason
+pieces of tokens -> Answer -> AnswerDelta: text that may be sent now, calls, log probabilities; the last has a reason
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..engine import Choice, Piece, Sampling, TokenLogprob, Work
+from ..errors import Stopping
 from ..service import Service
 from ..ticket import Ticket
-from .errors import Stopping, TimedOut
+from .errors import TimedOut
+from .events import Chunks, EventStream
 from .forms import Reason, Usage
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class AnswerDelta:
     """What came since the last one. logprobs: of the tokens behind it. reason: set in the last delta.
 
     reasoning: text that the model's family writes apart from the answer.
@@ -37,25 +40,28 @@ class Delta:
 
 
 class Answer:
-    """One answer. index: its place in `choices`. tools: what turns text into calls, if it may call any."""
+    """One answer. index: its number within the request: the prompt's number times `n`, and then its own among the `n`.
+
+    tools: what turns text into calls, if it may call any.
+    """
 
     def __init__(self, index: int, ticket: Ticket, text: AnswerText, tools: ToolStream | None = None):
         self.index, self.ticket, self.text = index, ticket, text
-        self.tokens = 0
+        self.tokens = 0  # that the engine computed, those of a stop text among them
         self.cached = 0
         self.logprob = 0.0  # sum over its tokens, if they are reported
         self.called = False
         self._tools = tools
         self._held: list[TokenLogprob] = []  # of tokens whose text cannot be sent yet
 
-    async def next(self) -> Delta:
+    async def next(self) -> AnswerDelta:
         """Wait for the next delta; not to be called after the last. Raises what the engine raised, or TimedOut."""
         while True:
             delta = self._delta(await anext(self.ticket))
             if delta is not None:
                 return delta
 
-    def _delta(self, piece: Piece) -> Delta | None:
+    def _delta(self, piece: Piece) -> AnswerDelta | None:
         self.tokens += len(piece.ids)
         self.cached += piece.cached
         if piece.logprobs:
@@ -90,10 +96,10 @@ class Answer:
             return None
         reason: Reason | None = "tool_calls" if ended == "stop" and self.called else ended
         held, self._held = (self._held, []) if self._held else ((), self._held)
-        return Delta(text, reasoning, calls, held, reason)
+        return AnswerDelta(text, reasoning, calls, held, reason)
 
 
-async def deltas(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, Delta], None]:
+async def deltas(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, AnswerDelta], None]:
     """Yield the deltas of several answers as they come, each answer's in order.
 
     All are read at once: an answer that waited for its turn would be cancelled as one that nobody reads. Close it (see
@@ -118,6 +124,46 @@ async def deltas(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, Delt
     finally:
         for task in waiting:
             task.cancel()
+
+
+async def collected(answers: Sequence[Answer]) -> list[list[AnswerDelta]]:
+    """Return all deltas of each answer, when all have ended."""
+    came: dict[int, list[AnswerDelta]] = {answer.index: [] for answer in answers}
+    async with aclosing(deltas(answers)) as arriving:
+        async for answer, delta in arriving:
+            came[answer.index].append(delta)
+    return [came[answer.index] for answer in answers]
+
+
+async def stream(
+    answers: Sequence[Answer],
+    events: EventStream,
+    chunks: Chunks,
+    write: Callable[[Answer, AnswerDelta], bytes],
+    prompt_tokens: int,
+) -> None:
+    """Send the deltas as they come, to the end of all answers. write: returns a delta as events.
+
+    An error before the first write is raised, so that it has a status of its own; a later one goes into the stream.
+    """
+    try:
+        async with aclosing(deltas(answers)) as arriving:
+            async for answer, delta in arriving:
+                events.add(write(answer, delta))
+                # What has arrived meanwhile, and what ends the stream, goes out with it.
+                if events.full or not (answer.ticket.waiting or delta.reason):
+                    await events.flush()
+        events.add(chunks.last(usage(prompt_tokens, answers)))
+        await events.flush(last=True)
+    except Exception as error:
+        if not events.begun:
+            raise
+        await events.fail(error)
+
+
+def deadline(service: Service) -> float:
+    """Return when a request that begins now must be done, on time.monotonic()'s clock."""
+    return time.monotonic() + service.limits.seconds
 
 
 @contextmanager

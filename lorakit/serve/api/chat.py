@@ -1,9 +1,8 @@
-"""/v1/chat/completions: a conversation goes on."""
+"""/v1/chat/completions: answer a conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -17,15 +16,16 @@ from ..renderer import Prompt
 from ..schemas import schema_of
 from ..service import Service
 from ..ticket import Ticket
-from . import asked, sampling
+from . import sampling
 from .answering import Answering
-from .answers import Answer, Delta, deltas, submitted, usage, works
+from .answers import Answer, AnswerDelta, collected, deadline, stream, submitted, usage, works
 from .errors import ApiError
 from .events import Chunks, EventStream, text_json
 from .forms import ERRORS, AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs, ToolCall
 from .logprobs import chat_logprobs
-from .replies import json_bytes, send_json
+from .replies import adapter_header, fixed, json_bytes, send_json
 from .requests import ChatRequest
+from .unread import warning
 
 OK = {
     "model": ChatCompletion,
@@ -52,13 +52,8 @@ def router(service: Service) -> APIRouter:
 
 
 def _check(request: ChatRequest, service: Service) -> None:
-    asked.check(request, service)
-    limits = service.limits
-    if len(request.messages) > limits.messages:
-        given = len(request.messages)
-        raise ApiError(f"messages: {given} of them; this server takes up to {limits.messages}", "messages")
-    if len(request.tools or ()) > limits.tools:
-        raise ApiError(f"tools: {len(request.tools or ())}; this server takes up to {limits.tools}", "tools")
+    sampling.check(request, service.limits)
+    sampling.check_conversation(request.messages, request.tools, service.limits)
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs is given without logprobs: true", "top_logprobs")
     both = request.max_tokens, request.max_completion_tokens
@@ -70,10 +65,10 @@ def _check(request: ChatRequest, service: Service) -> None:
 
 async def _answer(service: Service, request: ChatRequest, send: Send) -> None:
     _check(request, service)
-    until = asked.deadline(service)
+    until = deadline(service)
     stops = sampling.stop_texts(request, service.limits)
     schema = schema_of(request.response_format, service.limits.schema)
-    async with service.registry.lease(request.model, asked.scale(request)) as leased:
+    async with service.registry.lease(request.model, sampling.scale(request)) as leased:
         prompt = await service.renderer.chat(
             request.messages,
             leased.leading,
@@ -82,22 +77,35 @@ async def _answer(service: Service, request: ChatRequest, send: Send) -> None:
             parallel_tool_calls=request.parallel_tool_calls is not False,
             kwargs=request.chat_template_kwargs,
         )
+        if schema is not None and prompt.schema is None and prompt.tools:
+            raise ApiError(
+                "response_format: an answer that is held to a schema cannot call tools in the model's own syntax\n"
+                '  give tool_choice "none" for such an answer, or "required" for a call',
+                "response_format",
+                "unsupported",
+            )
         if len(prompt.schema or "") > service.limits.schema:
-            most = service.limits.schema
-            raise ApiError(f"tools: a demanded call's schema has more than {most:,} characters; give fewer", "tools")
-        wanted = request.max_completion_tokens or request.max_tokens
+            longest = service.limits.schema
+            raise ApiError(f"tools: a demanded call's schema has more than {longest:,} characters; give fewer", "tools")
+        most = request.max_completion_tokens or request.max_tokens
         how = sampling.sampling(
             request,
             service.facts,
             service.limits,
-            max_tokens=sampling.room(len(prompt.ids), wanted, service.facts, service.limits),
-            stop_ids=prompt.stop_ids,
+            max_tokens=sampling.room(len(prompt.ids), most, service.facts, service.limits),
+            ends=prompt.stop_ids,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             schema=schema if prompt.schema is None else prompt.schema,
         )
         with submitted(service, works(prompt.ids, leased.choice, how, request.n or 1, until)) as tickets:
             answers = [_reader(service, prompt, at, ticket, stops) for at, ticket in enumerate(tickets)]
-            reply = _Reply(service, request, leased, answers, prompt)
+            # A call that is demanded is all of the answer, so that nothing of it has the format.
+            notes = [
+                *prompt.notes,
+                *(["response_format is not used: a call is demanded"] if schema and prompt.schema else []),
+            ]
+            headers = adapter_header(leased) | warning(request, notes)
+            reply = _Reply(service, request, leased, answers, len(prompt.ids), headers)
             await (reply.stream(send) if request.stream else reply.whole(send))
 
 
@@ -107,32 +115,34 @@ def _reader(service: Service, prompt: Prompt, index: int, ticket: Ticket, stops:
 
 
 class _Reply:
-    """The answers in OpenAI's forms."""
+    """The answers in OpenAI's forms. answers: the `n` to the conversation."""
 
     def __init__(
-        self, service: Service, request: ChatRequest, leased: Leased, answers: Sequence[Answer], prompt: Prompt
+        self,
+        service: Service,
+        request: ChatRequest,
+        leased: Leased,
+        answers: Sequence[Answer],
+        prompt_tokens: int,
+        headers: Mapping[str, str],
     ):
-        self.answers, self.prompt_tokens = answers, len(prompt.ids)
+        self.answers, self.prompt_tokens, self.headers = answers, prompt_tokens, headers
         self.service, self.leased = service, leased
-        self.headers = asked.headers(request, leased, prompt.notes)
         self.reported = bool(request.logprobs)
         self.with_usage = bool(request.stream_options and request.stream_options.include_usage)
 
     async def whole(self, send: Send) -> None:
-        came: dict[int, list[Delta]] = {answer.index: [] for answer in self.answers}
-        async with aclosing(deltas(self.answers)) as arriving:
-            async for answer, delta in arriving:
-                came[answer.index].append(delta)
-        choices = [self._choice(answer, came[answer.index]) for answer in self.answers]
+        came = await collected(self.answers)
+        choices = [self._choice(answer, deltas) for answer, deltas in zip(self.answers, came, strict=True)]
         counts = usage(self.prompt_tokens, self.answers)
-        fixed = asked.fixed("chat.completion", "chatcmpl", self.leased, self.service)
-        await send_json(send, {**fixed, "choices": choices, "usage": counts}, self.headers)
+        keys = fixed("chat.completion", "chatcmpl", self.leased, self.service)
+        await send_json(send, {**keys, "choices": choices, "usage": counts}, self.headers)
 
-    def _choice(self, answer: Answer, came: Sequence[Delta]) -> ChatChoice:
+    def _choice(self, answer: Answer, came: Sequence[AnswerDelta]) -> ChatChoice:
         text = "".join(delta.text for delta in came)
         message: AnswerMessage = {"role": "assistant", "content": text, "refusal": None}
-        if thought := "".join(delta.reasoning for delta in came):
-            message["reasoning_content"] = thought
+        if reasoning := "".join(delta.reasoning for delta in came):
+            message["reasoning_content"] = reasoning
         if calls := [call for delta in came for call in delta.calls]:
             message["content"] = text or None
             message["tool_calls"] = [cast(ToolCall, call.openai()) for call in calls]
@@ -147,26 +157,13 @@ class _Reply:
         )
 
     async def stream(self, send: Send) -> None:
-        fixed = asked.fixed("chat.completion.chunk", "chatcmpl", self.leased, self.service)
-        chunks = Chunks(fixed, self.with_usage)
+        chunks = Chunks(fixed("chat.completion.chunk", "chatcmpl", self.leased, self.service), self.with_usage)
         events = EventStream(send, self.headers)
-        try:
-            async with aclosing(deltas(self.answers)) as arriving:
-                for answer in self.answers:
-                    events.add(chunks.of(ROLE % answer.index))
-                async for answer, delta in arriving:
-                    events.add(self._events(chunks, answer, delta))
-                    # What has arrived meanwhile, and what ends the stream, goes out with it.
-                    if events.full or not (answer.ticket.waiting or delta.reason):
-                        await events.flush()
-            events.add(chunks.last(usage(self.prompt_tokens, self.answers)))
-            await events.flush(last=True)
-        except Exception as error:
-            if not events.begun:
-                raise
-            await events.fail(error)
+        for answer in self.answers:
+            events.add(chunks.of(ROLE % answer.index))
+        await stream(self.answers, events, chunks, partial(self._events, chunks), self.prompt_tokens)
 
-    def _events(self, chunks: Chunks, answer: Answer, delta: Delta) -> bytes:
+    def _events(self, chunks: Chunks, answer: Answer, delta: AnswerDelta) -> bytes:
         """Return a delta as events: text, calls, and the reason in a chunk of its own."""
         out = []
         if delta.calls or delta.reasoning or (delta.logprobs and self.reported):

@@ -1,27 +1,28 @@
-"""/v1/completions: a text goes on."""
+"""/v1/completions: complete a text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import aclosing
 from functools import partial
 
 from fastapi import APIRouter
 from starlette.responses import Response
 from starlette.types import Send
+from typing_extensions import TypeIs
 
 from ..card import Leased
 from ..schemas import schema_of
 from ..service import Service
-from . import asked, sampling
+from . import sampling
 from .answering import Answering
-from .answers import Answer, Delta, deltas, submitted, usage, works
+from .answers import Answer, AnswerDelta, collected, deadline, stream, submitted, usage, works
 from .errors import ApiError
 from .events import Chunks, EventStream, text_json
 from .forms import ERRORS, TextChoice, TextCompletion
 from .logprobs import TextLogprobWriter
-from .replies import json_bytes, send_json
+from .replies import adapter_header, fixed, json_bytes, send_json
 from .requests import CompletionRequest
+from .unread import warning
 
 DEFAULT_TOKENS = 16  # OpenAI's, where max_tokens is not given
 OK = {
@@ -29,6 +30,7 @@ OK = {
     "description": "The answers, or a stream of them",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
+CHOICE = b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}'
 
 
 def router(service: Service) -> APIRouter:
@@ -49,7 +51,7 @@ def _prompts(request: CompletionRequest, service: Service) -> list[str | list[in
         return [given]
     if not given:
         raise ApiError("prompt is an empty list; expected a text, token ids, or a list of either", "prompt")
-    prompts: list[str | list[int]] = [given] if isinstance(given[0], int) else list(given)  # type: ignore[list-item,arg-type]
+    prompts: list[str | list[int]] = [given] if _is_ids(given) else list(given)
     answers = len(prompts) * max(request.n or 1, request.best_of or 1)
     most = max(service.limits.waiting, service.limits.answers)
     if answers > most:
@@ -59,8 +61,12 @@ def _prompts(request: CompletionRequest, service: Service) -> list[str | list[in
     return prompts
 
 
+def _is_ids(given: list[str] | list[int] | list[list[int]]) -> TypeIs[list[int]]:
+    return isinstance(given[0], int)
+
+
 def _check(request: CompletionRequest, service: Service) -> None:
-    asked.check(request, service)
+    sampling.check(request, service.limits)
     if request.suffix:
         raise ApiError("suffix: text is not filled in before another; leave it out", "suffix", "unsupported")
     if request.echo and request.logprobs is not None:
@@ -78,13 +84,13 @@ def _check(request: CompletionRequest, service: Service) -> None:
 
 async def _answer(service: Service, request: CompletionRequest, send: Send) -> None:
     _check(request, service)
-    until = asked.deadline(service)
+    until = deadline(service)
     texts = _prompts(request, service)
     stops = sampling.stop_texts(request, service.limits)
     schema = schema_of(request.response_format, service.limits.schema)
     count = max(request.n or 1, request.best_of or 1)
     ranked = count > (request.n or 1)
-    async with service.registry.lease(request.model, asked.scale(request)) as leased:
+    async with service.registry.lease(request.model, sampling.scale(request)) as leased:
         prompts = [await service.renderer.text(text, leased.leading) for text in texts]
         everything = []
         for prompt in prompts:
@@ -94,7 +100,7 @@ async def _answer(service: Service, request: CompletionRequest, send: Send) -> N
                 service.facts,
                 service.limits,
                 max_tokens=sampling.room(length, request.max_tokens, service.facts, service.limits, DEFAULT_TOKENS),
-                stop_ids=prompt.stop_ids,
+                ends=prompt.stop_ids,
                 logprobs=0 if ranked and request.logprobs is None else request.logprobs,
                 schema=schema,
             )
@@ -112,7 +118,10 @@ async def _answer(service: Service, request: CompletionRequest, send: Send) -> N
 
 
 class _Reply:
-    """The answers in OpenAI's forms. echoes: the text before each."""
+    """The answers in OpenAI's forms. answers: those to the first prompt, then those to the second, and so on.
+
+    echoes: the text that is put before each answer, "" for none. Both are looked up by `Answer.index`.
+    """
 
     def __init__(
         self,
@@ -124,11 +133,11 @@ class _Reply:
         prompt_tokens: int,
     ):
         self.request, self.answers, self.echoes, self.prompt_tokens = request, answers, echoes, prompt_tokens
-        self.fixed = asked.fixed("text_completion", "cmpl", leased, service)
-        self.headers = asked.headers(request, leased)
+        self.fixed = fixed("text_completion", "cmpl", leased, service)
+        self.headers = adapter_header(leased) | warning(request)
         self.writers = [TextLogprobWriter(service.renderer.texts) for _ in answers]
 
-    def _choice(self, answer: Answer, text: str, came: Sequence[Delta], index: int) -> TextChoice:
+    def _choice(self, answer: Answer, text: str, came: Sequence[AnswerDelta], index: int) -> TextChoice:
         tokens = [token for delta in came for token in delta.logprobs]
         reason = came[-1].reason
         assert reason == "stop" or reason == "length"
@@ -140,16 +149,12 @@ class _Reply:
         }
 
     async def whole(self, send: Send) -> None:
-        came: dict[int, list[Delta]] = {answer.index: [] for answer in self.answers}
-        async with aclosing(deltas(self.answers)) as arriving:
-            async for answer, delta in arriving:
-                came[answer.index].append(delta)
-        choices = [
-            self._choice(
-                answer, self.echoes[answer.index] + "".join(d.text for d in came[answer.index]), came[answer.index], at
-            )
-            for at, answer in enumerate(self._best())
-        ]
+        came = await collected(self.answers)
+        choices = []
+        for at, answer in enumerate(self._best()):
+            deltas = came[answer.index]
+            text = self.echoes[answer.index] + "".join(delta.text for delta in deltas)
+            choices.append(self._choice(answer, text, deltas, at))
         counts = usage(self.prompt_tokens, self.answers)
         await send_json(send, {**self.fixed, "choices": choices, "usage": counts}, self.headers)
 
@@ -165,27 +170,14 @@ class _Reply:
     async def stream(self, send: Send) -> None:
         options = self.request.stream_options
         chunks = Chunks(self.fixed, bool(options and options.include_usage))
-        events = EventStream(send, self.headers)
-        try:
-            async with aclosing(deltas(self.answers)) as arriving:
-                echoed: set[int] = set()
-                async for answer, delta in arriving:
-                    text = delta.text
-                    if self.echoes[answer.index] and answer.index not in echoed:
-                        echoed.add(answer.index)
-                        text = self.echoes[answer.index] + text
-                    logprobs = b"null"
-                    if delta.logprobs and self.request.logprobs is not None:
-                        logprobs = json_bytes(self.writers[answer.index].write(delta.logprobs))
-                    reason = text_json(delta.reason) if delta.reason else b"null"
-                    form = b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}'
-                    events.add(chunks.of(form % (answer.index, text_json(text), logprobs, reason)))
-                    # What has arrived meanwhile, and what ends the stream, goes out with it.
-                    if events.full or not (answer.ticket.waiting or delta.reason):
-                        await events.flush()
-            events.add(chunks.last(usage(self.prompt_tokens, self.answers)))
-            await events.flush(last=True)
-        except Exception as error:
-            if not events.begun:
-                raise
-            await events.fail(error)
+        echoes = {at: text for at, text in enumerate(self.echoes) if text}  # those that are not sent yet
+
+        def event(answer: Answer, delta: AnswerDelta) -> bytes:
+            text = echoes.pop(answer.index, "") + delta.text
+            logprobs = b"null"
+            if delta.logprobs and self.request.logprobs is not None:
+                logprobs = json_bytes(self.writers[answer.index].write(delta.logprobs))
+            reason = text_json(delta.reason) if delta.reason else b"null"
+            return chunks.of(CHOICE % (answer.index, text_json(text), logprobs, reason))
+
+        await stream(self.answers, EventStream(send, self.headers), chunks, event, self.prompt_tokens)

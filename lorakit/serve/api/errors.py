@@ -1,6 +1,4 @@
-"""Errors as OpenAI's objects, with statuses by which its clients retry what can heal and nothing else.
-
-    {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": null}}
+"""Errors as OpenAI's objects (`error_body`), with statuses by which its clients retry what can heal and nothing else.
 
 The openai client asks again after 408, 409, 429 and 5xx, unless the answer says `x-should-retry: false`. So what the
 caller must change is 400 or 404, never 409 or 422, and a failure that will not heal carries that header.
@@ -12,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,7 +28,8 @@ from ...errors import (
     did_you_mean,
     expectation,
 )
-from ..errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from ..error_body import error_body
+from ..errors import Busy, Cannot, EngineFailed, Stopping, TooLong, UnknownAdapter, Unreachable
 from .offered import missing
 from .replies import Json
 
@@ -58,18 +57,7 @@ class TimedOut(LorakitError):
     """The request's time was over before its answer was."""
 
 
-class Stopping(LorakitError):
-    """The server stopped while it answered."""
-
-
-def body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return the error object for a status."""
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-INTERNAL = body("the server failed; its log says why", 500, None, "internal_error")
+INTERNAL = error_body("the server failed; its log says why", 500, None, "internal_error")
 
 
 def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -77,34 +65,40 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     text = str(error)
     match error:
         case ApiError():
-            return error.status, body(text, error.status, error.param, error.code), {}
+            return error.status, error_body(text, error.status, error.param, error.code), {}
         case UnknownAdapter():
-            return 404, body(text, 404, "model", "model_not_found"), {}
+            return 404, error_body(text, 404, "model", "model_not_found"), {}
         case TooLong():
-            return 400, body(text, 400, None, "context_length_exceeded"), {}
+            return 400, error_body(text, 400, None, "context_length_exceeded"), {}
         case Cannot():
-            return 400, body(text, 400, FIELDS.get(error.what, error.what), "unsupported"), {}
-        case Busy():
-            wait = max(error.retry_after, 0.05)
-            headers = {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
-            return 429, body(text, 429, None, "overloaded"), headers
-        case TimedOut():
-            return 504, body(text, 504, None, "timeout"), NO_RETRY
+            return 400, error_body(text, 400, FIELDS.get(error.what, error.what), "unsupported"), {}
         case Stopping():
-            return 503, body(text, 503, None, "stopping"), {}
+            return 503, error_body(text, 503, None, "stopping"), _after(error.retry_after)
+        case Busy():
+            return 429, error_body(text, 429, None, "overloaded"), _after(error.retry_after)
+        case TimedOut():
+            return 504, error_body(text, 504, None, "timeout"), NO_RETRY
         case EngineFailed():
             status = 500 if error.heals else 503
-            return status, body(text, status, None, "engine_failed"), {} if error.heals else NO_RETRY
+            return status, error_body(text, status, None, "engine_failed"), {} if error.heals else NO_RETRY
+        case Unreachable():
+            return 503, error_body(text, 503, None, "unreachable"), _after(error.retry_after)
         case AdapterError():
-            return 400, body(text, 400, "model", "adapter_refused"), {}
+            return 400, error_body(text, 400, "model", "adapter_refused"), {}
         case ConfigError() | DataError() | StateError():
             field = FIELD_AT_START.match(text)
-            return 400, body(text, 400, field and field[0]), {}
+            return 400, error_body(text, 400, field and field[0]), {}
         case WriteError():  # its text names a path of this machine, which is for the operator
             log.error("%s", text)
-            return 503, body("the server cannot write to its disk; its log says why", 503, None, "disk"), NO_RETRY
+            return 503, error_body("the server cannot write to its disk; its log says why", 503, None, "disk"), NO_RETRY
     log.error("a request failed", exc_info=error)
     return 500, INTERNAL, NO_RETRY
+
+
+def _after(seconds: float) -> dict[str, str]:
+    """Return the headers that say when to ask again. OpenAI's clients read the second, others the first."""
+    wait = max(seconds, 0.05)
+    return {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
 
 
 def response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
@@ -145,7 +139,9 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
         allowed = (error.headers or {}).get("Allow", "POST")
         return ApiError(f"{path} answers {allowed}, not {request.method}", code="method_not_allowed", status=405)
     if error.status_code == 400:
-        return ApiError("the body is not JSON that can be read: it is not in UTF-8, or nested too deeply")
+        if isinstance(error.__cause__, RecursionError):
+            return ApiError("the body is nested too deeply", code="nested_too_deep")
+        return ApiError("the body is not JSON that can be read; expected JSON in UTF-8")
     return ApiError(str(error.detail), status=error.status_code)
 
 
@@ -190,7 +186,7 @@ def _field(problem: Mapping[str, Any], given: object) -> Iterator[str | int]:
         inside = isinstance(given, dict) and part in given
         within = isinstance(given, list) and isinstance(part, int) and part < len(given)
         if inside or within:
-            given = given[part]  # type: ignore[index]
+            given = cast(Any, given)[part]
             yield part
         elif problem["type"] == "missing" and position == len(parts) - 1:
             yield part

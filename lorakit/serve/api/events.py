@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from .errors import described
 from .forms import Usage
@@ -34,7 +34,7 @@ class Chunks:
         self._with_usage = with_usage
 
     def of(self, choice: bytes) -> bytes:
-        """Return the chunk with one choice, given as JSON."""
+        """Return the chunk with one entry of `choices`, given as JSON."""
         return self._head + choice + self._tail
 
     def last(self, usage: Usage) -> bytes:
@@ -48,6 +48,7 @@ class EventStream:
     def __init__(self, send: Send, headers: Mapping[str, str]):
         self._send, self._headers = send, headers
         self._waiting: list[bytes] = []
+        self._is_broken = False  # nothing more can be sent
         self.begun = False
 
     def add(self, events: bytes) -> None:
@@ -60,7 +61,10 @@ class EventStream:
         return len(self._waiting) >= TOGETHER
 
     async def flush(self, last: bool = False) -> None:
-        """Send what was added. Waits while the client is slow to read: meanwhile pieces wait in the ticket."""
+        """Send what was added. last: it ends the response.
+
+        Waits while the client is slow to read: meanwhile pieces wait in the ticket.
+        """
         if not self.begun:
             self.begun = True
             headers = {
@@ -69,12 +73,25 @@ class EventStream:
                 "x-accel-buffering": "no",  # nginx would collect the events
             } | dict(self._headers)
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+            await self._write({"type": "http.response.start", "status": 200, "headers": raw})
         events, self._waiting = b"".join(self._waiting), []
-        await self._send({"type": "http.response.body", "body": events, "more_body": not last})
+        await self._write({"type": "http.response.body", "body": events, "more_body": not last})
+
+    async def _write(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except Exception:
+            self._is_broken = True
+            raise
 
     async def fail(self, error: Exception) -> None:
-        """End the stream with an error: no [DONE], so that nobody takes half an answer for all of it."""
+        """End the stream with an error: no [DONE], so that nobody takes half an answer for all of it.
+
+        If it was sending that failed, the error is raised: a client that does not read would hold its adapters for as
+        long again.
+        """
+        if self._is_broken:
+            raise error
         _, body, _ = described(error)
         self.add(b"event: error\ndata: " + json_bytes(body) + b"\n\n")
         await self.flush(last=True)

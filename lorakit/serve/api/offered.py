@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...errors import did_you_mean
 
 CHAT = "/v1/chat/completions"
@@ -34,9 +32,18 @@ NOT_HERE = {
     "classify": "",
 }
 
-# Fields that name the caller or the provider's plan, and mean nothing here.
+# Fields that name the caller or the provider's plan, and mean nothing here; modalities is checked apart.
 LABELS = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "store", "service_tier"}
+    {
+        "user",
+        "metadata",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "store",
+        "service_tier",
+        "modalities",
+    }
 )
 
 # Fields that would change the answer and are not done here: refused where they ask for something, with what to use.
@@ -56,6 +63,9 @@ REFUSED = {
     "continue_final_message": "use /v1/completions with the text to go on from",
     "chat_template": "adapters bring their own; the base's is given when the server starts (--chat-template)",
     "documents": "write them into the messages",
+    "bad_words": "give their tokens a negative `logit_bias`",
+    "truncate_prompt_tokens": "shorten the prompt before it is sent",
+    "include_stop_str_in_output": "append the stop text to the answer",
 }
 
 
@@ -86,6 +96,6 @@ def missing(path: str) -> str:
     return f"no such path: {path[:100]}{hint or '; /openapi.json lists those there are'}"
 
 
-def not_used(extra: dict[str, Any]) -> list[str]:
-    """Return the names of fields that are not read here. Fields that only label the request are not among them."""
-    return [name for name, value in extra.items() if name not in LABELS and name not in REFUSED and value is not None]
+def is_asked(value: object) -> bool:
+    """Whether the value of a field asks for anything. {} does: as a schema, it asks for JSON."""
+    return not (value is None or value is False or value in (0, "", []))

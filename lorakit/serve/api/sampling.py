@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from ..engine import Facts, Sampling
 from ..errors import TooLong
 from ..guard.limits import Limits
 from .errors import ApiError
-from .offered import REFUSED
 from .requests import Sampled
+from .unread import check_offered
 
 
-def check_extra(extra: Mapping[str, Any] | None) -> None:
-    """Raise ApiError for a field that would change the answer and is not done here."""
-    for name, instead in REFUSED.items():
-        if (extra or {}).get(name):
-            raise ApiError(f"{name} is not served here: {instead}", name, "unsupported")
+def check(request: Sampled, limits: Limits) -> None:
+    """Check what does not depend on the model. Raises ApiError."""
+    check_offered(request.model_extra)
+    if request.n is not None and request.n > limits.answers:
+        raise ApiError(f"n is {request.n}; this server gives up to {limits.answers} answers", "n")
+
+
+def check_conversation(messages: Sequence[object], tools: Sequence[object] | None, limits: Limits) -> None:
+    """Raise ApiError for more messages or tools than a request may have."""
+    if len(messages) > limits.messages:
+        raise ApiError(f"messages: {len(messages)} of them; this server takes up to {limits.messages}", "messages")
+    if len(tools or ()) > limits.tools:
+        raise ApiError(f"tools: {len(tools or ())}; this server takes up to {limits.tools}", "tools")
+
+
+def scale(request: Sampled) -> float | None:
+    """Return the factor on the adapters that is asked for."""
+    return None if request.lorakit is None else request.lorakit.scale
 
 
 def stop_texts(request: Sampled, limits: Limits) -> tuple[str, ...]:
@@ -72,20 +84,33 @@ def logit_bias(request: Sampled, facts: Facts, limits: Limits) -> tuple[tuple[in
     return tuple(bias.items())
 
 
+def stop_ids(request: Sampled, facts: Facts, limits: Limits) -> frozenset[int]:
+    """Return the tokens that a request lets end its answer. Raises ApiError."""
+    given = request.stop_token_ids or ()
+    if len(given) > limits.stop_ids:
+        raise ApiError(f"stop_token_ids: {len(given)} ids; this server takes up to {limits.stop_ids}", "stop_token_ids")
+    for token in given:
+        if token >= facts.vocabulary:
+            last = facts.vocabulary - 1
+            message = f"stop_token_ids: {token} is not a token of the model; its ids end at {last}"
+            raise ApiError(message, "stop_token_ids")
+    return frozenset(given)
+
+
 def sampling(
     request: Sampled,
     facts: Facts,
     limits: Limits,
     *,
     max_tokens: int,
-    stop_ids: frozenset[int] = frozenset(),
+    ends: frozenset[int] = frozenset(),
     logprobs: int | None = None,
     schema: str | None = None,
 ) -> Sampling:
-    """Return the sampling of a request. stop_ids: the prompt's own. Raises ApiError."""
+    """Return the sampling of a request. ends: the tokens that end an answer to this prompt. Raises ApiError."""
     if logprobs is not None and logprobs > facts.max_logprobs:
         raise ApiError(f"logprobs: {logprobs} alternatives; the engine reports up to {facts.max_logprobs}", "logprobs")
-    ends = frozenset() if request.ignore_eos else stop_ids
+    ends = frozenset() if request.ignore_eos else ends
     return Sampling(
         max_tokens=max_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -93,7 +118,7 @@ def sampling(
         top_k=max(0, request.top_k or 0),
         min_p=request.min_p or 0.0,
         seed=request.seed,
-        stop_ids=ends | frozenset(request.stop_token_ids or ()),
+        stop_ids=ends | stop_ids(request, facts, limits),
         logprobs=logprobs,
         logit_bias=logit_bias(request, facts, limits),
         presence=request.presence_penalty or 0.0,

@@ -1,7 +1,7 @@
 """Rows that decode, in batches by length, so that one long row does not make all others as long.
 
 In a batch, attention reads as many positions for each row as the longest has. Rows of a shorter class join those of a
-longer one if what they would then read in vain is less than what a step more costs: reading the model's weights once
+longer one if the extra positions that they then read cost less than one more step, which reads the model's weights once
 more. So there is one batch, unless lengths differ much.
 """
 
@@ -76,8 +76,8 @@ class Batches:
 
     def _joins(self, small: Slots, big: Slots) -> bool:
         longest = [max(request.fed for request in slots.rows) for slots in (small, big)]
-        in_vain = len(small.rows) * max(longest[1] - longest[0], 0) * max(small.position_bytes, big.position_bytes)
-        return in_vain < self._runner.bytes + CALL_BYTES
+        extra = len(small.rows) * max(longest[1] - longest[0], 0) * max(small.position_bytes, big.position_bytes)
+        return extra < self._runner.bytes + CALL_BYTES
 
 
 def _limit(number: int) -> int:

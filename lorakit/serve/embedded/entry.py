@@ -36,3 +36,16 @@ class Entry:
     def is_free(self) -> bool:
         """Whether nothing holds it."""
         return not (self.claims or self.users or self.moving)
+
+    def fail(self, error: Exception) -> None:
+        """End the waits of those who load or unload it."""
+        for future in (self.loaded, self.placed, self.unloaded):
+            if future is not None and not future.done():
+                future.set_exception(error)
+
+    def end_wait_for_place(self) -> None:
+        """Let those go on who wait for the place of a pin."""
+        if self.placed is not None:
+            if not self.placed.done():
+                self.placed.set_result(None)
+            self.placed = None

@@ -34,7 +34,9 @@ from . import schema_compiler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KEPT = 32  # compiled grammars; each up to 40 MB (`schema_compiler.LIMITS`), mostly far less than one
+# Compiled grammars: the schemas of a few dozen programs that ask again and again. Each takes up to 40 MB
+# (`schema_compiler.LIMITS`), so more could fill the memory; most take far less than one.
+KEPT = 32
 PATIENCE = 20.0  # seconds of the clock to compile a schema, where the machine is busy or processes have no limits
 # Computing masks may take this much processor time in the engine's thread, where other answers wait for it. Usual
 # schemas take 0.01 to 0.5 ms a token.

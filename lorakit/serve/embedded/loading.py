@@ -3,6 +3,7 @@
     reading     off the model: files, checks, casts
     preparing   reads the model's modules, so nothing may be attached or detached meanwhile; forwards may run
     attaching   the engine's thread, between two steps; it never waits for the others: they take turns
+    moving      between an accelerator's memory and ours: a thread of its own, which no slow disk holds up
 
 One adapter at most is built and not taken by the engine's thread, so that it gets its turn however many are read.
 """
@@ -19,6 +20,7 @@ from ...adapter.adapter import Adapter
 from ...errors import AdapterError, LorakitError
 from ...model.prepared import Prepared, prepare
 from .served import check_kind, check_modules, in_precision
+from .workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from ..engine import Source
     from .calls import Calls
 
-THREADS = 2  # one reads while another waits for a slow disk
+READERS = 2  # one more may wait for a slow disk; those that come after two such wait for them
 Arrived = Prepared | Adapter | AdapterError  # an Adapter is for the engine's thread to prepare
 
 
@@ -43,32 +45,25 @@ class Loader:
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.swapping = False  # whether forwards put other parameters in the base's place: then they cannot be read
         self._turns = threading.Condition()
-        self._jobs: deque[Callable[[], None]] = deque()
         self._arrived: deque[tuple[str, Arrived]] = deque()
         self._preparing = self._changing = self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"lorakit-adapters-{n}", daemon=True) for n in range(THREADS)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._readers, self._mover = Workers("lorakit-read", READERS), Workers("lorakit-move", 1)
 
     def read(self, key: str, source: Source) -> None:
         """Begin to read and prepare an adapter."""
-        self.run(lambda: self._bring(key, source))
+        self._readers.run(lambda: self._bring(key, source))
 
     def run(self, job: Callable[[], None]) -> None:
-        """Run something that leaves the model's modules alone. It must not raise."""
-        with self._turns:
-            self._jobs.append(job)
-            self._turns.notify_all()
+        """Run something short that leaves the model's modules alone. It must not raise."""
+        self._mover.run(job)
 
-    def park(self, key: str, prepared: Prepared) -> None:
-        """Move an adapter that was detached from an accelerator's memory to ours. It arrives again."""
-        self.run(lambda: self._move(key, prepared, prepared.park))
+    def park(self, key: str, prepared: Prepared, label: str) -> None:
+        """Move an adapter that is not attached from an accelerator's memory to ours. It arrives again."""
+        self._mover.run(lambda: self._move(key, prepared, prepared.park, label))
 
-    def fetch(self, key: str, prepared: Prepared) -> None:
+    def fetch(self, key: str, prepared: Prepared, label: str) -> None:
         """Move a parked adapter back. It arrives again."""
-        self.run(lambda: self._move(key, prepared, prepared.unpark))
+        self._mover.run(lambda: self._move(key, prepared, prepared.unpark, label))
 
     @property
     def has_arrived(self) -> bool:
@@ -108,32 +103,25 @@ class Loader:
         return prepared
 
     def close(self) -> None:
-        """End the threads when they are done with what they read now."""
+        """Begin nothing more. Waits for what is being built, as that reads the model's modules, and for nothing else:
+        what is read after this is dropped.
+        """
         with self._turns:
             self._closed = True
-            self._jobs.clear()
             self._turns.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._readers.close()
+        self._mover.close()
+        with self._turns:
+            while self._preparing:
+                self._turns.wait()
 
     # The threads
 
-    def _run(self) -> None:
-        while True:
-            with self._turns:
-                while not self._jobs and not self._closed:
-                    self._turns.wait()
-                if self._closed:
-                    return
-                job = self._jobs.popleft()
-            job()
-            del job  # it may hold an adapter, and the next one may be long in coming
-
-    def _move(self, key: str, prepared: Prepared, move: Callable[[], None]) -> None:
+    def _move(self, key: str, prepared: Prepared, move: Callable[[], None], label: str) -> None:
         try:
             move()
         except Exception as error:  # the accelerator has no memory left
-            self._arrive(key, refusal(key[:12], error))
+            self._arrive(key, refusal(label, error))
         else:
             self._arrive(key, prepared)
 
@@ -148,7 +136,9 @@ class Loader:
         with self._turns:
             while (self._preparing or self._changing or self._arrived) and not self._closed:
                 self._turns.wait()
-            self._preparing = aside = not (self._closed or self.swapping)
+            if self._closed:
+                return
+            self._preparing = aside = not self.swapping
         self._arrive(key, self.prepare(key, adapter, source.label) if aside else adapter, ends_turn=aside)
 
     def _arrive(self, key: str, result: Arrived, ends_turn: bool = False) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from ...errors import LorakitError
 from ..engine import Choice, Finish, Piece
-from ..errors import EngineFailed
+from ..errors import EngineFailed, without_traceback
 from ..ticket import Ticket, deliver
 from . import prefill
 from .batches import Batches
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # Seconds of prompts in a pass while answers wait for their next token, and while none does. It bounds how long a
 # cancelled request keeps its row.
 SECONDS, SECONDS_ALONE = 0.1, 0.5
-# Seconds to sleep at most while works wait for an adapter or a deadline; `wake` ends it.
+# Seconds to sleep at most while requests wait for an adapter, a grammar or a deadline; `wake` ends it.
 NAP = 0.05
 
 
@@ -117,7 +117,7 @@ class Loop:
                 self._woken.clear()
                 self._pass()
                 if not (self._groups or len(self._batches) or self._inbox):
-                    self._woken.wait(NAP if self.waiting else None)
+                    self._woken.wait(NAP if self.open else None)
         except BaseException as error:
             log.exception("the engine's thread has ended")
             self.failed = EngineFailed(
@@ -125,7 +125,7 @@ class Loop:
             )
             every = list(self.open)
             self.open.difference_update(every)
-            self._out.extend((request.ticket, self.failed) for request in every)
+            self._out.extend((request.ticket, without_traceback(self.failed)) for request in every)
             self._deliver()
             self.tiers.abandon(self.failed)
 
@@ -192,7 +192,10 @@ class Loop:
                 self._broke([request], error)
                 continue
             self.tiers.use(request.keys)
-            request.admitted = time.monotonic()
+            now = time.monotonic()
+            if not (admitted or self._groups or len(self._batches)):
+                self.counters.last_step = now  # it was idle: the time since its last step says nothing
+            request.admitted = now
             admitted.append(request)
         self.waiting = deque(still)
         return admitted
@@ -240,6 +243,7 @@ class Loop:
             try:
                 fed = group.advance(self.runner, left)
                 self._pace.saw(fed, time.perf_counter() - began)
+                self.counters.last_step = time.monotonic()
                 left -= fed
             except Flattened:
                 self._groups.extend(group.again(self.runner))
@@ -321,11 +325,14 @@ class Loop:
             seconds = time.monotonic() - request.admitted
             self.counters.seconds_each += 0.1 * (seconds - self.counters.seconds_each)
         self.tiers.release(request.keys)
+        if request.compiling is not None and not (request.compiling.done() or self._to.is_closed()):
+            self._to.call_soon_threadsafe(request.compiling.cancel)  # else it is compiled for nobody
         self._out.append((request.ticket, last))
 
     def _broke(self, requests: Iterable[Request], error: Exception) -> None:
         """End requests whose computation raised an error. Their slots are dropped; the others go on."""
         log.error("a step failed", exc_info=error)
+        # The text is that of torch's RuntimeError where a CPU's memory is short.
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
         what = "the device is out of memory" if memory else f"{type(error).__name__}: {error}"
         hint = "\n  ask for less: shorter prompts, or start the server with fewer --rows" if memory else ""

@@ -145,7 +145,7 @@ def _draw(scores: Tensor, rows: Sequence[Picking]) -> Tensor:
     cumulative = weights.cumsum_(-1)
     uniform = torch.tensor([row.uniform() for row in rows], device=device)[:, None]
     ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    return ids.clamp_max_(scores.shape[-1] - 1)  # only of a row of NaN it is beyond; that row gets an error
+    return ids.clamp_max_(scores.shape[-1] - 1)  # only a row of NaN gets there; it ends with an error
 
 
 def _logprobs(logits: Tensor, ids: Tensor, rows: Sequence[Picking]) -> list[TokenLogprob | None]:

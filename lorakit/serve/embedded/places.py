@@ -7,8 +7,11 @@ takes no new rows and is replaced when its rows are done: a steady stream of req
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from ...errors import listing
+from ..errors import Cannot, NoPlace
 
 
 @dataclass
@@ -37,12 +40,12 @@ def arrange(wants: Iterable[Sequence[str]], held: Mapping[str, Held], places: in
     """
     wants = list(wants)
     found, empty = Arrangement(), places - len(held)
-    wanted, kept, given = {key for want in wants for key in want}, set[str](), set[str]()
+    asked, kept, leaving = {key for want in wants for key in want}, set[str](), set[str]()
     oldest = sorted((key for key in held if not held[key].pinned), key=lambda key: held[key].used)
-    idle = sorted((key for key in oldest if not held[key].users), key=lambda key: key in wanted)  # sorts are stable
+    idle = sorted((key for key in oldest if not held[key].users), key=lambda key: key in asked)  # sorts are stable
     busy = [key for key in oldest if held[key].users]
     for want in wants:
-        kept.update(key for key in want if key not in given)
+        kept.update(key for key in want if key not in leaving)
         for key in want:
             if key in held or key in found.bring or key in found.after:
                 continue
@@ -50,12 +53,34 @@ def arrange(wants: Iterable[Sequence[str]], held: Mapping[str, Held], places: in
                 empty -= 1
                 found.bring[key] = None
                 continue
-            victim = next((k for k in (*idle, *busy) if k not in kept and k not in given), None)
+            victim = next((k for k in (*idle, *busy) if k not in kept and k not in leaving), None)
             if victim is None:
                 return found  # nothing is left for later ones either
-            given.add(victim)
+            leaving.add(victim)
             if held[victim].users:
                 found.after[key] = victim
             else:
                 found.bring[key] = victim
     return found
+
+
+def check_pin(label: str, pinned: Collection[str], places: int) -> None:
+    """Raise NoPlace if no place is left for one more pinned adapter. pinned: the names of those that are."""
+    if len(pinned) >= places:
+        names = listing([f"'{name}'" for name in pinned])
+        raise NoPlace(
+            f"adapter '{label}' cannot be pinned: all {places} places of the device are, by {names}\n"
+            "  unload one of them, or start the server with more places: --device-adapters"
+        )
+
+
+def check_places(keys: Sequence[str], pinned: Collection[str], places: int) -> None:
+    """Raise Cannot for more adapters than the device can have at once beside the pinned ones, by key."""
+    needed, free = len(set(keys).difference(pinned)), places - len(pinned)
+    if needed > free:
+        beside = f" beside {len(pinned)} pinned ones" if pinned else ""
+        raise Cannot(
+            f"the request needs {needed} adapters at once; the device has places for {free}{beside}\n"
+            "  mix fewer, or start the server with more places: --device-adapters",
+            "mix",
+        )

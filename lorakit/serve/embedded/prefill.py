@@ -20,8 +20,8 @@ from .request import Request
 if TYPE_CHECKING:
     from .runner import Runner
 
-# A group's rows are padded to the longest. They are split where that would add more than a quarter; below that, a call
-# more costs more than the padding: 32 prompts of 12 to 64 tokens are then three or four groups.
+# A group's rows are padded to the longest. They are split where that would add more than a quarter; below that, another
+# call costs more than the padding: 32 prompts of 12 to 64 tokens are then three or four groups.
 PADDING = 1.25
 PADDING_FREE = 8  # tokens; short prompts share a group
 
@@ -38,12 +38,12 @@ class Pace:
         self._per_second: float | None = None
 
     def tokens(self, seconds: float) -> int:
-        """Return how many to feed in so many seconds, within bounds."""
+        """Return how many to feed in `seconds`, within bounds."""
         tokens = FIRST if self._per_second is None else int(self._per_second * seconds)
         return min(max(tokens, LEAST), MOST)
 
     def saw(self, tokens: int, seconds: float) -> None:
-        """Note how long so many took. Few say little, as a call has a cost of its own."""
+        """Note how long `tokens` took. A few say little, as a call has a cost of its own."""
         if tokens >= LEAST:
             now = tokens / max(seconds, 1e-6)
             self._per_second = now if self._per_second is None else 0.7 * self._per_second + 0.3 * now
@@ -67,17 +67,18 @@ class Start:
         return self.request.fed - self.length
 
 
-def grouped(runner: Runner, starts: Sequence[Start]) -> list[Group]:
+def grouped(runner: Runner, starts: Sequence[Start], one_by_one: bool = False) -> list[Group]:
     """Group requests by how many tokens they miss; all of them miss some. Those without a known start are apart.
 
-    (They need no mask, see `masks`.)
+    (They need no mask, see `masks`.) one_by_one: each is a group of its own, as where the runner takes one at a time.
     """
+    alone = one_by_one or runner.one_by_one
     groups: list[list[Start]] = []
     for start in sorted(starts, key=lambda s: (s.length > 0, s.missing)):
         last = groups[-1] if groups else None
         if (
             last is None
-            or runner.one_by_one
+            or alone
             or (last[0].length > 0) != (start.length > 0)
             or start.missing > PADDING * last[0].missing + PADDING_FREE
         ):
@@ -109,11 +110,11 @@ class Group:
         return [request for start in self.starts for request in (start.request, *start.also)]
 
     def again(self, runner: Runner) -> list[Group]:
-        """Return groups for the same prompts, as the runner takes them now."""
-        return grouped(runner, self.starts)
+        """Return a group for each of the prompts, to be computed anew: together they cannot be."""
+        return grouped(runner, self.starts, one_by_one=True)
 
     def drop(self, ended: Collection[Request]) -> None:
-        """Drop the requests that have ended; those of others are no matter."""
+        """Drop those of `ended` that are in this group."""
         for at in range(len(self.starts) - 1, -1, -1):
             start = self.starts[at]
             start.also = [request for request in start.also if request not in ended]
@@ -129,7 +130,7 @@ class Group:
         self.missing = max((start.missing for start in self.starts), default=0)
 
     def advance(self, runner: Runner, tokens: int) -> int:
-        """Feed a chunk of about so many tokens over all rows. Returns how many were fed, padding included."""
+        """Feed a chunk of about `tokens` over all rows. Returns how many were fed, padding included."""
         width = max(1, tokens // len(self.starts))
         if self.missing - self.fed <= 1.5 * width:  # rather than to leave a few for a call of their own
             width = self.missing - self.fed

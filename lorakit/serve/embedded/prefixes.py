@@ -86,16 +86,19 @@ class Prefixes:
         known = tuple(ids[: self.budget_bytes // per_token])
         if len(known) < LEAST:
             return
-        root = self._roots.setdefault(choice, _Node(choice))
+        root = self._roots.get(choice) or _Node(choice)
         path, length = _walk(root, known)
         new = known[length:]
         if len(new) >= LEAST:
             end = path[-1] if path else root
             excess = sum(len(node.ids) for node in path) - length
+            # Memory may be short for any of the copies, so all are made before the tree changes.
+            copied = _copied(_positions(keys_values, length, len(known)))
             if excess:  # the prompts part within a run
                 end = self._split(end, len(end.ids) - excess)
                 path[-1] = end
-            path.append(self._add(end, new, _copied(_positions(keys_values, length, len(known)))))
+            self._roots[choice] = root
+            path.append(self._add(end, new, copied))
         self._touch(path)
         while self.bytes > self.budget_bytes:
             self._drop(next(iter(self._order)))
@@ -121,9 +124,11 @@ class Prefixes:
     def _split(self, node: _Node, at: int) -> _Node:
         """Cut a run before its token `at`. Return its first part, a new node; the second part keeps the children."""
         assert node.parent is not None
+        before = _copied(_positions(node.keys_values, 0, at))
+        after = _copied(_positions(node.keys_values, at, len(node.ids)))
         self.bytes -= node.size()
-        first = self._add(node.parent, node.ids[:at], _copied(_positions(node.keys_values, 0, at)))
-        node.keys_values = _copied(_positions(node.keys_values, at, len(node.ids)))
+        first = self._add(node.parent, node.ids[:at], before)
+        node.keys_values = after
         node.ids = node.ids[at:]
         node.parent = first
         first.children[node.ids[0]] = node
@@ -140,7 +145,7 @@ class Prefixes:
 
 
 def _walk(root: _Node, ids: tuple[int, ...]) -> tuple[list[_Node], int]:
-    """Return the nodes that agree with `ids`, the last one perhaps in part, and how many tokens agree."""
+    """Return the nodes that agree with `ids` and how many tokens agree; of the last node, it may be some."""
     path: list[_Node] = []
     node, length = root, 0
     while length < len(ids) and (child := node.children.get(ids[length])) is not None:

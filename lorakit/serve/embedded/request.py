@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ class Request:
     ticket: Ticket = field(init=False)
     ids: list[int] = field(init=False)
     picking: Any = field(init=False, default=None)
+    compiling: asyncio.Task[None] | None = None  # its grammar; of the event loop
     cancelled: bool = False  # set by the event loop's thread
     cached: int = 0  # tokens of the prompt that were not computed again
     admitted: float = 0.0  # when it got a row, on time.monotonic()'s clock
@@ -41,8 +43,3 @@ class Request:
     def prompt(self) -> int:
         """The number of tokens of its prompt."""
         return len(self.work.ids)
-
-    @property
-    def answered(self) -> int:
-        """The number of tokens of its answer so far."""
-        return len(self.ids) - len(self.work.ids)

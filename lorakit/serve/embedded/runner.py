@@ -7,6 +7,7 @@ guessed from its class: see `_try`.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,8 @@ from .slots import Slots
 if TYPE_CHECKING:
     from ..engine import Choice
 
+log = logging.getLogger(__name__)
+
 Per = Literal["row", "token"]
 # Where a model's positions have no end of their own.
 DEFAULT_CONTEXT = 8192
@@ -36,14 +39,15 @@ _ELSEWHERE = "  use it with `lorakit generate`, or serve it with --engine vllm"
 
 
 class Flattened(Exception):
-    """The model hands the tokens of all rows to an adapted module in one axis."""
+    """Prompts cannot be prefilled together: perhaps an adapted module gets the tokens of all rows in one axis."""
 
 
 class Runner:
     """A model in evaluation mode. `context`: positions for prompt and answer; `vocabulary`: its tokens.
 
     one_by_one: prompts must be prefilled one at a time, with a choice for each token, as the model hands the tokens of
-    all rows to an adapted module in one axis (shared experts of Qwen2-MoE). It is found out when that happens.
+    all rows to an adapted module in one axis (shared experts of Qwen2-MoE). It is found out when a prompt can be
+    prefilled so, and not otherwise.
     """
 
     def __init__(self, model: Any, context: int | None = None):
@@ -69,7 +73,7 @@ class Runner:
                 "the base has virtual tokens attached, which would stand in front of every request\n"
                 "  detach them: lorakit.detach(model)"
             )
-        positions = positions_of(model)
+        positions = _usable(model, positions_of(model), context)
         self.context = min(n for n in (context or positions or DEFAULT_CONTEXT, positions) if n is not None)
         self.layers = len(model.config.get_text_config(decoder=True).per_layer_config)
         embedding = model.get_input_embeddings().weight
@@ -82,27 +86,27 @@ class Runner:
         self._try()
 
     def slots(self, rows: int) -> Slots:
-        """Return slots without a row, for up to so many."""
+        """Return slots without a row, for up to `rows`."""
         return Slots(self.layers, rows, self.context)
 
     def prefill(self, slots: Slots, ids: Sequence[Sequence[int]]) -> None:
         """Feed tokens to the rows of `slots`. ids: equally many for each, padded on the right.
 
-        Raises Flattened where the model can only be given one row; `one_by_one` is set then.
+        Raises Flattened where rows cannot be fed together: prefill them one at a time. What raises StateError then
+        too is the row's own mistake.
         """
         if self.one_by_one and len(ids) > 1:
             raise Flattened
         choices = [request.choice for request in slots.rows]
-        try:
-            if self.one_by_one:
-                self._feed(self.body, slots, ids, choices * len(ids[0]), per="token")
-            else:
+        if not self.one_by_one:
+            try:
                 self._feed(self.body, slots, ids, choices)
-        except StateError as error:
-            if self.one_by_one:
-                raise
-            self.one_by_one = True
-            raise Flattened(str(error)) from error
+                return
+            except StateError as error:
+                if len(ids) > 1:
+                    raise Flattened(str(error)) from error
+        self._feed(self.body, slots, ids, choices * len(ids[0]), per="token")
+        self.one_by_one = True
 
     def step(self, slots: Slots) -> Tensor:
         """Feed each row its last token. Return the logits of the next, [rows, vocab] in float32."""
@@ -186,6 +190,36 @@ class Runner:
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=self.device)
+
+
+def _usable(model: Any, positions: int | None, context: int | None) -> int | None:
+    """Return the positions that a row can have without changing what others in its batch are given.
+
+    LongRoPE (Ding et al. 2024) has two sets of frequencies, and transformers takes those for long texts for all rows
+    of a batch if one of them is long. Raises LorakitError if `context` is longer than the short ones reach.
+    """
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    every = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one for each kind of layer
+    short = [each["original_max_position_embeddings"] for each in every if each.get("rope_type") == "longrope"]
+    if not short or (positions is not None and positions <= min(short)):
+        return positions
+    name, most = type(model).__name__, min(short)
+    if context is not None and context > most:
+        raise LorakitError(
+            f"the context is {context}, and beyond {most} positions {name} computes all rows of a batch with other "
+            f"frequencies (LongRoPE), so that answers would depend on what else runs\n"
+            f"  serve it with --context {most}, or with --engine vllm"
+        )
+    if context is None:
+        log.warning(
+            "%s is served with a context of %d: beyond it a row's frequencies (LongRoPE) depend on its batch. "
+            "--engine vllm serves all %s positions",
+            name,
+            most,
+            positions,
+        )
+    return most
 
 
 def _named(choice: Choice) -> str | dict[str, float] | None:

@@ -21,9 +21,8 @@ from ...adapter.virtual_tokens import BODY
 from ...errors import AdapterError
 from ...layers.expert_weight import ExpertWeight
 from ...model.prepared import Prepared
+from ..engine import TEXT_TASKS
 from .calls import Calls
-
-TEXT = (None, "CAUSAL_LM")  # tasks whose adapters continue text
 
 
 def check_kind(adapter: Adapter, model: nn.Module, tokenizer: Any) -> None:
@@ -34,7 +33,7 @@ def check_kind(adapter: Adapter, model: nn.Module, tokenizer: Any) -> None:
             "different lengths inside the model, so they cannot be served in one batch\n"
             "  use it by itself: lorakit generate MODEL --adapter PATH; to serve it, train a LoRA instead"
         )
-    if adapter.config.task not in TEXT:
+    if adapter.config.task not in TEXT_TASKS:
         raise AdapterError(
             f"it was trained for the task {adapter.config.task}, which predicts no next token\n"
             "  use it with the library or task that it was made for; adapters of causal language models are served"

@@ -34,6 +34,7 @@ class Shelves:
         self.model, self.places, self.memory_bytes = model, places, memory_bytes
         self.device: dict[str, Entry] = {}
         self.built: dict[str, Entry] = {}
+        self._unsettled: dict[str, Entry] = {}  # of `built`: `park` has not looked at them yet
         self.loads = self.evictions = 0
         self._dropped = 0
         self._hold_base()
@@ -45,12 +46,16 @@ class Shelves:
 
     @property
     def swaps(self) -> bool:
-        """Whether a forward puts parameters of adapters in the place of the base's (modules that are saved whole)."""
+        """Whether a forward puts parameters of adapters in the place of the base's (modules to save)."""
         return any(entry.prepared is not None and entry.prepared.copies for entry in self.device.values())
 
     def at_hand(self, entry: Entry) -> bool:
         """Whether an adapter can be attached now."""
         return entry.key in self.built and not entry.moving and entry.prepared is not None and not entry.prepared.parked
+
+    def put(self, entry: Entry) -> None:
+        """Take an adapter that was built, or has left the device or an accelerator's memory."""
+        self.built[entry.key] = self._unsettled[entry.key] = entry
 
     def attach(self, entry: Entry) -> None:
         """Attach an adapter that is at hand. Raises what building raises, if that was left to this."""
@@ -58,25 +63,33 @@ class Shelves:
         entry.prepared.attach(self.model)
         expect(self.model, self.places, fixed=True)
         self.device[entry.key] = self.built.pop(entry.key)
+        self._unsettled.pop(entry.key, None)
         entry.size = entry.prepared.bytes
         self.loads += 1
 
-    def detach(self, entry: Entry, loader: Loader) -> None:
-        """Detach an adapter. It stays in memory; on an accelerator, a loader's thread brings it there."""
+    def detach(self, entry: Entry) -> None:
+        """Detach an adapter. It stays in memory; an accelerator's until `park`."""
         assert entry.prepared is not None
         detach(self.model, entry.key)
         if STATE not in self.model.__dict__:
             self._hold_base()
-        self.built[entry.key] = self.device.pop(entry.key)
+        self.put(self.device.pop(entry.key))
         entry.prepared.forget_computed()
-        if entry.prepared.on_accelerator:
-            entry.moving = True
-            loader.park(entry.key, entry.prepared)
+
+    def park(self, kept: Collection[str], loader: Loader) -> None:
+        """Begin to move what is in an accelerator's memory, and not attached, to ours. None of `kept`."""
+        for entry in [entry for key, entry in self._unsettled.items() if key not in kept and not entry.moving]:
+            del self._unsettled[entry.key]
+            prepared = entry.prepared
+            if prepared is not None and not prepared.parked and prepared.on_accelerator:
+                entry.moving = True
+                loader.park(entry.key, prepared, entry.source.label)
 
     def drop(self, entry: Entry) -> int:
         """Forget the values of an adapter that is not attached. Return their bytes."""
         if self.built.pop(entry.key, None) is None:
             return 0
+        self._unsettled.pop(entry.key, None)
         entry.prepared = None
         self._dropped += entry.size
         return entry.size
@@ -95,10 +108,10 @@ class Shelves:
             self._dropped = 0
             loader.run(heap.trim)
 
-    def close(self, loader: Loader) -> None:
+    def close(self) -> None:
         """Detach everything, and let the base be as it was."""
         for entry in list(self.device.values()):
-            self.detach(entry, loader)
+            self.detach(entry)
         for module in quantized(self.model).values():
             base_of(module).restore(module)
 

@@ -2,8 +2,8 @@
 
 A row's tokens stand at the left of its slot, so that a row which comes or goes moves no other: the last row takes a
 slot that becomes free. Positions behind a row's length hold what was there before. They are masked, and finite, as a
-masked NaN would reach the output (0 · NaN); see `clear_row`. Layers with a sliding window keep all positions too: what
-they may see is the mask's matter, and a prompt's start can be kept for others at any length.
+masked NaN would reach the output (0 · NaN); see `clear_row`. Layers with a sliding window keep all positions too: the
+mask says what they may see, and a prompt's start can be kept for others at any length.
 
 Buffers grow on demand, in steps of doubled rows and positions, and are given back when the last row has left.
 """
@@ -89,12 +89,16 @@ class Slots:
         return [(keys[at, :, :length], values[at, :, :length]) for keys, values in (x.buffers for x in self.layers)]
 
     def remove(self, at: int) -> None:
-        """Drop a row. The last row takes its slot."""
+        """Drop a row. The last row takes its slot.
+
+        Its values stay where they are, so they must be finite: a row in which a step left NaN is dropped in the same
+        pass, after `clear_row`, see `Loop._took`.
+        """
         last = len(self.rows) - 1
         request, length = self.rows.pop(), self.lengths.pop()
         if at < last:
             self.rows[at], self.lengths[at] = request, length
-            for buffer in self._allocated():
+            for buffer in self._allocated() if length else ():  # a row without positions may lie beyond the buffers
                 buffer[at, :, :length] = buffer[last, :, :length]
         if not self.rows:
             self.release()
@@ -155,7 +159,7 @@ class SlotLayer(CacheLayerMixin):
         return keys, values
 
     def fit(self, keys: Tensor, values: Tensor, rows: int, positions: int) -> None:
-        """Make sure that there is room for so many rows and positions. keys, values: of the right heads and sizes."""
+        """Make sure that there is room for `rows` and `positions`. keys, values: of the right heads and sizes."""
         if self.buffers and rows <= self.buffers[0].shape[0] and positions <= self.buffers[0].shape[2]:
             return
         old = self.buffers

@@ -5,8 +5,10 @@
     device  --- detach, for another that is asked for: the same ------>  memory    least recently used, not in use
     memory  --- drop, above `memory_bytes` --------------------------->  disk      least recently used
 
-The device's places are few and its steps must not wait, so the engine's thread does what cannot be done elsewhere: a
-few milliseconds for each adapter that comes or goes. On a CPU the device's memory is ours, and nothing is copied.
+The device's places are few and its steps must not wait, so the engine's thread does what cannot be done elsewhere: 2 to
+10 ms for each adapter that comes or goes, and what takes longer than `BUDGET` together goes on in the next pass. On a
+CPU the device's memory is ours, and nothing is copied; what is built in an accelerator's memory and gets no place there
+is moved to ours.
 """
 
 from __future__ import annotations
@@ -23,20 +25,21 @@ from torch import nn
 
 from ...adapter.adapter import Adapter
 from ...bases.pipeline import as_module
-from ...errors import AdapterError, listing
+from ...errors import AdapterError, LorakitError
 from ..engine import Source
-from ..errors import Cannot, EngineFailed, UnknownAdapter
+from ..errors import EngineFailed, UnknownAdapter, without_traceback
 from . import heap
 from .calls import Calls
 from .entry import Entry
 from .loading import Arrived, Loader, refusal
-from .places import Arrangement, Held, arrange
+from .places import Arrangement, Held, arrange, check_pin, check_places
 from .shelves import Shelves
 
 Result = TypeVar("Result")
 # Seconds of a pass after which the next adapter waits for the next one. Attaching a 20 MB adapter takes about 2 ms.
 BUDGET = 0.004
-# Passes after which an adapter that no waiting request has asked for again is not brought any more.
+# Passes after which an adapter that no waiting request has asked for again is not brought any more. Requests ask in
+# each pass; one whose claim comes after a pass has taken its new requests asks only in the next but one.
 FORGOTTEN = 2
 
 
@@ -61,10 +64,12 @@ class Tiers:
         for work in waiting: tiers.ready(keys)      # in order of arrival, each pass, also while no slot is free
         tiers.use(keys) ... tiers.done(keys)        # a work gets a slot ... and gives it back
 
-    wake: called from any thread when there is something for `between_steps` to do; the engine sets it.
+    The engine sets `wake`, called from any thread when there is something for `between_steps` to do, and `has_gone`,
+    called in the engine's thread with the key of an adapter that was unloaded.
     """
 
     wake: Callable[[], None]
+    has_gone: Callable[[str], object]
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, device: int = 32, memory_bytes: int = 2 << 30):
         """device: adapters that may be attached at once. memory_bytes: of those in memory and not attached.
@@ -73,7 +78,7 @@ class Tiers:
         """
         if device < 1:
             raise ValueError(f"device={device}: expected a place for at least one adapter")
-        self.wake = lambda: None
+        self.wake, self.has_gone = lambda: None, lambda key: None
         self._places, module = device, as_module(model)
         self._shelves = Shelves(module, device, memory_bytes)
         self._loader = Loader(module, tokenizer, Calls(module), self._built)
@@ -83,7 +88,7 @@ class Tiers:
         self._leaving: dict[str, Entry] = {}  # to be unloaded
         self._new: dict[str, Entry] = {}  # in memory for the first time: they get empty places
         self._wants: dict[tuple[str, ...], int] = {}  # the adapters of waiting requests -> the pass in which they asked
-        self._given: set[str] = set()  # on the device, in use, and to be replaced: they take no more rows
+        self._given_up: set[str] = set()  # on the device, in use, and to be replaced: they take no more rows
         self._pass = self._uses = 0
         self._pending = False  # whether there is something to do between two steps
 
@@ -93,13 +98,13 @@ class Tiers:
         """Read an adapter, check it against the model, and make it known. See `Engine.load`.
 
         A pinned one is attached when this returns; others are in the next pass, if there is an empty place or a request
-        asks for them. Raises AdapterError for what cannot be served, and for a pin if all places are pinned; then
-        nothing has changed.
+        asks for them. Raises AdapterError for what cannot be served, and NoPlace for a pin if all places are pinned;
+        then nothing has changed.
         """
         with self._lock:
             entry = self._entries.get(key)
             if pin and key not in self._pinned:
-                self._check_pin(source.label)
+                check_pin(source.label, [other.source.label for other in self._pinned.values()], self._places)
             if entry is None:
                 entry = self._entries[key] = Entry(key, source)
                 self._begin(entry)
@@ -130,9 +135,7 @@ class Tiers:
             self._leaving[key] = entry
             self._unpin(entry)
         self._change()
-        freed = await _done(unloaded)
-        await asyncio.to_thread(heap.trim)
-        return freed
+        return await _done(unloaded)
 
     def claim(self, keys: Sequence[str]) -> None:
         """Hold adapters for a request, from `submit` on until `release`, so that `unload` waits for it.
@@ -145,7 +148,7 @@ class Tiers:
             leaving = next((entry for entry in entries if entry.unloaded is not None), None)
             if leaving is not None:
                 raise UnknownAdapter(f"adapter '{leaving.source.label}' is being unloaded\n  load it again first")
-            self._check_places(keys)
+            check_places(keys, self._pinned, self._places)
             for entry in entries:
                 entry.claims += 1
             if keys:  # so that they come in the next pass, and the request need not ask first and wait for another
@@ -166,25 +169,25 @@ class Tiers:
             shelves = self._shelves
             return TierStats(len(shelves.device), len(shelves.built), shelves.bytes, shelves.loads, shelves.evictions)
 
-    def abandon(self, error: Exception) -> None:
+    def abandon(self, error: LorakitError) -> None:
         """End all waits for adapters with this error: the engine's thread has ended. May be called in either thread."""
         with self._lock:
             for entry in self._entries.values():
-                for future in (entry.loaded, entry.placed, entry.unloaded):
-                    if future is not None and not future.done():
-                        future.set_exception(error)
+                entry.fail(without_traceback(error))
 
     def close(self) -> None:
-        """Stop the loading threads and detach everything. After the engine's thread has ended."""
-        self._loader.close()
+        """Detach everything, after the engine's thread has ended. Waits for what is being built, not for what is being
+        read: a thread may hang in a file that does not answer.
+        """
         self.abandon(EngineFailed("the engine has stopped\n  start the server again", heals=False))
-        self._shelves.close(self._loader)
+        self._loader.close()
+        self._shelves.close()
 
     # ------------------------------------------------------------------------------------------- the engine's thread
 
     def between_steps(self) -> None:
-        """Attach what was read, evict for it, detach what is to be unloaded: a few milliseconds at most. Outside
-        `route`.
+        """Attach what was read, evict for it, detach what is to be unloaded: after `BUDGET` no more than one of each.
+        Outside `route`.
         """
         with self._lock:
             self._pass += 1
@@ -200,7 +203,7 @@ class Tiers:
         """Whether all these adapters are attached; else begin to bring them.
 
         Raises AdapterError if one of them cannot be read any more, UnknownAdapter if it is not loaded. Asked in order
-        of arrival: places go to those who asked first, and one that waits for a place is not overtaken for ever.
+        of arrival: places go to those who asked first, and one that waits for a place gets it before later ones.
         """
         if not keys:
             return True
@@ -208,10 +211,10 @@ class Tiers:
             for key in keys:
                 entry = self._entry(key)
                 if entry.problem is not None and entry.problem_at >= self._pass - 1:
-                    raise entry.problem
-            self._check_places(keys)
+                    raise without_traceback(entry.problem)  # several requests may raise it
+            check_places(keys, self._pinned, self._places)
             self._wants[tuple(keys)] = self._pass
-            here = all(key in self._shelves.device and key not in self._given for key in keys)
+            here = all(key in self._shelves.device and key not in self._given_up for key in keys)
             self._pending = self._pending or not here
             return here
 
@@ -228,7 +231,7 @@ class Tiers:
         with self._lock:
             for key in keys:
                 self._entries[key].users -= 1
-        if not (self._leaving.keys() | self._given).isdisjoint(keys):
+        if not (self._leaving.keys() | self._given_up).isdisjoint(keys):
             self._change()
 
     # What happens between two steps. The lock is held, and nothing is being prepared.
@@ -237,27 +240,30 @@ class Tiers:
         shelves = self._shelves
         for key, result in self._loader.take():
             self._arrive(self._entries[key], result)
-        self._unload()
+        until = time.perf_counter() + BUDGET
+        late = self._unload(until)
         held = {key: Held(e.users, e.used, key in self._pinned) for key, e in shelves.device.items()}
         wants = [*([key] for key in self._pinned), *self._wants]
         found = arrange([[key for key in want if key in self._entries] for want in wants], held, self._places)
-        self._given = set(found.after.values())
+        self._given_up = set(found.after.values())
         # What is loaded and not asked for yet comes last, and gets empty places only.
         empty = self._places - len(held) - sum(victim is None for victim in found.bring.values())
         unasked = [key for key in self._new if key not in found.bring and key not in found.after]
         found.bring |= dict.fromkeys(unasked[: max(empty, 0)])
-        late = self._bring_all(found)
+        late |= self._bring_all(found, until)
         for key in [key for key in self._new if key not in late]:
             _set(self._new.pop(key).loaded)
-        shelves.drop_oldest(found.bring.keys() | found.after.keys(), self._loader)
+        soon = found.bring.keys() | found.after.keys()
+        shelves.drop_oldest(soon, self._loader)
+        shelves.park(soon, self._loader)
         self._loader.swapping = shelves.swaps
         self._pending = bool(found.bring or found.after or self._leaving)
         if late:
             self.wake()
 
-    def _bring_all(self, found: Arrangement) -> set[str]:
+    def _bring_all(self, found: Arrangement, until: float) -> set[str]:
         """Attach what is at hand, and begin to read the rest. Return what there was no time for in this pass."""
-        late, until, attached = set(), time.perf_counter() + BUDGET, False
+        late, attached = set(), False
         for key in (*found.bring, *found.after):
             entry = self._entries[key]
             if not entry.moving and entry.prepared is not None and entry.prepared.outdated:
@@ -283,15 +289,15 @@ class Tiers:
             return
         entry.prepared, entry.size, entry.problem = result, result.bytes, None
         if entry.key not in self._shelves.built:  # else it was moved from or to the device's memory
-            self._shelves.built[entry.key] = entry
             self._touch(entry)
+        self._shelves.put(entry)
         if entry.is_new:
             entry.is_new, self._new[entry.key] = False, entry
 
     def _fail(self, entry: Entry, problem: AdapterError) -> None:
         """Note that an adapter cannot be had. One that was never loaded is forgotten."""
         self._shelves.drop(entry)
-        entry.prepared, entry.problem, entry.problem_at = None, problem, self._pass
+        entry.prepared, entry.problem, entry.problem_at = None, without_traceback(problem), self._pass
         for future in (entry.loaded, entry.placed):
             if future is not None and not future.done():
                 future.set_exception(problem)
@@ -301,22 +307,34 @@ class Tiers:
         if entry.loaded.exception() is not None:
             del self._entries[entry.key]
 
-    def _unload(self) -> None:
+    def _unload(self, until: float) -> set[str]:
+        """Forget what leaves and is free. Return what there was no time for in this pass."""
+        late, gone = set(), []
         for key, entry in list(self._leaving.items()):
-            if entry.is_free:
-                if key in self._shelves.device:
-                    self._shelves.detach(entry, self._loader)
-                freed = self._shelves.drop(entry)
-                entry.prepared = None
-                self._new.pop(key, None)
-                del self._leaving[key], self._entries[key]
-                assert entry.unloaded is not None
-                entry.unloaded.set_result(freed)
+            if not entry.is_free:
+                continue
+            if key in self._shelves.device:
+                if gone and time.perf_counter() > until:
+                    late.add(key)
+                    continue
+                self._shelves.detach(entry)
+            freed = self._shelves.drop(entry)
+            entry.prepared = None
+            self._new.pop(key, None)
+            del self._leaving[key], self._entries[key]
+            self.has_gone(key)
+            assert entry.unloaded is not None
+            gone.append((entry.unloaded, freed))
+        if gone:
+            self._loader.run(heap.trim)
+        for unloaded, freed in gone:
+            unloaded.set_result(freed)
+        return late
 
     def _bring(self, entry: Entry, victim: str | None) -> None:
         """Attach an adapter that is at hand, in place of another."""
         if victim is not None:
-            self._shelves.detach(self._entries[victim], self._loader)
+            self._shelves.detach(self._entries[victim])
             self._shelves.evictions += 1
         try:
             self._shelves.attach(entry)
@@ -324,9 +342,7 @@ class Tiers:
             self._fail(entry, refusal(entry.source.label, error))
             return
         self._touch(entry)
-        if entry.placed is not None:
-            entry.placed.set_result(None)
-            entry.placed = None
+        entry.end_wait_for_place()
 
     def _begin(self, entry: Entry) -> None:
         """Begin to make an adapter ready to be attached, unless that was begun."""
@@ -335,7 +351,7 @@ class Tiers:
             if entry.prepared is None:
                 self._loader.read(entry.key, entry.source)
             else:
-                self._loader.fetch(entry.key, entry.prepared)
+                self._loader.fetch(entry.key, entry.prepared, entry.source.label)
 
     # Other threads
 
@@ -358,35 +374,12 @@ class Tiers:
     def _entry(self, key: str) -> Entry:
         entry = self._entries.get(key)
         if entry is None or not entry.loaded.done():
-            raise UnknownAdapter(f"no adapter is loaded under the key {key[:12]}")
+            raise UnknownAdapter(f"no adapter is loaded under the key {key[:12]}\n  load it first")
         return entry
 
     def _unpin(self, entry: Entry) -> None:
         self._pinned.pop(entry.key, None)
-        if entry.placed is not None:  # nobody waits for a place any more
-            entry.placed.set_result(None)
-            entry.placed = None
-
-    def _check_pin(self, label: str) -> None:
-        """Raise AdapterError if no place is left for one more pinned adapter."""
-        if len(self._pinned) >= self._places:
-            labels = [f"'{entry.source.label}'" for entry in self._pinned.values()]
-            raise AdapterError(
-                f"adapter '{label}' cannot be pinned: all {self._places} places of the device are, by "
-                f"{listing(labels)}\n"
-                "  unload one of them, or start the server with more places: --device-adapters"
-            )
-
-    def _check_places(self, keys: Sequence[str]) -> None:
-        """Raise Cannot for more adapters than the device can have at once beside the pinned ones."""
-        needed, free = len(set(keys) - self._pinned.keys()), self._places - len(self._pinned)
-        if needed > free:
-            beside = f" beside {len(self._pinned)} pinned ones" if self._pinned else ""
-            raise Cannot(
-                f"the request needs {needed} adapters at once; the device has places for {free}{beside}\n"
-                "  mix fewer, or start the server with more places: --device-adapters",
-                "mix",
-            )
+        entry.end_wait_for_place()
 
 
 def _set(future: Future[None]) -> None:

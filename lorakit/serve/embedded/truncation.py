@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...generate.sampling import in_nucleus
 from ..engine import Sampling
 
 _Value = TypeVar("_Value", int, float)
@@ -76,8 +77,4 @@ def nucleus(weights: Tensor, top_p: Sequence[float]) -> Tensor:
 
 def nucleus_by_sort(weights: Tensor, top_p: Sequence[float]) -> Tensor:
     """Keep each row's nucleus, all rows at once, on any device."""
-    values, order = weights.sort(dim=-1, descending=True, stable=True)
-    before = values.cumsum(-1) - values  # [rows, vocab]: the mass of all likelier tokens
-    outside = before >= weights.sum(-1, keepdim=True) * weights.new_tensor(top_p)[:, None]
-    outside[:, 0] = False  # the likeliest token stays, even with top_p 0
-    return torch.zeros_like(weights).scatter_(-1, order, values.masked_fill_(outside, 0.0))
+    return in_nucleus(weights, weights.new_tensor(top_p)[:, None])

@@ -1,5 +1,7 @@
 """What an adapter's files may contain, checked on a private copy before anything parses them.
 
+Large files are looked at before they are copied too, so that what is refused costs no space.
+
     safetensors, GGUF        always; header and tensor count bounded
     numpy archive (.npz)     only from the command line: it is compressed
     pickle (.bin, .pt, ...)  only from the command line with --allow-pickle, and read with `weights_only=True`
@@ -12,17 +14,19 @@ waits for it (4 MB take about 40 ms).
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...errors import AdapterError
 from ...module_names import plain
 from .patterns import check_quick
 
+LARGE = 2 << 20  # bytes; no JSON of an adapter is as large
 _GGUF = b"GGUF"
 _REGEX_KEYS = ("rank_pattern", "alpha_pattern")  # their keys are regular expressions (PEFT)
 _REGEX_TEXTS = ("target_modules", "exclude_modules", "layers_pattern", "target_parameters")
@@ -89,31 +93,51 @@ def _patterns(values: Mapping[str, Any]) -> list[str]:
 
 
 def _checked_weights(path: Path, rules: FileRules) -> list[str]:
-    """Check a file of tensors by its first bytes, and return the tensors' names where the header gives them."""
+    """Check a file of tensors, and return the tensors' names where the header gives them."""
     from ...io.tensors import refuse_placeholder
 
     refuse_placeholder(path)
     with open(path, "rb") as file:
-        head = file.read(24)
-        size = path.stat().st_size
-        if head[:4] == _GGUF:
-            _check_gguf(path, head, rules)
-            return []
-        length = int.from_bytes(head[:8], "little")
-        if head[8:9] == b"{" and length <= size - 8:
-            if length > rules.header:
-                raise AdapterError(
-                    f"{path}: its header has {length:,} bytes; expected at most {rules.header:,}, as no adapter "
-                    "has more tensors than fit there"
-                )
-            file.seek(8)
-            return _names(path, file.read(length))
-        if head[8:9] == b"{" and path.suffix == ".safetensors":
+        length = _header_length(path, file, rules)
+        file.seek(8)
+        return [] if length is None else _names(path, file.read(length))
+
+
+def check_large(path: Path, file: BinaryIO, rules: FileRules) -> None:
+    """Check what a large file's first bytes show, before it is copied. Small ones are copied as quickly.
+
+    path: what errors call it. file: open at any position, which is changed. Raises AdapterError.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size < LARGE:
+        return
+    if path.suffix == ".json":
+        raise AdapterError(f"{path} has {size:,} bytes; expected at most {rules.json:,}")
+    _header_length(path, file, rules)
+
+
+def _header_length(path: Path, file: BinaryIO, rules: FileRules) -> int | None:
+    """Check a file of tensors by its first bytes. Return the length of a safetensors header, which begins at byte 8."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(24)
+    if head[:4] == _GGUF:
+        _check_gguf(path, head, rules)
+        return None
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length <= size - 8:
+        if length > rules.header:
             raise AdapterError(
-                f"{path} is cut short: its header has {length:,} bytes, and the file {size:,}\n"
-                "  copy it again, or ask whoever made it"
+                f"{path}: its header has {length:,} bytes; expected at most {rules.header:,}, as no adapter "
+                "has more tensors than fit there"
             )
-    if _is_archive(path):
+        return length
+    if head[8:9] == b"{" and path.suffix == ".safetensors":
+        raise AdapterError(
+            f"{path} is cut short: its header has {length:,} bytes, and the file {size:,}\n"
+            "  copy it again, or ask whoever made it"
+        )
+    if _is_archive(file):
         if not rules.archives:
             raise AdapterError(f"{path} is numpy's archive, which is not loaded over HTTP{_CONVERT}")
     elif path.suffix in (".safetensors", ".gguf", ".npz"):
@@ -121,7 +145,7 @@ def _checked_weights(path: Path, rules: FileRules) -> list[str]:
     elif not rules.pickles:
         allow = ", or start the server with --allow-pickle" if rules.trusted else ""
         raise AdapterError(f"{path} is a pickle, which can hold code, and is not loaded here{_CONVERT}{allow}")
-    return []
+    return None
 
 
 _CONVERT = "\n  expected safetensors or GGUF: write one with lorakit convert ADAPTER OUT"
@@ -146,10 +170,10 @@ def _names(path: Path, text: bytes) -> list[str]:
     return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
 
 
-def _is_archive(path: Path) -> bool:
+def _is_archive(file: BinaryIO) -> bool:
     """Whether it is numpy's archive: torch's pickles are zip files too."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (OSError, ValueError, NotImplementedError, EOFError, struct.error, zipfile.BadZipFile):
         return False

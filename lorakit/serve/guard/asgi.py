@@ -10,6 +10,8 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
+from ..error_body import error_body
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,21 +29,13 @@ def headers(scope: Scope, name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
-async def refuse(
-    send: Send,
-    status: int,
-    message: str,
-    code: str,
-    *,
-    kind: str = "invalid_request_error",
-    more: Mapping[str, str] | None = None,
-) -> None:
+async def refuse(send: Send, status: int, message: str, code: str, *, more: Mapping[str, str] | None = None) -> None:
     """Answer with an error object as OpenAI's servers send it.
 
     The clients ask again after 408, 409, 429 and 5xx unless `x-should-retry` says no; what will not heal by itself must
     not be asked for again. more: further headers.
     """
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    body = json.dumps(error_body(message, status, None, code)).encode()
     answer = {"content-type": "application/json", "content-length": str(len(body)), **(more or {})}
     if status != 429:
         answer.setdefault("x-should-retry", "false")

@@ -1,12 +1,13 @@
 """Read a request's body within bounds of bytes, time and nesting, before the application sees it.
 
 Bytes are counted as they arrive, whatever Content-Length says. JSON that is nested deeply would exhaust the stack of
-whoever parses it, so its brackets are counted first.
+whoever parses it, so its brackets are counted first; for that it must be UTF-8, which has no NUL in JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 
 from .asgi import App, Message, Receive, Scope, Send, header, refuse
@@ -16,11 +17,14 @@ READ_SECONDS = 30.0  # for a body to arrive; a client that sends a byte now and 
 # sending when the connection is closed sees a reset instead of the answer, and tries again.
 DISCARDED = 16
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # one that is never closed reaches to the end
+_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's begin with one of them, or with a NUL
 _BRACKETS = re.compile(rb"[\[\]{}]")
 
 
 def bounded_body(app: App, most: int, nesting: int, seconds: float = READ_SECONDS) -> App:
-    """Answer 413 to bodies of more than `most` bytes, 400 to JSON of more than `nesting` levels, 408 to slow ones."""
+    """Answer 413 to bodies of more than `most` bytes, 408 to slow ones, and 400 to those that are not in UTF-8 or have
+    more than `nesting` levels of JSON.
+    """
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,6 +45,9 @@ def bounded_body(app: App, most: int, nesting: int, seconds: float = READ_SECOND
         if body is None:
             message = f"the request's body has more than {most:,} bytes"
             await refuse(send, 413, message, "body_too_large", more={"connection": "close"})
+        elif body.startswith(_MARKS) or b"\0" in body:
+            # Parsers of JSON read these encodings too, and in them the brackets could not be counted.
+            await refuse(send, 400, "the request's body is not JSON in UTF-8", "not_utf8")
         elif depth_exceeds(body, nesting):
             message = f"the request's JSON is nested more than {nesting} levels deep"
             await refuse(send, 400, message, "nested_too_deep")

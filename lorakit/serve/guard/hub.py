@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterError, ConfigError, LorakitError
+from ..errors import Unreachable
 
 if TYPE_CHECKING:
     from ...formats.hub import HubName
@@ -39,10 +40,10 @@ class Hub:
     """The allowed owners (OWNER) and repositories (OWNER/NAME). Empty: nothing is fetched."""
 
     def __init__(self, allowed: Sequence[str] = (), most_bytes: int = 4 << 30):
-        """most_bytes: the largest adapter that is fetched. Raises ConfigError for what is no OWNER or OWNER/NAME."""
+        """most_bytes: the largest adapter that is fetched. Raises ConfigError for what is not OWNER or OWNER/NAME."""
         for name in allowed:
             if _ALLOWED.fullmatch(name) is None or ".." in name:
-                raise ConfigError(f"'{name}' is no owner or repository of the hub; expected OWNER or OWNER/NAME")
+                raise ConfigError(f"'{name}' is not an owner or a repository of the hub; expected OWNER or OWNER/NAME")
         self.allowed = frozenset(name.lower() for name in allowed)
         self.most_bytes = most_bytes
 
@@ -53,23 +54,18 @@ class Hub:
         """Whether a text has the form of a hub id."""
         return _PLACE.fullmatch(place) is not None and ".." not in place
 
-    def allows(self, place: str) -> bool:
-        """Whether a hub id is of an allowed owner or repository."""
-        found = _PLACE.fullmatch(place)
-        return found is not None and ".." not in place and self._allows(found["repository"])
-
     def fetch(self, place: str, *, pickles: bool = False) -> Fetched:
         """Download an adapter, or take it from huggingface_hub's cache. Not for the event loop's thread.
 
         Raises ConfigError for a repository that is not allowed, AdapterError for one that is not there, has no adapter,
-        only a pickle, or is too large, and if the hub cannot be reached and the cache has not got it.
+        only a pickle, or is too large, and Unreachable if the hub does not answer and the cache does not have it.
         """
         from ...formats.hub import HubName
-        from ...io.hub_errors import reason
+        from ...io.hub_errors import reason, unreachable
 
         found = _PLACE.fullmatch(place)
         if found is None or ".." in place:
-            raise ConfigError(f"{place[:100]!r} is no hub id; expected OWNER/NAME or OWNER/NAME@REVISION")
+            raise ConfigError(f"{place[:100]!r} is not a hub id; expected OWNER/NAME or OWNER/NAME@REVISION")
         name = HubName(found["repository"], found["revision"])
         if not self._allows(name.repository):
             raise ConfigError(
@@ -81,7 +77,7 @@ class Hub:
         except LorakitError:
             raise
         except Exception as error:
-            raise AdapterError(f"the hub did not give '{place}': {reason(error, *name[:2])}") from error
+            raise _refused(f"the hub did not give '{place}': {reason(error, *name[:2])}", unreachable(error)) from error
 
     def _allows(self, repository: str) -> bool:
         repository = repository.lower()
@@ -127,9 +123,10 @@ class Hub:
                 snapshot_download(name.repository, revision=name.revision, local_files_only=True, allow_patterns=[])
             )
         except LocalEntryNotFoundError as error:
-            raise AdapterError(
+            raise _refused(
                 f"the hub did not give '{name.repository}': it cannot be reached ({why}), and nothing of it was "
-                "fetched before\n  check the network, and HF_ENDPOINT if it is set"
+                "fetched before\n  check the network, and HF_ENDPOINT if it is set",
+                True,
             ) from error
         sizes: dict[str, int | None] = {
             path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
@@ -168,6 +165,12 @@ def _silent() -> type:
             super().__init__(*args, **{**options, "disable": True})
 
     return Silent
+
+
+def _refused(message: str, is_out_of_reach: bool) -> AdapterError:
+    """Return the error of a fetch: one that heals by itself, unless this machine's user has set the hub off."""
+    heals = is_out_of_reach and "HF_HUB_OFFLINE" not in message
+    return Unreachable(message) if heals else AdapterError(message)
 
 
 def _fetched(folder: Path, opened: str) -> Fetched:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Each is refused with an error that names it; `waiting` with 429 and Retry-After."""
+    """What is beyond a bound is refused with an error that names the bound; `waiting` with 429 and Retry-After."""
 
     body: int = 1_000_000  # bytes of a request
     nesting: int = 32  # levels of its JSON
@@ -15,6 +15,7 @@ class Limits:
     answers: int = 8  # `n`
     stops: int = 16
     stop_characters: int = 256  # of one stop text
+    stop_ids: int = 128  # entries of `stop_token_ids`
     bias: int = 1_024  # entries of `logit_bias`
     tools: int = 128
     schema: int = 65_536  # characters of a JSON schema

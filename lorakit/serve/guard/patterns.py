@@ -28,7 +28,7 @@ for pattern in patterns:
 
 
 def check_quick(patterns: Sequence[str], keys: Sequence[str]) -> None:
-    """Raise AdapterError for patterns that are no regular expressions, or take too long on these tensors' modules."""
+    """Raise AdapterError for patterns that are not regular expressions, or take too long on these tensors' modules."""
     modules = sorted({_module(key) for key in keys})
     asked = json.dumps([list(patterns), modules])
     try:

@@ -61,7 +61,7 @@ class Roots:
 
 
 def check_place(place: str) -> PurePosixPath:
-    """Return a client's place as a relative path. Raises AdapterError for what is none."""
+    """Return a client's place as a relative path. Raises AdapterError for what cannot be one."""
     if not place or len(place) > MOST_CHARACTERS:
         raise AdapterError(f"a path of {len(place)} characters; expected 1 to {MOST_CHARACTERS}")
     if not place.isprintable() or "\\" in place or ":" in place:

@@ -47,7 +47,7 @@ def shielded(app: App, report: Callable[[str, BaseException], None], seconds: fl
                 # What was sent looks complete otherwise. The server closes the connection of a broken answer.
                 raise Broken(name) from None
             message = f"the server failed; its log has the reason under {name}"
-            await refuse(sending, 500, message, "internal_error", kind="server_error")
+            await refuse(sending, 500, message, "internal_error")
 
     return protected
 

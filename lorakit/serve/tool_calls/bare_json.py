@@ -8,34 +8,35 @@ An answer that is JSON for another reason must not become a call, so its name ha
 
 from __future__ import annotations
 
-import json
 import re
 
 from .blocks import Blocks
 from .python_calls import arguments_of
-from .syntax import Parts, Spoken, Syntax, Tools, call_of
+from .syntax import JSON, ParsedCall, Parts, Syntax, Tools, call_of
 
 PYTHON_TAG = "<|python_tag|>"
+BETWEEN = "; \r\n\t"  # two calls
 BUILT_IN = re.compile(r"\s*([\w.-]+)\.call\((.*)\)\s*", re.S)
 
 
-def _calls(text: str, names: set[str]) -> list[Spoken] | None:
+def _calls(text: str, names: set[str]) -> list[ParsedCall] | None:
     text = text.strip().removeprefix(PYTHON_TAG).lstrip()
     built_in = BUILT_IN.fullmatch(text)
     if built_in is not None:
         arguments = arguments_of(f"f({built_in[2]})")
-        return None if arguments is None else [Spoken(built_in[1], arguments)]
-    found, at, decoder = [], 0, json.JSONDecoder()
+        return None if arguments is None else [ParsedCall(built_in[1], arguments)]
+    found, at = [], 0
     while at < len(text):
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = JSON.raw_decode(text, at)
         except (ValueError, RecursionError):
             return None
         call = call_of(value)
         if call is None or call.name not in names:
             return None
         found.append(call)
-        at += len(text[at:]) - len(text[at:].lstrip("; \r\n\t"))
+        while at < len(text) and text[at] in BETWEEN:
+            at += 1
     return found or None
 
 

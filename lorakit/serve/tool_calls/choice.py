@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError, did_you_mean
-from .forced import named, schema_of
+from .forced import forced_schema, named
 from .syntax import Tools
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # OpenAI: 64 letters without dots; names of MCP servers are longer
@@ -17,7 +17,7 @@ EXPECTED = 'expected none, auto, required or {"type": "function", "function": {"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ToolRequest:
     """tools: those that the prompt shows; none with tool_choice "none". schema: what the answer must be, if a call is
     demanded.
     """
@@ -26,7 +26,7 @@ class Asked:
     schema: str | None = None
 
 
-def asked(tools: object, tool_choice: object = None, parallel: bool = True) -> Asked:
+def tool_request(tools: object, tool_choice: object = None, parallel: bool = True) -> ToolRequest:
     """Check a request's tools. tool_choice: None is "auto". Raises DataError."""
     found = _tools(tools)
     if isinstance(tool_choice, Mapping):
@@ -35,15 +35,15 @@ def asked(tools: object, tool_choice: object = None, parallel: bool = True) -> A
         hint = did_you_mean(tool_choice, CHOICES) if isinstance(tool_choice, str) else ""
         raise DataError(f"tool_choice is {tool_choice!r}; {EXPECTED}{hint}")
     if tool_choice == "none":
-        return Asked()
+        return ToolRequest()
     if tool_choice != "required":
-        return Asked(found)
+        return ToolRequest(found)
     if not found:
         raise DataError("tool_choice is 'required', but the request has no tools")
-    return Asked(found, schema_of(found, parallel))
+    return ToolRequest(found, forced_schema(found, parallel))
 
 
-def _named(tools: Tools, choice: Mapping[str, Any], parallel: bool) -> Asked:
+def _named(tools: Tools, choice: Mapping[str, Any], parallel: bool) -> ToolRequest:
     """{"type": "function", ...}, or {"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}."""
     kind = choice.get("type")
     if kind == "allowed_tools":
@@ -53,11 +53,11 @@ def _named(tools: Tools, choice: Mapping[str, Any], parallel: bool) -> Asked:
         given = allowed.get("tools")
         names = [_name(each, tools, "tool_choice.allowed_tools") for each in given] if isinstance(given, list) else []
         kept = named(tools, names)
-        return asked(kept, allowed["mode"], parallel)
+        return tool_request(kept, allowed["mode"], parallel)
     if kind != "function":
         raise DataError(f"tool_choice.type is {kind!r}; {EXPECTED}")
     kept = named(tools, [_name(choice, tools, "tool_choice")])
-    return Asked(tools, schema_of(kept, parallel=False))
+    return ToolRequest(tools, forced_schema(kept, parallel=False))
 
 
 def _name(choice: object, tools: Tools, key: str) -> str:

@@ -10,25 +10,27 @@
 
 from __future__ import annotations
 
-import re
-
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, json_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, json_of
 
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
-FENCED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.S)
+FENCE = "```"
 
 
-def _call(text: str) -> Spoken | None:
+def _call(text: str) -> ParsedCall | None:
     before, separator, after = text.partition(SEPARATOR)
-    fenced = FENCED.fullmatch(after)
-    name, arguments = (fenced[1], fenced[2]) if fenced is not None else (before.strip(), after)
+    fenced, fence, arguments = after.partition(FENCE)
+    quoted = arguments.rstrip()
+    if fence and len(fenced.split()) == 1 and quoted.endswith(FENCE):
+        name, arguments = fenced.strip(), quoted.removesuffix(FENCE).removeprefix("json")
+    else:
+        name, arguments = before.strip(), after
     value = json_of(arguments)
-    return Spoken(name, value) if separator and name and isinstance(value, dict) else None
+    return ParsedCall(name, value) if separator and name and isinstance(value, dict) else None
 
 
-def _parse(text: str) -> list[Spoken] | None:
+def _parse(text: str) -> list[ParsedCall] | None:
     pieces = [each.strip().removesuffix(CALL_END) for each in text.strip().removesuffix(END).split(CALL)]
     calls = [_call(piece) for piece in pieces[1:]]
     if pieces[0].strip() or not calls or None in calls:

@@ -1,4 +1,4 @@
-"""Which syntax a chat template writes, told by the template's text: no list of model names has to be right.
+"""Which syntax a chat template writes, recognized by its text, so that no list of model names has to be right.
 
 The first that fits is taken. A template that none fits has its calls left as content.
 """

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, call_of, json_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, call_of, json_of
 
 ANY_OBJECT = {"type": "object"}
 
 
-def schema_of(tools: Tools, parallel: bool = True) -> str:
+def forced_schema(tools: Tools, parallel: bool = True) -> str:
     """Return the JSON schema, as text, of an answer that calls one or more of these tools. parallel: more than one."""
     items, definitions = [], {}
     for number, tool in enumerate(tools):
@@ -60,7 +60,7 @@ def _moved(value: Any, root: str) -> Any:
     return [_moved(each, root) for each in value] if isinstance(value, list) else value
 
 
-def _parse(text: str) -> list[Spoken] | None:
+def _parse(text: str) -> list[ParsedCall] | None:
     values = json_of(text)
     calls = [call_of(value) for value in values] if isinstance(values, list) else []
     return [call for call in calls if call is not None] if calls and None not in calls else None

@@ -9,21 +9,21 @@ import json
 import re
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, json_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, json_of
 
 BEGIN, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 CALL = re.compile(r"\s*call:\s*([^\s{]+)\s*(\{.*\})\s*", re.S)
 KEY = re.compile(r"([{,]\s*)([^\s{}\[\],:\"]+)\s*:")
 
 
-def _parse(text: str) -> list[Spoken] | None:
+def _parse(text: str) -> list[ParsedCall] | None:
     call = CALL.fullmatch(text)
     if call is None:
         return None
     pieces = call[2].split(QUOTE)  # every second one is a text
     written = [json.dumps(p) if index % 2 else KEY.sub(r'\1"\2":', p) for index, p in enumerate(pieces)]
     arguments = json_of("".join(written))
-    return [Spoken(call[1], arguments)] if isinstance(arguments, dict) else None
+    return [ParsedCall(call[1], arguments)] if isinstance(arguments, dict) else None
 
 
 def _parts(tools: Tools) -> Parts:

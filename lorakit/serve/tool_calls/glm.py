@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, parameters_of, value_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, parameters_of, value_of
 
 NAME = re.compile(r"\s*([^\s<]+)\s*")
-ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.S)
+# Atomic groups: a key ends at the first </arg_key>. Trying later ones takes time quadratic in the answer's length.
+ARGUMENT = re.compile(r"\s*<arg_key>(?>(.*?)</arg_key>)\s*<arg_value>(?>(.*?)</arg_value>)", re.S)
 
 
-def _call(text: str, tools: Tools) -> Spoken | None:
+def _call(text: str, tools: Tools) -> ParsedCall | None:
     name = NAME.match(text)
     if name is None:
         return None
@@ -26,11 +27,11 @@ def _call(text: str, tools: Tools) -> Spoken | None:
         key = argument[1].strip()
         arguments[key] = value_of(argument[2], schemas.get(key))
         at = argument.end()
-    return None if text[at:].strip() else Spoken(name[1], arguments)
+    return None if text[at:].strip() else ParsedCall(name[1], arguments)
 
 
 def _parts(tools: Tools) -> Parts:
-    def parse(text: str) -> list[Spoken] | None:
+    def parse(text: str) -> list[ParsedCall] | None:
         call = _call(text, tools)
         return None if call is None else [call]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 from ..partial_end import partial_end
-from .syntax import Part, Parts, Spoken, Syntax, Thought, Tools, json_of
+from .syntax import ParsedCall, Part, Parts, Reasoning, Syntax, Tools, json_of
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>", START)
@@ -30,7 +30,7 @@ class Messages:
         self._tail = ""  # of the header: may be the start of <|message|>
         self._in_body = False
         self._function: str | None = None  # whom the message is for
-        self._is_thought = False
+        self._is_reasoning = False
         self._call: list[str] = []
         self._held = ""  # of the body: may be the start of an end
 
@@ -63,7 +63,7 @@ class Messages:
         header = header[: len(header) - len(rest)]
         recipient = RECIPIENT.search(header)
         self._function = None if recipient is None else recipient[1]
-        self._is_thought = REASONING.search(header) is not None
+        self._is_reasoning = REASONING.search(header) is not None
         self._header, self._tail, self._in_body, self._held, self._call = [], "", True, "", []
         return rest
 
@@ -85,14 +85,14 @@ class Messages:
         if self._function is not None:
             self._call.append(text)
         else:
-            found.append(Thought(text) if self._is_thought else text)
+            found.append(Reasoning(text) if self._is_reasoning else text)
 
     def _end(self, found: list[Part]) -> None:
         """The message is at its end: read it if it is a call."""
         if self._function is not None:
             body = "".join(self._call)
             arguments = json_of(body) if body.strip() else {}
-            found.append(Spoken(self._function, arguments) if isinstance(arguments, dict) else body)
+            found.append(ParsedCall(self._function, arguments) if isinstance(arguments, dict) else body)
         self._in_body, self._function, self._held = False, None, ""
 
 

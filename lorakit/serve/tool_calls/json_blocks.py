@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, call_of, json_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, call_of, json_of
 
 
-def _parse(text: str) -> list[Spoken] | None:
+def _parse(text: str) -> list[ParsedCall] | None:
     call = call_of(json_of(text))
     return None if call is None else [call]
 

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from .blocks import Blocks
-from .syntax import Part, Parts, Spoken, Syntax, Tools, call_of, json_of
+from .syntax import JSON, ParsedCall, Part, Parts, Syntax, Tools, call_of, json_of
 
 BEGIN, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?\[ARGS\](.*)", re.S)
@@ -25,13 +24,13 @@ def _parse(text: str) -> list[Part] | None:
         arguments = None if named is None else json_of(named[2])
         if named is None or not isinstance(arguments, dict):
             return None
-        found.append(Spoken(named[1], arguments))
+        found.append(ParsedCall(named[1], arguments))
     return found
 
 
 def _array(text: str) -> list[Part] | None:
     try:
-        values, end = json.JSONDecoder().raw_decode(text)
+        values, end = JSON.raw_decode(text)
     except (ValueError, RecursionError):
         return None
     calls = [call_of(value) for value in values]

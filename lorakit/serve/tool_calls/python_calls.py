@@ -8,13 +8,16 @@ Parsed as a syntax tree; nothing of it is run.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from typing import Any
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools
+from .syntax import ParsedCall, Parts, Syntax, Tools
 
-STRING = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.S)
+# A text that is not closed reaches to the end: looked for at each of its quotes, it would take quadratic time.
+STRING = re.compile(r"'(?:\\.|[^'\\])*+(?:'|\Z)|\"(?:\\.|[^\"\\])*+(?:\"|\Z)", re.S)
+INTEGER_BITS = 4_096  # hexadecimal ones have no bound in Python, and long ones cannot be written in decimal
 NAMES = {"true": True, "false": False, "null": None}  # JSON's, as templates write arguments
 BEGIN, END = "<|tool_call_start|>", "<|tool_call_end|>"
 
@@ -42,15 +45,19 @@ def _value(node: ast.expr) -> Any:
     value = ast.literal_eval(node)
     if not isinstance(value, str | int | float | bool | None):
         raise ValueError(f"a {type(value).__name__} is not JSON")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("JSON has finite numbers only")
+    if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
+        raise ValueError("a number of that length cannot be written")
     return value
 
 
-def _spoken(node: ast.expr) -> Spoken | None:
+def _parsed_call(node: ast.expr) -> ParsedCall | None:
     if not isinstance(node, ast.Call) or node.args:
         return None
     try:
         name = ast.unparse(node.func)
-        return Spoken(name, {str(k.arg): _value(k.value) for k in node.keywords if k.arg is not None})
+        return ParsedCall(name, {str(k.arg): _value(k.value) for k in node.keywords if k.arg is not None})
     except (ValueError, TypeError, RecursionError):
         return None
 
@@ -58,14 +65,14 @@ def _spoken(node: ast.expr) -> Spoken | None:
 def arguments_of(text: str) -> dict[str, Any] | None:
     """Return the keyword arguments of one call, None if it is not one."""
     node = _tree(text)
-    call = None if node is None else _spoken(node)
+    call = None if node is None else _parsed_call(node)
     return None if call is None else dict(call.arguments)
 
 
-def _parse(text: str) -> list[Spoken] | None:
+def _parse(text: str) -> list[ParsedCall] | None:
     node = _tree(text)
     nodes = node.elts if isinstance(node, ast.List) else [] if node is None else [node]
-    calls = [_spoken(each) for each in nodes]
+    calls = [_parsed_call(each) for each in nodes]
     return [call for call in calls if call is not None] if calls and None not in calls else None
 
 

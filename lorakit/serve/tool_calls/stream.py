@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .syntax import Part, Syntax, Thought, Tools
+from .syntax import Part, Reasoning, Syntax, Tools
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Delta:
+class ToolDelta:
     """What an answer gained: reasoning, content, calls. Each may be empty."""
 
     content: str = ""
@@ -52,20 +52,20 @@ class ToolStream:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is wanted: there is a call, and there may be one only. The request can be cancelled."""
+        """Whether the answer is complete: it has a call, and only one is allowed. The request can be cancelled."""
         return self.count > 0 and not self._parallel
 
-    def feed(self, text: str) -> Delta:
+    def feed(self, text: str) -> ToolDelta:
         """Take more text of the answer. Return what is certain by now."""
         return self._delta([text] if self._parts is None else self._parts.feed(text))
 
-    def finish(self) -> Delta:
+    def finish(self) -> ToolDelta:
         """The answer is at its end. Return the rest."""
         last = self._delta([] if self._parts is None else self._parts.finish())
         blank, self._blank = self._blank, ""
-        return last if self.count else Delta(last.content + blank, last.calls, last.reasoning)
+        return last if self.count else ToolDelta(last.content + blank, last.calls, last.reasoning)
 
-    def _delta(self, parts: Sequence[Part]) -> Delta:
+    def _delta(self, parts: Sequence[Part]) -> ToolDelta:
         content, calls, reasoning = "", list[Call](), ""
         for part in parts:
             if self.ended:
@@ -73,14 +73,14 @@ class ToolStream:
             if isinstance(part, str):
                 content += self._content(part)
                 continue
-            if isinstance(part, Thought):
+            if isinstance(part, Reasoning):
                 reasoning += part.text
                 continue
             arguments = json.dumps(dict(part.arguments), ensure_ascii=False)
             calls.append(Call(self.count, f"call_{secrets.token_hex(12)}", part.name, arguments))
             self.count += 1
             self._blank, self._follows_call = "", True
-        return Delta(content, tuple(calls), reasoning)
+        return ToolDelta(content, tuple(calls), reasoning)
 
     def _content(self, text: str) -> str:
         if self._parts is None:
@@ -94,8 +94,8 @@ class ToolStream:
         return kept
 
 
-def read_calls(text: str, syntax: Syntax | None, tools: Tools = (), *, parallel: bool = True) -> Delta:
+def read_calls(text: str, syntax: Syntax | None, tools: Tools = (), *, parallel: bool = True) -> ToolDelta:
     """Return content and calls of a finished answer."""
     stream = ToolStream(syntax, tools, parallel=parallel)
     first, last = stream.feed(text), stream.finish()
-    return Delta(first.content + last.content, first.calls + last.calls, first.reasoning + last.reasoning)
+    return ToolDelta(first.content + last.content, first.calls + last.calls, first.reasoning + last.reasoning)

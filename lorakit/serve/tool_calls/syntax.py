@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a number of JSON")
+    return number
+
+
+# Python's own decoder takes NaN and Infinity, and makes infinity of 1e999. A client that reads a call's arguments takes
+# none of them. It raises ValueError or RecursionError.
+JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 Tools = Sequence[Mapping[str, Any]]  # descriptions in OpenAI's form: {"type": "function", "function": {"name", ...}}
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ParsedCall:
     """A call as a model wrote it: the function's name and its arguments."""
 
     name: str
@@ -19,13 +31,13 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Thought:
+class Reasoning:
     """Reasoning, where a family writes it apart from what it answers."""
 
     text: str
 
 
-Part = str | Spoken | Thought  # of an answer; a text is content
+Part = str | ParsedCall | Reasoning  # of an answer; a text is content
 
 
 class Parts(Protocol):
@@ -74,12 +86,12 @@ def value_of(text: str, schema: object) -> Any:
     if kind == "string" or (isinstance(kind, list) and set(kind) <= {"string"}):
         return text
     try:
-        return json.loads(text)
+        return JSON.decode(text)
     except (ValueError, RecursionError):
         return text
 
 
-def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) -> Spoken | None:
+def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) -> ParsedCall | None:
     """Return the call that a JSON value is: {"name": ..., "arguments": {...}}. None if it is not one.
 
     keys: what the arguments may be called. Arguments may be JSON text, as some models quote them.
@@ -89,17 +101,17 @@ def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) ->
     arguments: object = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = JSON.decode(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
             return None
     if arguments is None:
         arguments = {}
-    return Spoken(value["name"], arguments) if isinstance(arguments, dict) else None
+    return ParsedCall(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def json_of(text: str) -> Any:
-    """Return the value of a JSON text, None if it is none (or null)."""
+    """Return the value of a JSON text, None if it is invalid (or null)."""
     try:
-        return json.loads(text)
+        return JSON.decode(text)
     except (ValueError, RecursionError):
         return None

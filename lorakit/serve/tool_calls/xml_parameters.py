@@ -16,27 +16,27 @@ from __future__ import annotations
 import re
 
 from .blocks import Blocks
-from .syntax import Parts, Spoken, Syntax, Tools, parameters_of, value_of
+from .syntax import ParsedCall, Parts, Syntax, Tools, parameters_of, value_of
 
-FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>)?\s*", re.S)
+FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
 
 
-def _call(text: str, tools: Tools) -> Spoken | None:
-    function = FUNCTION.fullmatch(text)
+def _call(text: str, tools: Tools) -> ParsedCall | None:
+    function = FUNCTION.match(text)
     if function is None:
         return None
-    name, body = function[1].strip(), function[2]
+    name, body = function[1].strip(), text[function.end() :].rstrip().removesuffix("</function>")
     schemas, arguments, at = parameters_of(tools, name), dict[str, object](), 0
     while (parameter := PARAMETER.match(body, at)) is not None:
         key = parameter[1].strip()
         arguments[key] = value_of(parameter[2], schemas.get(key))
         at = parameter.end()
-    return None if body[at:].strip() else Spoken(name, arguments)
+    return None if body[at:].strip() else ParsedCall(name, arguments)
 
 
 def _parts(tools: Tools) -> Parts:
-    def parse(text: str) -> list[Spoken] | None:
+    def parse(text: str) -> list[ParsedCall] | None:
         call = _call(text, tools)
         return None if call is None else [call]
 

@@ -21,7 +21,7 @@ from collections import deque
 
 from ...errors import LorakitError
 from ..engine import Ability, Facts, Piece, Source, Stats, Work
-from ..errors import Busy, Cannot, EngineFailed, TooLong
+from ..errors import Busy, Cannot, EngineFailed, Stopping, TooLong
 from ..ticket import Ticket
 from .adapters import Adapters
 from .argv import MAX_LOGPROBS, VllmSettings, rank_flag
@@ -153,7 +153,7 @@ class VllmEngine:
         adapters, facts = self._ready(), self._facts
         assert facts is not None
         if self._stopping:
-            raise Busy("the server is stopping", retry_after=10.0)
+            raise Stopping("the server is stopping", retry_after=10.0)
         if not self._child.alive:
             _ = self._child.client  # raises, with the reason
         adapters.check(work.choice)

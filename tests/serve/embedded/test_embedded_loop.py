@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,9 +14,11 @@ import torch
 from embedded_parts import Held, adapters_for, all_alone, alone, answer, engine_for, read
 
 from lorakit.errors import AdapterError, LorakitError
+from lorakit.serve.embedded.grammar import Grammars
+from lorakit.serve.embedded.prefill import Group
 from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.engine import Sampling, Work
-from lorakit.serve.errors import Busy, Cannot, EngineFailed, TooLong, UnknownAdapter
+from lorakit.serve.errors import Busy, Cannot, EngineFailed, Stopping, TooLong, UnknownAdapter
 
 IDS = (5, 9, 11)
 
@@ -298,7 +302,7 @@ def test_stop_drains_then_cancels_and_refuses_new_work():
         runs, waits = engine.submit(greedy_work()), engine.submit(greedy_work(choice=(("never", 1.0),)))
         stopping = asyncio.create_task(engine.stop(0.3))
         await asyncio.sleep(0.01)
-        with pytest.raises(Busy, match="stopping"):
+        with pytest.raises(Stopping, match="stopping"):
             engine.submit(greedy_work())
         finished = await read(runs), await read(waits)
         await stopping
@@ -348,6 +352,41 @@ def test_stats_count_tokens_and_what_was_cached():
     assert stats.last_step is not None
 
 
+def test_the_time_since_the_last_step_is_not_that_of_idleness(monkeypatch):
+    """/health says by it whether the engine hangs. A prompt that is being computed is no step, but is progress."""
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
+    release, seen = threading.Event(), []
+    real = Group.advance
+
+    def advance(self, runner, tokens):
+        seen.append(counters[0].last_step)
+        release.wait(30)
+        time.sleep(0.002)
+        return real(self, runner, tokens)
+
+    monkeypatch.setattr(Group, "advance", advance)
+    counters = []
+
+    async def scenario(engine):
+        counters.append(engine._loop.counters)
+        assert engine.stats().last_step is None
+        counters[0].last_step = time.monotonic() - 3600  # as after an hour without requests
+        asking = asyncio.create_task(answer(engine, range(1, 25), (), 2))
+        while not seen:
+            await asyncio.sleep(0.01)
+        during = engine.stats()
+        release.set()
+        await asking
+        return during
+
+    during = run(scenario)
+    assert during.running == 1
+    assert time.monotonic() - during.last_step < 60
+    assert len(seen) > 2
+    assert seen == sorted(set(seen))  # later with each chunk
+
+
 def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_the_ticket():
     class Refusing:
         async def compiled(self, schema):
@@ -363,6 +402,45 @@ def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_th
         return await answer(engine, IDS)
 
     assert run(scenario, grammars=Refusing())[1] == "length"
+
+
+class SlowGrammars(Grammars):
+    """Each schema takes a while to be refused."""
+
+    def __init__(self):
+        super().__init__(SimpleNamespace(eos_token_id=0))
+        self.began: list[str] = []
+
+    def matcher(self, schema):
+        self.began.append(schema)
+        time.sleep(0.4)
+        raise Cannot(f"no {schema}", "schema")
+
+
+def test_a_schema_is_not_compiled_for_those_who_have_hung_up():
+    grammars = SlowGrammars()
+
+    async def scenario(engine):
+        for n in range(8):  # more than may be open at once
+            ticket = engine.submit(greedy_work(schema=f"of hung up {n}"))
+            ticket.cancel()
+            assert (await read(ticket))[1] == "cancelled"
+        with pytest.raises(Cannot, match="no honest"):
+            await answer(engine, IDS, (), 3, schema="honest")
+
+    run(scenario, grammars=grammars, rows=1, waiting=2)
+    assert len(grammars.began) <= 3  # one that was begun is finished
+    assert grammars.began[-1] == "honest"
+
+
+def test_a_deadline_is_kept_while_a_schema_is_compiled():
+    async def scenario(engine):
+        began = time.monotonic()
+        late = engine.submit(greedy_work(schema="late", deadline=began + 0.1))
+        assert (await read(late))[1] == "timeout"
+        return time.monotonic() - began
+
+    assert 0.1 <= run(scenario, grammars=SlowGrammars()) < 0.35
 
 
 def test_load_passes_on_what_the_tiers_refuse():
@@ -413,6 +491,7 @@ def test_the_pace_of_prompts_bounds_a_chunk():
 
 
 def test_equal_prompts_are_computed_once_whoever_of_them_hangs_up(monkeypatch):
+    monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
     monkeypatch.setattr("lorakit.serve.embedded.prefill.LEAST", 1)
     monkeypatch.setattr("lorakit.serve.embedded.prefill.MOST", 4)
     prompt = tuple(range(1, 18))

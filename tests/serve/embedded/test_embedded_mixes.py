@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import random
 
 import pytest
@@ -13,9 +14,11 @@ from architectures import VOCABULARY, causal_lm
 from embedded_parts import Held, PlainTiers, adapters_for, all_alone, alone, answer, engine_for
 
 import lorakit as lk
+from lorakit.errors import StateError
 from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.embedded.tiers import Tiers
 from lorakit.serve.engine import Sampling, Work
+from lorakit.serve.errors import EngineFailed
 
 MIXES = [(), (("key0", 1.0),), (("key1", 1.0),), (("key2", 0.5),), (("key0", 0.6), ("key1", 0.4))]
 
@@ -87,6 +90,70 @@ def test_shared_experts_that_get_the_tokens_of_all_rows_in_one_axis():
     (got,) = asyncio.run(served(engine, adapters, jobs))
     assert engine.runner.one_by_one
     assert [ids for ids, *_ in got] == all_alone(base, adapters, jobs)
+
+
+def test_an_adapter_that_fails_in_a_prompt_does_not_make_all_others_run_one_by_one():
+    model = causal_lm("llama", seed=3)
+    base, adapters, jobs = copy.deepcopy(model), adapters_for(model, 3), jobs_of(6, 10)
+    engine = engine_for(model, rows=8)
+    feed, bad = engine.runner._feed, MIXES[2]
+
+    def feeds(part, slots, ids, choices, per="row"):
+        if part is engine.runner.body and bad in choices:
+            raise StateError("this module cannot be routed")
+        return feed(part, slots, ids, choices, per)
+
+    engine.runner._feed = feeds
+    (got,) = asyncio.run(served(engine, adapters, jobs))
+    assert not engine.runner.one_by_one
+    for job, found, expected in zip(jobs, got, all_alone(base, adapters, jobs), strict=True):
+        if job[1] == bad and len(job[0]) > 1:
+            assert isinstance(found, EngineFailed)
+            assert "cannot be routed" in str(found)
+        else:
+            assert found[0] == expected
+
+
+def test_ranks_from_1_to_256_in_one_batch():
+    model = causal_lm("llama", seed=8)
+    base = copy.deepcopy(model)
+    adapters = {}
+    for rank in (1, 3, 16, 64, 256):
+        adapters[f"of{rank}"] = adapters_for(model, 1, rank=rank, size=0.3 / rank**0.25)["key0"]
+    assert [adapter.config.rank for adapter in adapters.values()] == [1, 3, 16, 64, 256]
+    choices = [(), *(((key, 1.0),) for key in adapters), (("of1", 0.5), ("of256", 0.5))]
+    jobs = [(ids, choices[n % len(choices)], tokens) for n, (ids, _, tokens) in enumerate(jobs_of(7, 14))]
+    engine = engine_for(model, rows=14, tiers=Tiers(model, device=8))
+    (got,) = asyncio.run(served(engine, adapters, jobs))
+    assert [ids for ids, *_ in got] == all_alone(base, adapters, jobs)
+
+
+def test_one_long_prompt_to_each_choice_in_every_order_answers_as_a_cold_server():
+    """Kept starts of prompts, and an adapter that was unloaded and loaded again, change nothing."""
+    model = causal_lm("llama", seed=9)
+    model.config.max_position_embeddings = 256
+    base, adapters = copy.deepcopy(model), adapters_for(model, 2)
+    draw = random.Random(4)
+    ids = [draw.randrange(1, VOCABULARY) for _ in range(200)]
+    choices = [(), (("key0", 1.0),), (("key1", 1.0),), (("key0", 0.6), ("key1", 0.4))]
+    cold = {choice: alone(base, adapters, ids, choice, 5) for choice in choices}
+    assert len({tuple(each) for each in cold.values()}) == 4
+
+    async def go():
+        engine = engine_for(model, tiers=Tiers(model, device=2))
+        await engine.start()
+        for key, adapter in adapters.items():
+            await engine.load(key, Held(adapter))
+        for number, order in enumerate(itertools.permutations(choices)):
+            for at, choice in enumerate((*order, choices[1])):
+                if at == number % 5:
+                    await engine.unload("key0")
+                    await engine.load("key0", Held(adapters["key0"]))
+                assert (await answer(engine, ids, choice, 5))[0] == cold[choice], order
+            engine._loop.prefixes = engine.prefixes = Prefixes(1 << 26)  # the next order begins without what was kept
+        await engine.stop(1)
+
+    asyncio.run(asyncio.wait_for(go(), 120))
 
 
 def test_answers_are_those_of_real_peft(tmp_path):

@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 import lorakit as lk
 from lorakit.errors import LorakitError
+from lorakit.serve.embedded.batches import Batches
 from lorakit.serve.embedded.masks import ADDED, BOOLEAN, kinds_of, masks
 from lorakit.serve.embedded.request import Request
 from lorakit.serve.embedded.runner import Runner
@@ -167,3 +168,51 @@ def test_slots_hold_each_rows_own_values_whatever_comes_and_goes():
                 for (k, v), (a, b) in zip(slots.read(at, length), expected[request], strict=True):
                     assert torch.equal(k, a)
                     assert torch.equal(v, b)
+
+
+def test_a_row_of_one_token_beyond_the_buffers_takes_the_place_of_one_that_moves(monkeypatch):
+    """Its prompt has nothing to be computed before the first step, so nothing has made room for it."""
+    monkeypatch.setattr("lorakit.serve.embedded.batches.FIRST_LENGTH", 8)
+    monkeypatch.setattr("lorakit.serve.embedded.batches.CALL_BYTES", -(1 << 60))  # batches are not joined
+    batches = Batches(Runner(tiny.llama()), 8)
+    rows = [Request(Work((1,) * 8, (), Sampling(9)), ()) for _ in range(4)]
+    values = [(torch.full((1, 7, 8), 1.0 + layer), torch.full((1, 7, 8), 2.0 + layer)) for layer in range(2)]
+    for request in rows:
+        batches.add(request, values)
+    short = Request(Work((1,), (), Sampling(9)), ())
+    batches.add(short, None)
+    rows[0].ids.append(3)  # it outgrows its class
+    batches.of[0].lengths[0] = 8
+    batches.arrange()
+    first, second = batches.of
+    assert (first.rows, first.lengths) == ([short, *rows[1:]], [0, 7, 7, 7])
+    assert (second.rows, second.lengths) == ([rows[0]], [8])
+    for (keys, own), (a, b) in zip(first.read(2, 7), values, strict=True):
+        assert torch.equal(keys, a)
+        assert torch.equal(own, b)
+
+
+def longrope():
+    config = tiny.llama().config
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        **factors,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_model_whose_frequencies_depend_on_the_longest_row_is_served_as_far_as_they_do_not(caplog):
+    model = longrope()
+    positions = torch.arange(30)[None]
+    with torch.no_grad():  # what makes it so: a longer row beside it changes what a row of 8 tokens is given
+        given = [model.model.rotary_emb(torch.ones(1), positions[:, :n])[0][0, :8] for n in (8, 30)]
+    assert not torch.equal(*given)
+    assert Runner(model).context == 16
+    assert "served with a context of 16" in caplog.text
+    assert Runner(model, 12).context == 12
+    with pytest.raises(LorakitError, match=r"LongRoPE(.|\n)*--context 16, or with --engine vllm"):
+        Runner(model, 17)

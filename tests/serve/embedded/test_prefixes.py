@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from lorakit.serve.embedded import prefixes as prefixes_module
 from lorakit.serve.embedded.prefixes import LEAST, Prefixes
 from lorakit.serve.engine import BASE
 
@@ -151,6 +152,36 @@ def test_without_a_budget_nothing_is_kept(budget):
     keep(prefixes, BASE, run(0, 200))
     check(prefixes, BASE, run(0, 200), None)
     assert prefixes.bytes == 0
+
+
+@pytest.mark.parametrize("copies_before", range(3))
+def test_where_memory_is_short_for_a_copy_nothing_has_changed(prefixes, monkeypatch, copies_before):
+    """A prompt that parts from a kept one takes three copies: of the new run, and of both parts of the old one."""
+    ids, other = run(0, 40), (*run(0, 20), *run(500, 30))
+    keep(prefixes, BASE, ids)
+    held, made = prefixes.bytes, []
+
+    def copied(keys_values):
+        if len(made) == copies_before:
+            raise RuntimeError("out of memory")
+        made.append(1)
+        return real(keys_values)
+
+    real = prefixes_module._copied
+    with monkeypatch.context() as patched:
+        patched.setattr(prefixes_module, "_copied", copied)
+        for choice in (BASE, SQL) if not copies_before else (BASE,):
+            with pytest.raises(RuntimeError):
+                keep(prefixes, choice, other)
+    assert prefixes.bytes == held
+    check(prefixes, BASE, (*ids, 7), 40)
+    check(prefixes, BASE, other, 20)
+    check(prefixes, SQL, other, None)
+    keep(prefixes, BASE, other)
+    check(prefixes, BASE, (*other, 7), 50)
+    prefixes.budget_bytes = 30 * PER_TOKEN
+    keep(prefixes, SQL, run(0, 30))  # drops all others, one by one
+    assert prefixes.bytes == 30 * PER_TOKEN
 
 
 def test_forgetting_an_adapter_drops_its_prompts_and_those_of_mixes_with_it(prefixes):

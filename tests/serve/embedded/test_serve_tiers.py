@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 import weakref
 
 import pytest
@@ -15,9 +16,8 @@ from tier_sources import Given, alone, made, of_rank, passes, routed, until_read
 
 import lorakit as lk
 from lorakit.errors import AdapterError
-from lorakit.model.prepared import Prepared
 from lorakit.serve.embedded.tiers import Tiers
-from lorakit.serve.errors import Cannot, EngineFailed, UnknownAdapter
+from lorakit.serve.errors import Cannot, EngineFailed, NoPlace, UnknownAdapter
 
 
 @pytest.fixture(scope="module")
@@ -164,30 +164,6 @@ def test_what_was_dropped_from_memory_is_read_again(model, first):
     )
 
 
-def test_what_leaves_an_accelerator_is_moved_to_memory_and_back(model, first, monkeypatch):
-    """There is none here: the moves are between equal devices, but in their order and threads."""
-    monkeypatch.setattr(Prepared, "on_accelerator", True)
-    moves = []
-    monkeypatch.setattr(Prepared, "_move", lambda self, devices: moves.append((self.name, threading.current_thread())))
-    tiers, sources = Tiers(model, device=1), {key: Given(of_rank(2, n, first)) for n, key in enumerate("ab")}
-
-    async def go():
-        for key, source in sources.items():
-            await passes(tiers, tiers.load(key, source))
-        for key in "bab":
-            await until_ready(tiers, key)
-            torch.testing.assert_close(
-                routed(model, [key])[0], alone(tiny.llama, sources[key].adapter, 0), atol=1e-5, rtol=1e-5
-            )
-
-    run(go())
-    names = [name for name, _ in moves]
-    assert names[:1] == ["a"]
-    assert 3 <= len(names) <= 5  # out and back, and out again; the last may be on its way
-    assert threading.main_thread() not in [thread for _, thread in moves]
-    assert [source.reads for source in sources.values()] == [1, 1]
-
-
 def test_a_file_that_cannot_be_read_any_more_is_an_error_by_name_and_is_tried_again(model, first):
     tiers, source = Tiers(model, device=1, memory_bytes=0), Given(first, "legal")
 
@@ -197,8 +173,11 @@ def test_a_file_that_cannot_be_read_any_more_is_an_error_by_name_and_is_tried_ag
         await until_ready(tiers, "b")
         source.error = AdapterError("the file has changed")
         for _ in range(2):
-            with pytest.raises(AdapterError, match="adapter 'legal' cannot be served: the file has changed"):
+            with pytest.raises(AdapterError, match="adapter 'legal' cannot be served: the file has changed") as one:
                 await until_ready(tiers, "a")
+            with pytest.raises(AdapterError) as other:
+                tiers.ready("a")
+            assert one.value is not other.value, "each raise would add its frames to one traceback"
             tiers.between_steps()
             tiers.between_steps()
             tiers.between_steps()
@@ -313,7 +292,7 @@ def test_pins_take_places_and_the_last_one_is_refused_by_name(model, first):
         with pytest.raises(Cannot, match="needs 2 adapters at once; the device has places for 1 beside 1 pinned"):
             tiers.claim(["b", "c"])
         await passes(tiers, tiers.load("b", Given(first), pin=True))
-        with pytest.raises(AdapterError, match=r"'c' cannot be pinned: all 2 places .* by 'tenant-a', 'tenant-b'"):
+        with pytest.raises(NoPlace, match=r"'c' cannot be pinned: all 2 places .* by 'tenant-a', 'tenant-b'"):
             await tiers.load("c", Given(first, "c"), pin=True)
         with pytest.raises(Cannot, match="places for 0 beside 2 pinned"):
             tiers.claim(["c"])
@@ -374,6 +353,54 @@ def test_who_waits_for_an_adapter_is_told_when_the_engine_ends(model, first):
 
     run(go())
     assert tiny.same_bits(tiny.bits(model), tiny.bits(tiny.llama()))
+
+
+def test_closing_does_not_wait_for_a_file_that_does_not_answer(model, first):
+    tiers, reading, answers = Tiers(model, device=2), threading.Event(), threading.Event()
+
+    class Hanging(Given):
+        def read(self):
+            reading.set()
+            answers.wait(30)
+            return super().read()
+
+    async def go():
+        await passes(tiers, tiers.load("a", Given(first)))
+        loading = [asyncio.ensure_future(tiers.load(key, Hanging(first))) for key in "bcd"]
+        await asyncio.to_thread(reading.wait, 30)
+        began = time.monotonic()
+        tiers.close()
+        assert time.monotonic() - began < 5
+        for each in loading:
+            with pytest.raises(EngineFailed, match="the engine has stopped"):
+                await each
+        answers.set()
+
+    run(go())
+    assert tiny.same_bits(tiny.bits(model), tiny.bits(tiny.llama()))
+
+
+def test_many_that_are_unloaded_leave_over_several_passes(model, first, monkeypatch):
+    monkeypatch.setattr("lorakit.serve.embedded.tiers.BUDGET", 0.0)
+    tiers, gone, woken = Tiers(model, device=5), [], []
+    tiers.has_gone, tiers.wake = gone.append, lambda: woken.append(len(gone))
+
+    async def go():
+        for seed, key in enumerate("abcde"):
+            await passes(tiers, tiers.load(key, Given(of_rank(2, seed, first))))
+        unloading = [asyncio.ensure_future(tiers.unload(key)) for key in "abcd"]
+        await asyncio.sleep(0)
+        unloading[2].cancel()  # whoever unloads may hang up: it goes on
+        for left in (4, 3, 2, 1):
+            woken.clear()
+            tiers.between_steps()
+            assert len(lk.adapters(model)) == left
+            assert bool(woken) == (left > 1), "the next pass comes at once"
+        freed = await asyncio.gather(*unloading, return_exceptions=True)
+        assert [isinstance(each, int) and each > 0 for each in freed] == [True, True, False, True]
+
+    run(go())
+    assert gone == list("abcd")
 
 
 def test_what_runs_does_not_notice_others_that_come_and_go(model, first):

@@ -12,6 +12,7 @@ from tier_sources import Given, made, of_rank
 
 import lorakit as lk
 from lorakit.errors import AdapterError
+from lorakit.model.prepared import Prepared
 from lorakit.serve.embedded.tiers import Tiers
 from lorakit.serve.errors import Cannot, UnknownAdapter
 
@@ -60,8 +61,11 @@ class Engine(threading.Thread):
             self.tiers.abandon(error)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_no_order_of_calls_breaks_it(seed):
+@pytest.mark.parametrize(("seed", "accelerator"), [(0, False), (1, False), (2, False), (3, True)])
+def test_no_order_of_calls_breaks_it(seed, accelerator, monkeypatch):
+    """With an accelerator what is not attached is parked; there is none here, so between equal devices."""
+    if accelerator:
+        monkeypatch.setattr(Prepared, "on_accelerator", property(lambda self: not self.parked))
     first, chance = made(tiny.llama, targets=["q_proj"]), random.Random(seed)
     model = tiny.llama()
     tiers = Tiers(model, device=3, memory_bytes=3000)

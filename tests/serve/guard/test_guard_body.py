@@ -93,3 +93,12 @@ def test_a_million_bytes_made_to_be_slow_are_not(body):
     began = time.process_time()
     depth_exceeds(body, 32)
     assert time.process_time() - began < 2  # quadratic time would be hours
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_json_in_other_encodings_is_refused_as_its_brackets_cannot_be_counted(encoding):
+    """U+0122 has the byte of a quote, behind which a count of bytes would take the brackets for text."""
+    body = ('{"model":"\u0122\u0122\u0122","x":' + "[" * 600 + "]" * 600 + "}").encode(encoding)
+    answer = post([body], most=10_000)
+    assert (answer.status, answer.code) == (400, "not_utf8")
+    assert post([json.dumps({"a": "\0 \ufeff"}).encode()], most=10_000).status == 200  # NUL as JSON writes it

@@ -7,8 +7,7 @@ import asyncio
 import pytest
 from asgi_calls import call, echo
 
-from lorakit.serve.guard.crowd import bounded_crowd
-from lorakit.serve.guard.guarded import GuardSettings, guarded
+from lorakit.serve.guard.guarded import GuardSettings, bounded_crowd, guarded
 from lorakit.serve.guard.keys import Keys
 from lorakit.serve.guard.limits import Limits
 from lorakit.serve.guard.shield import Broken, shielded
