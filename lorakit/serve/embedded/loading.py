@@ -37,11 +37,15 @@ Arrived = Prepared | Adapter | AdapterError  # an Adapter is for the engine's th
 class Loader:
     """Reads and prepares adapters in its own threads.
 
-    arrived: called in them when one has, with its key, and whether nothing about it can fail any more.
+    Called in its threads: `built` with the key of one about which nothing can fail any more, and then, for all,
+    `arrived` when there is something to take.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, calls: Calls, arrived: Callable[[str, bool], None]):
-        self._model, self._tokenizer, self._calls, self._has_arrived = model, tokenizer, calls, arrived
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, calls: Calls, built: Callable[[str], None], arrived: Callable[[], None]
+    ):
+        self._model, self._tokenizer, self._calls = model, tokenizer, calls
+        self._built, self._has_arrived = built, arrived
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.swapping = False  # whether forwards put other parameters in the base's place: then they cannot be read
         self._turns = threading.Condition()
@@ -143,12 +147,14 @@ class Loader:
 
     def _arrive(self, key: str, result: Arrived, ends_turn: bool = False) -> None:
         """Leave an adapter, or why there is none, for the engine's thread."""
+        if isinstance(result, Prepared) and result.is_built:
+            self._built(key)  # first: once the engine's thread has taken it, it may be unloaded at once
         with self._turns:
             if ends_turn:
                 self._preparing = False
             self._arrived.append((key, result))
             self._turns.notify_all()
-        self._has_arrived(key, isinstance(result, Prepared) and result.is_built)
+        self._has_arrived()
 
 
 def refusal(label: str, error: Exception) -> AdapterError:

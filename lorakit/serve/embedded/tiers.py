@@ -81,7 +81,7 @@ class Tiers:
         self.wake, self.has_gone = lambda: None, lambda key: None
         self._places, module = device, as_module(model)
         self._shelves = Shelves(module, device, memory_bytes)
-        self._loader = Loader(module, tokenizer, Calls(module), self._built)
+        self._loader = Loader(module, tokenizer, Calls(module), self._built, lambda: self.wake())
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._pinned: dict[str, Entry] = {}
@@ -355,12 +355,10 @@ class Tiers:
 
     # Other threads
 
-    def _built(self, key: str, is_complete: bool) -> None:
-        """Note, in a loader's thread, that an adapter has arrived. is_complete: it passed all checks: it is loaded."""
-        if is_complete:
-            with self._lock:
-                _set(self._entries[key].loaded)
-        self.wake()
+    def _built(self, key: str) -> None:
+        """Note, in a loader's thread, that an adapter passed all checks: it is loaded. It is about to arrive."""
+        with self._lock:
+            _set(self._entries[key].loaded)
 
     def _change(self) -> None:
         """Have `between_steps` look for what there is to do."""
