@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from threading import Lock
 from typing import Any
@@ -23,6 +24,7 @@ from ..data.turns import Message, checked, conversation
 from ..data.unshown import column_note
 from ..errors import ConfigError, DataError, listing
 from .answer_text import TokenTexts
+from .errors import Busy
 from .foreign_template import ForeignTemplate, TemplateProcess, UnusableTemplateError
 from .messages import REQUEST
 from .tool_calls.families import PLAIN, syntax_of
@@ -48,7 +50,7 @@ class Formats:
         key = (record.style, record.template, kwargs, record.options.date, record.end_tokens)
         with self._lock:
             found = self._kept.get(key)
-            if found is None:
+            if found is None or found.interrupted is not None:
                 found = ChatFormat(record, self._tokenizer, self._texts, self._ends, self._process)
                 self._kept[key] = found
                 if len(self._kept) > KEPT:
@@ -75,6 +77,23 @@ class ChatFormat:
         self.style: Style = record.style or default
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.text_stop_ids = frozenset([*own, *model_ends, *self._recorded_ends()])
+
+    @property
+    def interrupted(self) -> Busy | None:
+        """Why a rendering of its template was ended from outside, None if none was. Its findings may be wrong then."""
+        return None if self._foreign is None else self._foreign.interrupted
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Raise Busy if a rendering within the block was ended from outside.
+
+        What tries a template takes an error of any kind for the template's, and goes on.
+        """
+        try:
+            yield
+        finally:
+            if self.interrupted is not None:
+                raise self.interrupted
 
     def chat_ids(
         self, turns: Sequence[dict[str, Any]], tools: Tools, kwargs: Mapping[str, Any]

@@ -156,6 +156,7 @@ class ForeignTemplate:
     def __init__(self, process: TemplateProcess, source: str, special: Mapping[str, str]):
         self._process, self._source, self._special = process, source, dict(special)
         self._until = float("inf")  # of `process.spent`
+        self.interrupted: Busy | None = None  # the last rendering that was ended from outside
 
     def begin(self) -> None:
         """Begin a request. All its renderings together have `Bounds.request_seconds`."""
@@ -187,7 +188,11 @@ class ForeignTemplate:
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._process.render(chat_template or self._source, variables)
+        try:
+            return self._process.render(chat_template or self._source, variables)
+        except Busy as error:
+            self.interrupted = error
+            raise
 
     def check(self) -> None:
         """Try the template. Raises UnusableTemplateError; it may reject the conversation that it is tried on."""

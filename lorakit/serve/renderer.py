@@ -101,7 +101,7 @@ class Renderer:
         chat_template_kwargs; they count more than the adapter's.
 
         Raises DataError, naming the message, tool or key, for what is malformed, is not text, or is rejected or not
-        shown by the template.
+        shown by the template, and Busy where its rendering was ended from outside (`foreign_template`).
         """
         thread = self._thread_for(_record(card))
         return await asyncio.get_running_loop().run_in_executor(
@@ -157,15 +157,17 @@ class Renderer:
             if request.tools:
                 raise DataError("this adapter was trained on texts without turns, so it cannot call tools")
             return Prompt(form.text_ids(only_text(turns)), form.stop_ids(False))
-        ids, notes = form.chat_ids(turns, request.tools, kwargs)
-        syntax, keep = self._syntax(form, request.tools, request.schema)
-        return Prompt(
-            ids, form.stop_ids(bool(request.tools)), request.schema, notes, request.tools, syntax, keep, parallel
-        )
+        with form.uninterrupted():
+            ids, notes = form.chat_ids(turns, request.tools, kwargs)
+            syntax, keep = self._syntax(form, request.tools, request.schema)
+            ends = form.stop_ids(bool(request.tools))
+        return Prompt(ids, ends, request.schema, notes, request.tools, syntax, keep, parallel)
 
     def _check(self, record: ChatRecord, added: Mapping[str, int]) -> None:
+        form = self._formats.of(record)
         try:
-            self._formats.of(record).check(added)
+            with form.uninterrupted():
+                form.check(added)
         except DataError as error:
             raise AdapterError(f"the adapter does not fit this server: {error}") from error
 

@@ -17,6 +17,7 @@ from lorakit.data.shapes import read_examples
 from lorakit.data.templates import ChatOptions, with_template
 from lorakit.errors import AdapterError, ConfigError, DataError
 from lorakit.serve.card import Card
+from lorakit.serve.errors import Busy
 from lorakit.serve.foreign_template import Bounds
 from lorakit.serve.renderer import Renderer
 
@@ -410,3 +411,38 @@ def test_a_stuck_template_delays_no_other_adapter(chatml):
     finally:
         asyncio.run(made.close())
     assert waited < whole / 2
+
+
+def test_a_rendering_that_is_ended_from_outside_leaves_nothing_behind(chatml, monkeypatch):
+    """A machine short of memory kills a rendering, also one of those that find out what a template writes."""
+    own = card("own", style="chat", template=CHATML.replace("<|im_start|>", "[").replace("<|im_end|>", "]"))
+
+    async def killed_at(nth: int) -> bool:
+        """Kill a request's nth rendering; return whether it had so many."""
+        made = Renderer(chatml, [])
+        render, count = made._process.render, 0
+
+        def killed_once(source, variables):
+            nonlocal count
+            count += 1
+            if count == nth:
+                raise Busy("killed")
+            return render(source, variables)
+
+        monkeypatch.setattr(made._process, "render", killed_once)
+        try:
+            first = await made.chat(TALK, own, tools=[TOOL])
+            assert count < nth
+            expected.append(first)
+        except Busy:
+            assert count >= nth
+            prompts.append(await made.chat(TALK, own, tools=[TOOL]))
+        finally:
+            await made.close()
+        return not expected
+
+    expected, prompts = [], []
+    while asyncio.run(killed_at(len(prompts) + 1)):
+        pass
+    assert len(prompts) > 3
+    assert all(prompt == expected[0] for prompt in prompts)
