@@ -200,8 +200,8 @@ class Stacks:
     """The stacks of a model's layers.
 
     `expected`: how many adapters may be attached at once, 0 if that is not known. `fixed`: they do not change while
-    they are attached, so that a batch need not compare them with what was written (about 5 % of a step of 32 rows with 8
-    adapters at width 256).
+    they are attached, so that a batch need not compare them with what was written (about 5 % of a step of 32 rows with
+    8 adapters at width 256).
     """
 
     def __init__(self, expected: int = 0, fixed: bool = False) -> None:
