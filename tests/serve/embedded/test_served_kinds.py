@@ -75,7 +75,7 @@ def test_rows_of_a_batch_equal_each_adapter_alone_also_after_it_was_away(kind):
             torch.testing.assert_close(found[row], expected[row], atol=2e-5, rtol=1e-4)
         for key in "ab":  # away and back, from memory
             entry = tiers._shelves.device[key]
-            tiers._shelves.detach(entry, tiers._loader)
+            tiers._shelves.detach(entry)
             tiers._shelves.attach(entry)
     assert not torch.allclose(expected[0], alone(make, None, 0), atol=1e-3)
     tiers.close()
