@@ -16,6 +16,8 @@ from lorakit.serve.embedded.prefixes import Prefixes
 from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import UnknownAdapter
 
+IDS = (5, 9, 11)  # a prompt
+
 
 @dataclass
 class Held:
@@ -152,6 +154,26 @@ async def read(ticket):
         got.extend(piece.ids)
         finish, cached = piece.finish, cached or piece.cached
     return got, finish, cached
+
+
+def greedy_work(ids=IDS, choice=(), tokens=12, deadline=None, **sampling):
+    return Work(tuple(ids), choice, Sampling(tokens, **{"temperature": 0.0, **sampling}), deadline)
+
+
+def run_engine(scenario, model=None, adapters=None, **settings):
+    """Run `scenario(engine)` on a started engine, and check that nothing is held in the end."""
+
+    async def all_of_it():
+        engine = engine_for(tiny.llama() if model is None else model, **settings)
+        await engine.start()
+        for key, adapter in (adapters or {}).items():
+            await engine.load(key, Held(adapter))
+        result = await scenario(engine)
+        await engine.stop(5)
+        assert not engine.tiers.held
+        return result
+
+    return asyncio.run(asyncio.wait_for(all_of_it(), 60))
 
 
 def alone(model, adapters, ids, choice=(), tokens=12):

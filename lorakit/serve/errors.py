@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from ..errors import AdapterError, LorakitError
+
+Error = TypeVar("Error", bound=LorakitError)
 
 
 class Busy(LorakitError):
@@ -53,7 +57,7 @@ class EngineFailed(LorakitError, RuntimeError):
         self.heals = heals
 
 
-def without_traceback(error: LorakitError) -> LorakitError:
+def without_traceback(error: Error) -> Error:
     """Return a copy of an error to keep: the frames of its traceback would keep what they worked on in memory."""
     made = type(error).__new__(type(error), *error.args)
     made.__dict__.update(error.__dict__)

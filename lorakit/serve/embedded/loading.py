@@ -37,15 +37,20 @@ Arrived = Prepared | Adapter | AdapterError  # an Adapter is for the engine's th
 class Loader:
     """Reads and prepares adapters in its own threads.
 
-    Called in its threads: `built` with the key of one about which nothing can fail any more, and then, for all,
-    `arrived` when there is something to take.
+    checked: called in them with the key of one about which nothing can fail any more, before it arrives; whoever takes
+    it may forget the key at once. arrived: called after there is something to `take`.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, calls: Calls, built: Callable[[str], None], arrived: Callable[[], None]
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        calls: Calls,
+        checked: Callable[[str], None],
+        arrived: Callable[[], None],
     ):
         self._model, self._tokenizer, self._calls = model, tokenizer, calls
-        self._built, self._has_arrived = built, arrived
+        self._is_checked, self._has_arrived = checked, arrived
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.swapping = False  # whether forwards put other parameters in the base's place: then they cannot be read
         self._turns = threading.Condition()
@@ -143,12 +148,13 @@ class Loader:
             if self._closed:
                 return
             self._preparing = aside = not self.swapping
-        self._arrive(key, self.prepare(key, adapter, source.label) if aside else adapter, ends_turn=aside)
+        result = self.prepare(key, adapter, source.label) if aside else adapter
+        if isinstance(result, Prepared) and result.is_built:
+            self._is_checked(key)
+        self._arrive(key, result, ends_turn=aside)
 
     def _arrive(self, key: str, result: Arrived, ends_turn: bool = False) -> None:
         """Leave an adapter, or why there is none, for the engine's thread."""
-        if isinstance(result, Prepared) and result.is_built:
-            self._built(key)  # first: once the engine's thread has taken it, it may be unloaded at once
         with self._turns:
             if ends_turn:
                 self._preparing = False

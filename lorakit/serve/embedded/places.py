@@ -15,7 +15,7 @@ from ..errors import Cannot, NoPlace
 
 
 @dataclass
-class Held:
+class OnDevice:
     """An adapter on the device. `users`: rows that use it now; `used`: a count that grows with each use."""
 
     users: int
@@ -33,20 +33,20 @@ class Arrangement:
     after: dict[str, str] = field(default_factory=dict)
 
 
-def arrange(wants: Iterable[Sequence[str]], held: Mapping[str, Held], places: int) -> Arrangement:
-    """Give places to what is asked for and not there. wants: the adapters of each request, those who asked first first.
+def arrange(requests: Iterable[Sequence[str]], held: Mapping[str, OnDevice], places: int) -> Arrangement:
+    """Give places to what is asked for and not there. requests: the adapters of each, in the order in which they came.
 
     An adapter that is named as another's replacement has not left yet; it is asked for again once it has.
     """
-    wants = list(wants)
+    requests = list(requests)
     found, empty = Arrangement(), places - len(held)
-    asked, kept, leaving = {key for want in wants for key in want}, set[str](), set[str]()
+    asked, kept, leaving = {key for keys in requests for key in keys}, set[str](), set[str]()
     oldest = sorted((key for key in held if not held[key].pinned), key=lambda key: held[key].used)
     idle = sorted((key for key in oldest if not held[key].users), key=lambda key: key in asked)  # sorts are stable
     busy = [key for key in oldest if held[key].users]
-    for want in wants:
-        kept.update(key for key in want if key not in leaving)
-        for key in want:
+    for keys in requests:
+        kept.update(key for key in keys if key not in leaving)
+        for key in keys:
             if key in held or key in found.bring or key in found.after:
                 continue
             if empty > 0:

@@ -3,7 +3,7 @@
 A prompt's last token is not fed here: the first step of the answer does that, together with all rows that decode. So
 prefill needs no logits, and a prompt whose start was kept from before (`prefixes`) may need no prefill at all.
 
-    groups = grouped([(request, found), ...])
+    groups = grouped(runner, [Start(request, length, keys_values), ...])
     group.advance(runner, tokens=512)      # one chunk; how many tokens were fed
     group.done, group.rows()               # each request with its keys and values, to be copied into a slot
 """
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 # call costs more than the padding: 32 prompts of 12 to 64 tokens are then three or four groups.
 PADDING = 1.25
 PADDING_FREE = 8  # tokens; short prompts share a group
-
-
 # Tokens in a chunk: at least, as smaller ones read the weights for few tokens, and at most, for the memory they take.
 LEAST, MOST = 64, 2048
 FIRST = 512  # tokens, while the pace is not known

@@ -1,6 +1,6 @@
 """Keys and values of prompts that were computed before, by choice of adapters and token ids.
 
-    found = prefixes.find(choice, ids)             # Found(length, keys_values) of the longest known start, or None
+    found = prefixes.find(choice, ids)             # KeptStart(length, keys_values) of the longest known start, or None
     prefixes.keep(choice, ids, keys_values)        # copies what is not known yet
 
 Each choice has a radix tree: an edge is a run of token ids with the keys and values of their positions, so prompts with
@@ -25,7 +25,7 @@ _ID_BYTES = 36  # of a token id, as a Python integer in a tuple
 
 
 @dataclass(frozen=True)
-class Found:
+class KeptStart:
     """The first `length` positions of a prompt. The tensors may be shared with the cache: to be read, not written."""
 
     length: int
@@ -58,7 +58,7 @@ class Prefixes:
         # By last use, and a parent always after its children, so that the first is a leaf.
         self._order: OrderedDict[_Node, None] = OrderedDict()
 
-    def find(self, choice: Choice, ids: Sequence[int]) -> Found | None:
+    def find(self, choice: Choice, ids: Sequence[int]) -> KeptStart | None:
         """Return the longest known start of `ids`, of at least `LEAST` tokens, and never all: the last is computed."""
         root = self._roots.get(choice)
         if root is None or len(ids) <= LEAST:
@@ -70,7 +70,7 @@ class Prefixes:
         excess = sum(len(node.ids) for node in path) - length  # of the last run, which may agree in part
         runs = [node.keys_values for node in path]
         runs[-1] = _positions(runs[-1], 0, len(path[-1].ids) - excess)
-        return Found(length, _joined(runs))
+        return KeptStart(length, _joined(runs))
 
     def keep(self, choice: Choice, ids: Sequence[int], keys_values: KeysValues) -> None:
         """Remember the positions of `ids`. keys_values: of these positions; more that follow them are ignored.

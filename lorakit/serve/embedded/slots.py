@@ -101,14 +101,14 @@ class Slots:
             for buffer in self._allocated() if length else ():  # a row without positions may lie beyond the buffers
                 buffer[at, :, :length] = buffer[last, :, :length]
         if not self.rows:
-            self.release()
+            self.shrink()
 
     def clear_row(self, at: int) -> None:
         """Overwrite a row whose values are not finite with zeros."""
         for buffer in self._allocated():
             buffer[at] = 0
 
-    def release(self) -> None:
+    def shrink(self) -> None:
         """Give the buffers back if they have grown. There must be no rows."""
         if any(buffer.shape[2] > FIRST_POSITIONS for buffer in self._allocated()):
             self.reset()

@@ -32,7 +32,7 @@ from . import heap
 from .calls import Calls
 from .entry import Entry
 from .loading import Arrived, Loader, refusal
-from .places import Arrangement, Held, arrange, check_pin, check_places
+from .places import Arrangement, OnDevice, arrange, check_pin, check_places
 from .shelves import Shelves
 
 Result = TypeVar("Result")
@@ -81,13 +81,13 @@ class Tiers:
         self.wake, self.has_gone = lambda: None, lambda key: None
         self._places, module = device, as_module(model)
         self._shelves = Shelves(module, device, memory_bytes)
-        self._loader = Loader(module, tokenizer, Calls(module), self._built, lambda: self.wake())
+        self._loader = Loader(module, tokenizer, Calls(module), self._checked, lambda: self.wake())
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._pinned: dict[str, Entry] = {}
         self._leaving: dict[str, Entry] = {}  # to be unloaded
         self._new: dict[str, Entry] = {}  # in memory for the first time: they get empty places
-        self._wants: dict[tuple[str, ...], int] = {}  # the adapters of waiting requests -> the pass in which they asked
+        self._asked: dict[tuple[str, ...], int] = {}  # the adapters of waiting requests -> the pass in which they asked
         self._given_up: set[str] = set()  # on the device, in use, and to be replaced: they take no more rows
         self._pass = self._uses = 0
         self._pending = False  # whether there is something to do between two steps
@@ -152,7 +152,7 @@ class Tiers:
             for entry in entries:
                 entry.claims += 1
             if keys:  # so that they come in the next pass, and the request need not ask first and wait for another
-                self._wants.setdefault(tuple(keys), self._pass)
+                self._asked.setdefault(tuple(keys), self._pass)
                 self._pending = self._pending or any(key not in self._shelves.device for key in keys)
 
     def release(self, keys: Sequence[str]) -> None:
@@ -191,7 +191,7 @@ class Tiers:
         """
         with self._lock:
             self._pass += 1
-            self._wants = {keys: at for keys, at in self._wants.items() if at >= self._pass - FORGOTTEN}
+            self._asked = {keys: at for keys, at in self._asked.items() if at >= self._pass - FORGOTTEN}
             if not (self._pending or self._loader.has_arrived):
                 return
         with self._loader.turn() as free:
@@ -213,7 +213,7 @@ class Tiers:
                 if entry.problem is not None and entry.problem_at >= self._pass - 1:
                     raise without_traceback(entry.problem)  # several requests may raise it
             check_places(keys, self._pinned, self._places)
-            self._wants[tuple(keys)] = self._pass
+            self._asked[tuple(keys)] = self._pass
             here = all(key in self._shelves.device and key not in self._given_up for key in keys)
             self._pending = self._pending or not here
             return here
@@ -221,7 +221,7 @@ class Tiers:
     def use(self, keys: Sequence[str]) -> None:
         """Keep these adapters, which are ready, on the device until `done`. Counted: one `done` for each `use`."""
         with self._lock:
-            self._wants.pop(tuple(keys), None)
+            self._asked.pop(tuple(keys), None)
             for key in keys:
                 self._entries[key].users += 1
                 self._touch(self._entries[key])
@@ -242,9 +242,9 @@ class Tiers:
             self._arrive(self._entries[key], result)
         until = time.perf_counter() + BUDGET
         late = self._unload(until)
-        held = {key: Held(e.users, e.used, key in self._pinned) for key, e in shelves.device.items()}
-        wants = [*([key] for key in self._pinned), *self._wants]
-        found = arrange([[key for key in want if key in self._entries] for want in wants], held, self._places)
+        held = {key: OnDevice(e.users, e.used, key in self._pinned) for key, e in shelves.device.items()}
+        requests = [*([key] for key in self._pinned), *self._asked]
+        found = arrange([[key for key in keys if key in self._entries] for keys in requests], held, self._places)
         self._given_up = set(found.after.values())
         # What is loaded and not asked for yet comes last, and gets empty places only.
         empty = self._places - len(held) - sum(victim is None for victim in found.bring.values())
@@ -309,7 +309,8 @@ class Tiers:
 
     def _unload(self, until: float) -> set[str]:
         """Forget what leaves and is free. Return what there was no time for in this pass."""
-        late, gone = set(), []
+        late: set[str] = set()
+        gone: list[tuple[Future[int], int]] = []
         for key, entry in list(self._leaving.items()):
             if not entry.is_free:
                 continue
@@ -355,8 +356,8 @@ class Tiers:
 
     # Other threads
 
-    def _built(self, key: str) -> None:
-        """Note, in a loader's thread, that an adapter passed all checks: it is loaded. It is about to arrive."""
+    def _checked(self, key: str) -> None:
+        """Note, in a loader's thread, that an adapter passed all checks: it is loaded, and about to arrive."""
         with self._lock:
             _set(self._entries[key].loaded)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 class Workers:
@@ -18,7 +21,7 @@ class Workers:
             threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True).start()
 
     def run(self, job: Callable[[], None]) -> None:
-        """Queue a job, which must not raise. After `close` nothing happens."""
+        """Queue a job, which should not raise. After `close` nothing happens."""
         with self._changed:
             if not self._closed:
                 self._jobs.append(job)
@@ -39,5 +42,8 @@ class Workers:
                 if self._closed:
                     return
                 job = self._jobs.popleft()
-            job()
+            try:
+                job()
+            except Exception:  # a mistake of ours; the jobs behind it need the thread
+                log.exception("a job of the thread %s failed", threading.current_thread().name)
             del job  # it may hold an adapter, and the next one may be long in coming

@@ -6,41 +6,14 @@ import asyncio
 import copy
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import tiny
-import torch
-from embedded_parts import Held, adapters_for, all_alone, alone, answer, engine_for, read
+from embedded_parts import IDS, adapters_for, all_alone, alone, answer, engine_for, greedy_work, read, run_engine
 
-from lorakit.errors import AdapterError, LorakitError
-from lorakit.serve.embedded.grammar import Grammars
 from lorakit.serve.embedded.prefill import Group
 from lorakit.serve.embedded.prefixes import Prefixes
-from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import Busy, Cannot, EngineFailed, Stopping, TooLong, UnknownAdapter
-
-IDS = (5, 9, 11)
-
-
-def greedy_work(ids=IDS, choice=(), tokens=12, deadline=None, **sampling):
-    return Work(tuple(ids), choice, Sampling(tokens, **{"temperature": 0.0, **sampling}), deadline)
-
-
-def run(scenario, model=None, adapters=None, **settings):
-    """Run `scenario(engine)` on a started engine, and check that nothing is held in the end."""
-
-    async def all_of_it():
-        engine = engine_for(tiny.llama() if model is None else model, **settings)
-        await engine.start()
-        for key, adapter in (adapters or {}).items():
-            await engine.load(key, Held(adapter))
-        result = await scenario(engine)
-        await engine.stop(5)
-        assert not engine.tiers.held
-        return result
-
-    return asyncio.run(asyncio.wait_for(all_of_it(), 60))
 
 
 def test_a_cancelled_request_frees_its_row_and_the_others_go_on():
@@ -53,7 +26,7 @@ def test_a_cancelled_request_frees_its_row_and_the_others_go_on():
         waited = await answer(engine, (4,), (), 5)  # gets the only row that can be free
         return finish, await other, waited
 
-    finish, other, waited = run(scenario, rows=2)
+    finish, other, waited = run_engine(scenario, rows=2)
     assert finish == "cancelled"
     model = tiny.llama()
     assert other[0] == alone(model, {}, (7, 8), (), 20)
@@ -75,7 +48,7 @@ def test_cancelled_while_it_waits_and_while_its_prompt_is_computed(monkeypatch):
         prompt.cancel()
         return (await read(waiting))[1], (await read(prompt))[1], (await also)[0]
 
-    first, second, third = run(scenario)
+    first, second, third = run_engine(scenario)
     assert first == "cancelled"
     assert second in ("cancelled", "length")  # the machine may be quick
     assert third == alone(tiny.llama(), {}, range(2, 26), (), 2)
@@ -89,7 +62,7 @@ def test_deadlines_end_what_waits_and_what_runs():
         past = engine.submit(greedy_work(deadline=time.monotonic() - 1))
         return await read(waits), await read(past), await answer(engine, IDS)
 
-    waits, past, fine = run(scenario)
+    waits, past, fine = run_engine(scenario)
     assert waits == ([], "timeout", 0) == past
     assert fine[1] == "length"
 
@@ -107,7 +80,7 @@ def test_adapters_that_are_not_ready_hold_up_nobody_else():
         engine.tiers.wake()
         return soon, [await task for task in late]
 
-    soon, late = run(scenario, copy.deepcopy(base), adapters, rows=2)
+    soon, late = run_engine(scenario, copy.deepcopy(base), adapters, rows=2)
     expected = all_alone(base, adapters, [(IDS, (("key1", 1.0),), 12), (IDS, (), 12), (IDS, (("key0", 1.0),), 12)])
     assert [ids for ids, *_ in soon] == expected[:2]
     assert [ids for ids, *_ in late] == [expected[2]] * 3
@@ -122,7 +95,7 @@ def test_requests_beyond_rows_and_queue_are_refused_with_a_time_to_ask_again():
         assert len(await answer(engine, IDS)) == 3  # there is room again
         return busy.value.retry_after, answers
 
-    after, answers = run(scenario, rows=1, waiting=2)
+    after, answers = run_engine(scenario, rows=1, waiting=2)
     assert 0 < after <= 60
     assert [len(ids) for ids, *_ in answers] == [20] * 3
 
@@ -146,7 +119,7 @@ def test_what_cannot_be_done_is_refused_before_it_is_queued(work, kind, says):
             engine.submit(work)
         return engine.stats()
 
-    assert run(scenario).waiting == 0
+    assert run_engine(scenario).waiting == 0
 
 
 def test_the_context_can_be_filled_to_its_last_position():
@@ -154,126 +127,7 @@ def test_the_context_can_be_filled_to_its_last_position():
         assert engine.facts.context == 32
         return await answer(engine, IDS, (), 29)
 
-    assert run(scenario)[0] == alone(tiny.llama(), {}, IDS, (), 29)
-
-
-def failing(engine, name, error, times=1):
-    """Let a method of the engine's runner raise, `times` times."""
-    real, left = getattr(engine.runner, name), [times]
-
-    def broken(*args):
-        if left[0]:
-            left[0] -= 1
-            raise error
-        return real(*args)
-
-    setattr(engine.runner, name, broken)
-
-
-def test_an_error_in_a_step_ends_its_rows_and_the_engine_goes_on():
-    async def scenario(engine):
-        failing(engine, "step", RuntimeError("a kernel broke"))
-        both = await asyncio.gather(answer(engine, IDS), answer(engine, (7, 8)), return_exceptions=True)
-        return both, await answer(engine, IDS)
-
-    both, after = run(scenario)
-    for error in both:
-        assert isinstance(error, EngineFailed)
-        assert error.heals
-        assert "a kernel broke" in str(error)
-    assert after[0] == alone(tiny.llama(), {}, IDS)
-
-
-def test_an_error_before_the_first_token_ends_its_request_alone(monkeypatch):
-    async def scenario(engine):
-        running = engine.submit(greedy_work(tokens=25))
-        first = await anext(running)
-        for name in ("find", "keep"):
-            real = getattr(engine.prefixes, name)
-            monkeypatch.setattr(engine.prefixes, name, lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
-            if name == "find":
-                with pytest.raises(EngineFailed, match="no room"):
-                    await answer(engine, range(1, 20), (), 3)
-            else:
-                assert (await answer(engine, range(1, 20), (), 3))[1] == "length"  # what is not kept is no error
-            monkeypatch.setattr(engine.prefixes, name, real)
-        with monkeypatch.context() as patch:
-            patch.setattr("lorakit.serve.embedded.loop.Picking", lambda *_: 1 / 0)
-            with pytest.raises(EngineFailed, match="ZeroDivisionError"):
-                await answer(engine, IDS)
-        return list(first.ids) + (await read(running))[0]
-
-    assert run(scenario) == alone(tiny.llama(), {}, IDS, (), 25)
-
-
-def test_an_error_in_a_prompt_ends_no_answer_that_runs():
-    async def scenario(engine):
-        running = engine.submit(greedy_work(tokens=25))
-        first = await anext(running)
-        failing(engine, "prefill", torch.OutOfMemoryError("no more"))
-        with pytest.raises(EngineFailed, match="out of memory"):
-            await answer(engine, (1, 2, 3, 4))
-        return list(first.ids) + (await read(running))[0]
-
-    assert run(scenario) == alone(tiny.llama(), {}, IDS, (), 25)
-
-
-def test_values_that_are_not_finite_end_their_own_row_alone():
-    base = tiny.llama()
-    adapters = adapters_for(base, 2)
-    first = next(iter(adapters["key1"].updates.values()))
-    next(iter(first.tensors().values())).fill_(3e38)  # finite, as NaN is refused at load
-    jobs = [(tuple(range(1, n)), choice, 9) for n, choice in zip((5, 9, 4, 8), [(), (("key0", 1.0),)] * 2)]
-
-    async def scenario(engine):
-        bad = [answer(engine, range(1, n), (("key1", 1.0),)) for n in (3, 12)]
-        got = await asyncio.gather(*(answer(engine, *job) for job in jobs), *bad, return_exceptions=True)
-        again = await asyncio.gather(*(answer(engine, *job) for job in jobs))  # in the rows of the broken ones
-        return got, again
-
-    got, again = run(scenario, copy.deepcopy(base), adapters, rows=6, prefixes=Prefixes(0))
-    expected = all_alone(base, adapters, jobs)
-    assert [a[0] for a in got[:4]] == expected
-    assert [a[0] for a in again] == expected
-    for error in got[4:]:
-        assert isinstance(error, EngineFailed)
-        assert not error.heals
-
-
-def test_a_scaled_saved_module_is_refused_and_its_neighbours_go_on():
-    base = tiny.llama()
-    adapters = adapters_for(base, 1, save_modules=["lm_head"])
-
-    async def scenario(engine):
-        return await asyncio.gather(
-            answer(engine, IDS, (("key0", 0.5),)),
-            answer(engine, IDS, (("key0", 1.0),)),
-            answer(engine, IDS),
-            return_exceptions=True,
-        )
-
-    refused, whole, plain = run(scenario, copy.deepcopy(base), adapters)
-    assert isinstance(refused, Cannot)
-    assert refused.what == "scale"
-    assert [whole[0], plain[0]] == all_alone(base, adapters, [(IDS, (("key0", 1.0),), 12), (IDS, (), 12)])
-
-
-def test_an_adapter_that_cannot_be_read_any_more_ends_its_requests():
-    async def scenario(engine):
-        engine.tiers.known.add("gone")
-        ready = engine.tiers.ready
-
-        def asked(keys):
-            if "gone" in keys:
-                raise AdapterError("the file has changed")
-            return ready(keys)
-
-        engine.tiers.ready = asked
-        with pytest.raises(AdapterError, match="has changed"):
-            await answer(engine, IDS, (("gone", 1.0),))
-        return await answer(engine, IDS)
-
-    assert run(scenario)[1] == "length"
+    assert run_engine(scenario)[0] == alone(tiny.llama(), {}, IDS, (), 29)
 
 
 def test_equal_choices_are_one_choice_whatever_their_order():
@@ -287,7 +141,7 @@ def test_equal_choices_are_one_choice_whatever_their_order():
         zero = await answer(engine, prompt, (("key1", 0.0),), 4)
         return first, second, zero
 
-    first, second, zero = run(scenario, copy.deepcopy(base), adapters)
+    first, second, zero = run_engine(scenario, copy.deepcopy(base), adapters)
     assert first[0] == second[0]
     assert (first[2], second[2]) == (0, len(prompt) - 1)
     assert zero[0] == alone(base, {}, prompt, (), 4)
@@ -317,27 +171,6 @@ def test_stop_drains_then_cancels_and_refuses_new_work():
     assert waits[1] == "cancelled"
 
 
-def test_a_dead_thread_is_said_by_stats_and_every_call():
-    async def scenario():
-        engine = engine_for(tiny.llama())
-        await engine.start()
-
-        def dies():
-            raise ZeroDivisionError("a mistake")
-
-        engine.tiers.between_steps = dies
-        ticket = engine.submit(greedy_work())
-        with pytest.raises(EngineFailed, match="a mistake") as failed:
-            await read(ticket)
-        assert not failed.value.heals
-        assert not engine.stats().alive
-        with pytest.raises(EngineFailed):
-            engine.submit(greedy_work())
-        await engine.stop(1)
-
-    asyncio.run(asyncio.wait_for(scenario(), 60))
-
-
 def test_stats_count_tokens_and_what_was_cached():
     prompt = tuple(range(1, 22))
 
@@ -346,7 +179,7 @@ def test_stats_count_tokens_and_what_was_cached():
         await answer(engine, prompt, (), 5)
         return engine.stats()
 
-    stats = run(scenario)
+    stats = run_engine(scenario)
     assert (stats.prompt_tokens, stats.cached_tokens, stats.answer_tokens) == (42, 20, 10)
     assert (stats.running, stats.waiting, stats.alive) == (0, 0, True)
     assert stats.last_step is not None
@@ -380,79 +213,11 @@ def test_the_time_since_the_last_step_is_not_that_of_idleness(monkeypatch):
         await asking
         return during
 
-    during = run(scenario)
+    during = run_engine(scenario)
     assert during.running == 1
     assert time.monotonic() - during.last_step < 60
     assert len(seen) > 2
     assert seen == sorted(set(seen))  # later with each chunk
-
-
-def test_a_grammar_is_compiled_outside_the_threads_and_its_errors_come_out_of_the_ticket():
-    class Refusing:
-        async def compiled(self, schema):
-            raise Cannot(f"no {schema}", "schema")
-
-        def close(self):
-            pass
-
-    async def scenario(engine):
-        assert "schema" in engine.facts.can
-        with pytest.raises(Cannot, match="no x"):
-            await answer(engine, IDS, (), 4, schema="x")
-        return await answer(engine, IDS)
-
-    assert run(scenario, grammars=Refusing())[1] == "length"
-
-
-class SlowGrammars(Grammars):
-    """Each schema takes a while to be refused."""
-
-    def __init__(self):
-        super().__init__(SimpleNamespace(eos_token_id=0))
-        self.began: list[str] = []
-
-    def matcher(self, schema):
-        self.began.append(schema)
-        time.sleep(0.4)
-        raise Cannot(f"no {schema}", "schema")
-
-
-def test_a_schema_is_not_compiled_for_those_who_have_hung_up():
-    grammars = SlowGrammars()
-
-    async def scenario(engine):
-        for n in range(8):  # more than may be open at once
-            ticket = engine.submit(greedy_work(schema=f"of hung up {n}"))
-            ticket.cancel()
-            assert (await read(ticket))[1] == "cancelled"
-        with pytest.raises(Cannot, match="no honest"):
-            await answer(engine, IDS, (), 3, schema="honest")
-
-    run(scenario, grammars=grammars, rows=1, waiting=2)
-    assert len(grammars.began) <= 3  # one that was begun is finished
-    assert grammars.began[-1] == "honest"
-
-
-def test_a_deadline_is_kept_while_a_schema_is_compiled():
-    async def scenario(engine):
-        began = time.monotonic()
-        late = engine.submit(greedy_work(schema="late", deadline=began + 0.1))
-        assert (await read(late))[1] == "timeout"
-        return time.monotonic() - began
-
-    assert 0.1 <= run(scenario, grammars=SlowGrammars()) < 0.35
-
-
-def test_load_passes_on_what_the_tiers_refuse():
-    async def scenario(engine):
-        async def refuse(key, source, *, pin=False):
-            raise LorakitError("not this one")
-
-        engine.tiers.load = refuse
-        with pytest.raises(LorakitError, match="not this one"):
-            await engine.load("key", Held(None))
-
-    run(scenario)
 
 
 def test_a_long_prompt_is_fed_in_chunks_between_the_steps_of_others(monkeypatch):
@@ -470,7 +235,7 @@ def test_a_long_prompt_is_fed_in_chunks_between_the_steps_of_others(monkeypatch)
         long = await answer(engine, range(1, 22), (), 3)
         return long[0], await read(running)
 
-    long, _ = run(scenario)
+    long, _ = run_engine(scenario)
     assert long == alone(tiny.llama(), {}, range(1, 22), (), 3)
     prompt = [at for at, name in enumerate(happened) if name == "prefill"]
     assert len(prompt) == 10  # two tokens each, of 20
@@ -510,7 +275,7 @@ def test_equal_prompts_are_computed_once_whoever_of_them_hangs_up(monkeypatch):
         tickets = [engine.submit(greedy_work(prompt, tokens=5)) for _ in range(4)]
         return await asyncio.gather(*(read(ticket) for ticket in tickets))
 
-    answers = run(scenario, prefixes=Prefixes(0), rows=4)
+    answers = run_engine(scenario, prefixes=Prefixes(0), rows=4)
     assert sum(rows * width for rows, width in fed) == len(prompt) - 1
     assert answers[0][1] == "cancelled"
     for ids, finish, cached in answers[1:]:
@@ -538,7 +303,7 @@ def test_fifty_that_hang_up_leave_all_rows_free():
         assert engine.stats().running == 0
         return ends
 
-    ends = run(scenario, copy.deepcopy(base), adapters, rows=3)
+    ends = run_engine(scenario, copy.deepcopy(base), adapters, rows=3)
     assert set(ends) == {"cancelled"}
 
 
@@ -547,4 +312,4 @@ def test_an_engine_starts_once():
         with pytest.raises(EngineFailed, match="started before"):
             await engine.start()
 
-    run(scenario)
+    run_engine(scenario)

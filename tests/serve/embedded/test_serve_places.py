@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 
-from lorakit.serve.embedded.places import Held, arrange
+from lorakit.serve.embedded.places import OnDevice, arrange
 
 
-def held(**users: int) -> dict[str, Held]:
+def held(**users: int) -> dict[str, OnDevice]:
     """On the device, the least recently used first; a number of users, or -1 for a pinned one."""
-    return {key: Held(max(n, 0), used, n < 0) for used, (key, n) in enumerate(users.items())}
+    return {key: OnDevice(max(n, 0), used, n < 0) for used, (key, n) in enumerate(users.items())}
 
 
 def test_empty_places_come_first_then_the_least_recently_used():
@@ -44,7 +44,7 @@ def test_later_requests_do_not_overtake_one_that_gets_nothing():
 def test_each_of_many_mixes_gets_its_turn():
     """Requests of one to three adapters arrive all the time, and hold their places for a while."""
     chance = random.Random(3)
-    there: dict[str, Held] = {}
+    there: dict[str, OnDevice] = {}
     waiting: list[tuple[int, str]] = []
     running: list[tuple[int, str]] = []
     waits = []
@@ -59,7 +59,7 @@ def test_each_of_many_mixes_gets_its_turn():
         for key, victim in found.bring.items():
             if victim is not None:
                 assert not there.pop(victim).users
-            there[key] = Held(0, now, False)
+            there[key] = OnDevice(0, now, False)
         assert len(there) <= 4
         blocked = set(found.after.values())
         for since, keys in list(waiting):
