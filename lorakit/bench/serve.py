@@ -8,6 +8,8 @@ and more, a quarter in `--quick`). Every side answers the same requests, and the
     PEFT           the same with adapters and `adapter_names`
     HTTP           the engine behind the API, streamed to clients in another process, over the engine called directly
     cold           an adapter of about 20 MB that is read on its first request, beside streams that run (`serve_cold`)
+    equal          answers of mixed batches against those of each request alone
+    memory         after an adapter was loaded and unloaded a hundred times, and with a thousand known (`serve_memory`)
 
 Processor time of this process, medians of runs in turn.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +30,8 @@ from .measure import in_turn
 from .mixed import RANKS
 from .serve_cold import cold
 from .serve_http import through_http
-from .serve_sides import Asked, Side, engine_side, peft_side, static_side
+from .serve_memory import memory
+from .serve_sides import Alone, Asked, Side, engine_side, peft_side, static_side
 from .suite import Row, need
 from .train_step import PROJECTIONS, Shape, llama
 
@@ -40,7 +43,9 @@ TITLE = (
     "left-padded batches of 32, without adapters and with PEFT's adapter_names. 'HTTP over direct': streamed through "
     "the API. Cold: the\n"
     "time to the first token of an adapter that has to be read, beyond one that is attached, and the longest wait of "
-    "another stream."
+    "another stream.\n"
+    "Equal to alone: answers that equal those of `generate` with that adapter alone. Memory: of a process in which "
+    "adapters come and go."
 )
 REQUESTS, AT_ONCE = 64, 32
 EMBEDDED = "embedded"
@@ -64,22 +69,23 @@ SETTINGS = (
 
 
 def run(quick: bool = False) -> list[Row]:
-    """Return a row for each model and number of adapters, then those of HTTP and of cold adapters."""
+    """Return a row for each model and number of adapters, then those of the other comparisons."""
     need("peft")
     settings = [replace(SETTINGS[0], scale=0.25)] if quick else SETTINGS
     counts, rounds = ((1, 8), 3) if quick else ((1, 8, 32), 5)
     rows = [row for setting in settings for row in throughput(setting, counts, rounds)]
 
-    adapters = {f"adapter{i}": values(settings[0], f"adapter{i}", 8) for i in range(8)}
-    http = through_http(adapters, asked(settings[0], len(adapters)), AT_ONCE, rounds)
-    return [*rows, http, *cold(quick)]
+    adapters = adapters_of(settings[0], max(counts))
+    equal = answers(settings[0], adapters, counts)
+    few = dict(itertools.islice(adapters.items(), 8))
+    http = through_http(few, asked(settings[0], len(few)), AT_ONCE, rounds)
+    return [*rows, *equal, http, *cold(quick), *memory(quick)]
 
 
 def throughput(setting: Setting, counts: Sequence[int], rounds: int) -> list[Row]:
     """Return a row for each number of adapters. Raises RuntimeError if two sides answer differently."""
-    names = [f"adapter{i}" for i in range(max(counts))]
     plain = engine_side(model_of(setting), {})
-    adapters = {name: values(setting, name, rank) for name, rank in zip(names, itertools.cycle(RANKS))}
+    adapters = adapters_of(setting, max(counts))
     routed = engine_side(model_of(setting), adapters)
     static = static_side(model_of(setting), AT_ONCE)
     peft = peft_side(model_of(setting), adapters, AT_ONCE) if setting.peft else None
@@ -94,10 +100,10 @@ def throughput(setting: Setting, counts: Sequence[int], rounds: int) -> list[Row
             }
             if peft is not None:
                 sides["PEFT"] = (peft, mixed)
-            answers = {name: side.answers(requests) for name, (side, requests) in sides.items()}
-            same(answers, "base", "static")
+            found = {name: side.answers(requests) for name, (side, requests) in sides.items()}
+            same(found, "base", "static")
             if peft is not None:
-                same(answers, "routed", "PEFT")
+                same(found, "routed", "PEFT")
             calls: dict[str, Callable[[], object]] = {
                 name: lambda side=side, requests=requests: side.answers(requests)  # type: ignore[misc]
                 for name, (side, requests) in sides.items()
@@ -130,10 +136,41 @@ def asked(setting: Setting, adapters: int) -> list[Asked]:
 
     requests = []
     for n in range(REQUESTS):
-        ids = torch.randint(10, 4000, (length(12, 64),), generator=generator).tolist()
-        name = f"adapter{n % adapters}" if adapters else None
-        requests.append(Asked(tuple(ids), name, length(12, 48)))
+        ids = torch.randint(10, 4000, (64,), generator=generator).tolist()[: length(12, 64)]
+        choice = ((f"adapter{n % adapters}", 1.0),) if adapters else ()
+        requests.append(Asked(tuple(ids), choice, length(12, 48)))
     return requests
+
+
+def answers(setting: Setting, adapters: Mapping[str, lk.Adapter], counts: Sequence[int]) -> list[Row]:
+    """Return how many answers of a mixed batch equal those of each request alone, at each mix."""
+    most = len(adapters)
+    mixes = [
+        replace(request, choice=((f"adapter{n % most}", 0.7), (f"adapter{(n + 1) % most}", 0.3)))
+        for n, request in enumerate(asked(setting, 0))
+    ]
+    batches = {
+        "base": asked(setting, 0),
+        **{f"{count} adapters": asked(setting, count) for count in counts if count > 1},
+    }
+    batches["mixes of two"] = mixes
+    alone, routed = Alone(model_of(setting), adapters), engine_side(model_of(setting), adapters)
+    rows = []
+    try:
+        for name, requests in batches.items():
+            expected = alone.answers(requests)
+            rows.append(equal_row(setting, name, routed.answers(requests), expected))
+        routed.reload()
+        rows.append(equal_row(setting, f"{name}, reloaded", routed.answers(requests), expected))
+    finally:
+        routed.close()
+    return rows
+
+
+def equal_row(setting: Setting, name: str, got: Sequence[tuple[int, ...]], expected: Sequence[tuple[int, ...]]) -> Row:
+    """Return a row that counts equal answers."""
+    equal = sum(one == other for one, other in zip(got, expected, strict=True))
+    return {"model": setting.name, "answers": name, "equal to alone": f"{equal} of {len(expected)}"}
 
 
 def model_of(setting: Setting) -> Any:
@@ -146,20 +183,25 @@ def model_of(setting: Setting) -> Any:
     return load_model(EMBEDDED, torch.float32, choose_device().value).eval()
 
 
-def values(setting: Setting, name: str, rank: int) -> lk.Adapter:
-    """Return an adapter of this rank on all seven linears, with random factors that change the answers."""
-    model = lk.attach(model_of(setting), lk.LoraConfig(rank=rank, targets=PROJECTIONS), name=name)
-    generator = torch.Generator().manual_seed(int(name.removeprefix("adapter")))
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if ".lora_" in parameter_name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return lk.capture(model, name)
+def adapters_of(setting: Setting, count: int) -> dict[str, lk.Adapter]:
+    """Return adapters of unequal ranks on all seven linears, with random factors that change the answers."""
+    model, made = model_of(setting), {}
+    for n, rank in zip(range(count), itertools.cycle(RANKS)):
+        name = f"adapter{n}"
+        lk.attach(model, lk.LoraConfig(rank=rank, targets=PROJECTIONS), name=name)
+        generator = torch.Generator().manual_seed(n)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if ".lora_" in parameter_name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        made[name] = lk.capture(model, name)
+        lk.detach(model, name)
+    return made
 
 
-def same(answers: dict[str, list[tuple[int, ...]]], one: str, other: str) -> None:
+def same(found: Mapping[str, list[tuple[int, ...]]], one: str, other: str) -> None:
     """Raise RuntimeError if more than a few answers differ: rounding can flip the choice between two equal tokens."""
-    differing = sum(a != b for a, b in zip(answers[one], answers[other], strict=True))
+    differing = sum(a != b for a, b in zip(found[one], found[other], strict=True))
     if differing > REQUESTS // 16:
         raise RuntimeError(
             f"{differing} of {REQUESTS} answers of {one} and {other} differ, so times cannot be compared"

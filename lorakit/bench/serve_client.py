@@ -18,14 +18,14 @@ def main() -> None:
         print(asyncio.run(ask(asked["url"], asked["bodies"], asked["at_once"])), flush=True)
 
 
-async def ask(url: str, bodies: list[dict[str, Any]], at_once: int) -> int:
-    """Stream the answers to all requests, and return the sum of their new tokens."""
+async def ask(url: str, bodies: list[dict[str, Any]], at_once: int, transport: Any = None) -> int:
+    """Stream the answers to all requests, and return the sum of their new tokens. transport: httpx2's, for tests."""
     import httpx2
 
     places = asyncio.Semaphore(at_once)
     limits = httpx2.Limits(max_connections=at_once)
 
-    async with httpx2.AsyncClient(timeout=600, limits=limits) as client:
+    async with httpx2.AsyncClient(timeout=600, limits=limits, transport=transport) as client:
 
         async def one(body: dict[str, Any]) -> int:
             async with places, client.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -33,7 +33,7 @@ async def ask(url: str, bodies: list[dict[str, Any]], at_once: int) -> int:
                     raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
                 usage = 0
                 async for line in response.aiter_lines():
-                    if line.startswith("data: {") and '"usage":{' in line.replace('"usage": {', '"usage":{'):
+                    if '"completion_tokens"' in line:
                         usage = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
                 return usage
 

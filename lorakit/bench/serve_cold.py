@@ -84,8 +84,8 @@ async def _measured(
 ) -> list[tuple[float, float, float, float]]:
     """Return (cold, warm, step, longest wait) in seconds of each cold adapter."""
     await engine.start()
-    for source in ready:
-        await engine.load(source.label, source)
+    for warm in ready:
+        await engine.load(warm.label, warm)
     arrivals: list[list[float]] = [[] for _ in range(STREAMS)]
     streams = [
         asyncio.create_task(_record(engine, ((ready[n % len(ready)].label, 1.0),), 3000, arrivals[n]))
@@ -101,9 +101,9 @@ async def _measured(
             ended = time.perf_counter()
             waits = [wait for times in arrivals for wait in _waits(times, began, ended)]
             began = time.perf_counter()
-            warm = await _first(engine, source.label) - began
+            again = await _first(engine, source.label) - began
             usual = [wait for times in arrivals for wait in _waits(times, began - 1, began)]
-            figures.append((cold, warm, median(usual), max(waits)))
+            figures.append((cold, again, median(usual), max(waits)))
             await asyncio.sleep(0.5)
     finally:
         for stream in streams:

@@ -15,17 +15,22 @@ from ..generate.decode import pad_rows
 from ..serve.embedded.engine import EmbeddedEngine
 from ..serve.embedded.prefixes import Prefixes
 from ..serve.embedded.tiers import Tiers
-from ..serve.engine import Sampling, Work
+from ..serve.engine import Choice, Sampling, Work
 from .train_step import PROJECTIONS
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: prompt ids, the adapter's name (None: the base), and the number of new tokens."""
+    """A request: prompt ids, its adapters with weights (none: the base), and the number of new tokens."""
 
     ids: tuple[int, ...]
-    adapter: str | None
+    choice: Choice
     new: int
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of its only adapter; None for the base."""
+        return self.choice[0][0] if self.choice else None
 
 
 class Side(Protocol):
@@ -33,9 +38,6 @@ class Side(Protocol):
 
     def answers(self, requests: Sequence[Asked]) -> list[tuple[int, ...]]:
         """Return the new ids of each request."""
-
-    def close(self) -> None:
-        """Free what is held."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,33 @@ class Engine:
     """The embedded engine, with an event loop of its own. The prefix cache is off: every prompt is computed."""
 
     def __init__(self, engine: EmbeddedEngine, sources: Sequence[Kept]):
-        self.engine, self.loop = engine, asyncio.new_event_loop()
-        self.loop.run_until_complete(self._start(sources))
+        self.engine, self.sources, self.loop = engine, sources, asyncio.new_event_loop()
+        self.loop.run_until_complete(self._start())
 
-    async def _start(self, sources: Sequence[Kept]) -> None:
+    async def _start(self) -> None:
         await self.engine.start()
-        for source in sources:
+        for source in self.sources:
             await self.engine.load(source.label, source)
 
     def answers(self, requests: Sequence[Asked]) -> list[tuple[int, ...]]:
         return self.loop.run_until_complete(self._answers(requests))
 
+    def reload(self) -> None:
+        """Unload all adapters and load them again."""
+        self.loop.run_until_complete(self._reload())
+
     async def _answers(self, requests: Sequence[Asked]) -> list[tuple[int, ...]]:
         return await asyncio.gather(*(self._answer(request) for request in requests))
 
     async def _answer(self, request: Asked) -> tuple[int, ...]:
-        ticket = self.engine.submit(work_of(request))
-        return tuple([token async for piece in ticket for token in piece.ids])
+        work = Work(request.ids, request.choice, Sampling(max_tokens=request.new, temperature=0.0))
+        return tuple([token async for piece in self.engine.submit(work) for token in piece.ids])
+
+    async def _reload(self) -> None:
+        for source in self.sources:
+            await self.engine.unload(source.label)
+        for source in self.sources:
+            await self.engine.load(source.label, source)
 
     def close(self) -> None:
         self.loop.run_until_complete(self.engine.stop(0))
@@ -102,21 +114,30 @@ class Static:
             found += [tuple(row[: request.new]) for row, request in zip(new, batch, strict=True)]
         return found
 
-    def close(self) -> None:
-        """Nothing is held."""
+
+class Alone:
+    """transformers' `generate` on one request after the other, with its adapters active."""
+
+    def __init__(self, model: Any, adapters: Mapping[str, lk.Adapter]):
+        self.model = model
+        for name, adapter in adapters.items():
+            lk.attach(model, adapter, name=name)
+        self._static = Static(model, 1)
+
+    def answers(self, requests: Sequence[Asked]) -> list[tuple[int, ...]]:
+        found = []
+        for request in requests:
+            lk.activate(self.model, dict(request.choice) or None)
+            found += self._static.answers([request])
+        return found
 
 
-def work_of(request: Asked) -> Work:
-    """Return a request as work for an engine."""
-    choice = ((request.adapter, 1.0),) if request.adapter else ()
-    return Work(request.ids, choice, Sampling(max_tokens=request.new, temperature=0.0))
-
-
-def engine_for(model: Any, rows: int = 32, device: int = 32) -> EmbeddedEngine:
-    """Return an engine that keeps no prefixes, so that every run computes every prompt."""
-    return EmbeddedEngine(
-        model, base="base", rows=rows, waiting=1024, tiers=Tiers(model, device=device), prefixes=Prefixes(0)
-    )
+def engine_for(model: Any, rows: int = 32, device: int = 32, memory_bytes: int = 2 << 30) -> EmbeddedEngine:
+    """Return an engine that keeps no prefixes, so that every run computes every prompt. device, memory_bytes: see
+    `Tiers`.
+    """
+    tiers = Tiers(model, device=device, memory_bytes=memory_bytes)
+    return EmbeddedEngine(model, base="base", rows=rows, waiting=1024, tiers=tiers, prefixes=Prefixes(0))
 
 
 def engine_side(model: Any, adapters: Mapping[str, lk.Adapter]) -> Engine:
@@ -136,7 +157,10 @@ def peft_side(model: Any, adapters: Mapping[str, lk.Adapter], rows: int) -> Stat
     theirs: Any = None
     for name, adapter in adapters.items():
         config = peft.LoraConfig(
-            r=adapter.config.rank, lora_alpha=adapter.config.alpha, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
+            r=adapter.config.rank,
+            lora_alpha=int(adapter.config.alpha),
+            target_modules=PROJECTIONS,
+            task_type="CAUSAL_LM",
         )
         if theirs is None:
             theirs = peft.get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)

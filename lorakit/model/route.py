@@ -102,8 +102,8 @@ def route(
 def expect(model: Any, adapters: int, fixed: bool = False) -> None:
     """Say how many adapters will be attached at once at most, so that `route` has room for them from the start.
 
-    fixed: from now on, neither their values nor the model's own change while they are attached, so that `route` need
-    not look for changes in every layer. Holds until the last one is detached. Raises StateError if none is attached.
+    fixed: from now on, their values do not change while they are attached, so that `route` need not look for changes
+    in every layer. Holds until the last one is detached. Raises StateError if none is attached.
     """
     state = state_of(as_module(model))
     if state.routes is not None:

@@ -52,7 +52,7 @@ class OfChildren(NamedTuple):
 
 
 class Routes:
-    """What `route` caches on a model between batches. `names`: layer -> full name; `expected`, `fixed`: see `Stacks`."""
+    """What `route` caches on a model between batches. `names`: layer -> full name; others: see `Stacks`."""
 
     def __init__(self, names: dict[LoraLayer, str], expected: int = 0, fixed: bool = False):
         self.names = names

@@ -115,11 +115,12 @@ class Uses:
 
     def valid(self) -> bool:
         """Whether the stack still has these adapters at the same ranks, with the current values of their parameters."""
-        if self.stack.layout is not self.layout:
-            return False
-        if self.values is None:
-            return True
-        return self.values.unchanged() and all(update.pair(self.layer) is pair for update, pair in self.gained)
+        return (
+            self.stack.layout is self.layout
+            and (self.values is None or self.values.unchanged())
+            # Also of fixed adapters: a gain is for one weight, and a row may use another adapter's (`saved_rows`).
+            and all(update.pair(self.layer) is pair for update, pair in self.gained)
+        )
 
 
 class Order:
@@ -198,9 +199,9 @@ class Stack:
 class Stacks:
     """The stacks of a model's layers.
 
-    `expected`: how many adapters may be attached at once, 0 if that is not known. `fixed`: neither they nor the model's
-    own weights change while they are attached, so that a batch need not compare them with what was written (about 5 %
-    of a step of 32 rows with 8 adapters at width 256).
+    `expected`: how many adapters may be attached at once, 0 if that is not known. `fixed`: they do not change while
+    they are attached, so that a batch need not compare them with what was written (about 5 % of a step of 32 rows with
+    8 adapters at width 256).
     """
 
     def __init__(self, expected: int = 0, fixed: bool = False) -> None:

@@ -195,6 +195,27 @@ def test_loads_of_one_key_at_once_read_it_once(model, first):
     assert source.reads == 1
 
 
+def test_an_adapter_is_noted_as_loaded_before_the_engine_can_take_and_unload_it(model, first, monkeypatch):
+    tiers = Tiers(model, device=2)
+    loader, note = tiers._loader, tiers._loader._is_checked
+    could_be_taken = []
+
+    def noted(key):
+        could_be_taken.append(loader.has_arrived)
+        note(key)
+
+    monkeypatch.setattr(loader, "_is_checked", noted)
+
+    async def go():
+        await passes(tiers, tiers.load("stays", Given(first)))  # on its layers others can be built beforehand
+        for _ in range(3):
+            await passes(tiers, tiers.load("a", Given(first)))
+            await passes(tiers, tiers.unload("a"))
+
+    run(go())
+    assert could_be_taken == [False] * 3
+
+
 def test_a_load_that_nobody_waits_for_any_more_does_not_fail_for_others(model, first):
     tiers, source = Tiers(model, device=2), Given(first)
 
