@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 
 import torch
@@ -50,6 +51,12 @@ class Held(ScriptedEngine):
         self.calls.append(("unload", self.loaded[key].label if key in self.loaded else "?"))
         await super().unload(key)
         return 1000
+
+
+def adapters_alive() -> dict[int, lk.Adapter]:
+    """All adapters that this process holds, by id: fixtures of other tests have some too."""
+    gc.collect()
+    return {id(thing): thing for thing in gc.get_objects() if isinstance(thing, lk.Adapter)}
 
 
 def registry(engine, *roots: Path, can: frozenset | None = None, hub: Hub | None = None, **options) -> Registry:

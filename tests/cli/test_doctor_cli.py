@@ -62,6 +62,7 @@ def test_json_holds_the_same_facts(lorakit):
         "image",
         "bench",
         "quant",
+        "serve",
         "test",
     }
     assert facts["machine"]["devices"][-1]["kind"] == "cpu"
