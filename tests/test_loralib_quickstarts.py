@@ -22,7 +22,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "loralib.md"
 
 
 def loralib_snippets() -> list[str]:
-    readme = importlib.metadata.distribution("loralib").metadata.get_payload()
+    # As text: where the backport `importlib_metadata` is imported too, its parser answers, in which it is no payload.
+    readme = importlib.metadata.distribution("loralib").read_text("METADATA")
     blocks = re.findall(r"^ *```python\n(.*?)^ *```", readme, re.MULTILINE | re.DOTALL)
     return [textwrap.dedent(b).replace("import loralib as lora", "import lorakit.loralib as lora") for b in blocks]
 
