@@ -12,7 +12,7 @@ from .shared.names import check_names
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.output import say
 from .shared.quantizing import ComputeDtype, Double, Quantize
-from .shared.served import Server, chat_with_server
+from .shared.served import Server, chat_with_server, loading_flags
 from .shared.starting import starting
 
 _HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit exits"
@@ -42,14 +42,7 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal. A model without a chat template completes each line on its own."""
     if server is not None:
-        unused = {
-            "--chat-template": chat_template is not None,
-            "--chat-template-kwargs": chat_template_kwargs is not None,
-            "--precision": precision != "auto",
-            "--quantize": quantize is not None,
-            "--no-double": not double,
-            "--compute-dtype": compute_dtype != "auto",
-        }
+        unused = loading_flags(chat_template, chat_template_kwargs, precision, quantize, double, compute_dtype)
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         chat_with_server(
             server,

@@ -33,7 +33,7 @@ from .shared.options import (
 )
 from .shared.output import output, say
 from .shared.quantizing import ComputeDtype, Double, Quantize, quantize_flags
-from .shared.served import Server, evaluate_on_server
+from .shared.served import Server, evaluate_on_server, loading_flags
 from .shared.starting import starting
 from .shared.task_base import base_for, config_for, processor_for, task_named
 
@@ -107,15 +107,9 @@ def evaluate(
         unused = {
             "--no-text": text is False,
             "--turns": turns != "all",
-            "--chat-template": chat_template is not None,
-            "--chat-template-kwargs": chat_template_kwargs is not None,
             "--date": date is not None,
             "--task": task not in (None, DEFAULT),
-            "--precision": precision != "auto",
-            "--quantize": quantize is not None,
-            "--no-double": not double,
-            "--compute-dtype": compute_dtype != "auto",
-        }
+        } | loading_flags(chat_template, chat_template_kwargs, precision, quantize, double, compute_dtype)
         evaluate_on_server(
             server,
             data,

@@ -79,11 +79,6 @@ class Versions:
                 future.set_result(0)  # another name keeps what was to be unloaded
         return version
 
-    async def change_pin(self, version: Version, by: int) -> None:
-        """Change how many names pin a version."""
-        version.pins += by
-        await self._pin(version)
-
     def use(self, version: Version) -> None:
         """Count a request that runs with a version."""
         version.users += 1

@@ -27,6 +27,25 @@ Server = Annotated[
 DEFAULT_MODEL = "embedded"  # of --model: not given
 
 
+def loading_flags(
+    chat_template: str | None,
+    chat_template_kwargs: str | None,
+    precision: str,
+    quantize: str | None,
+    double: bool,
+    compute_dtype: str,
+) -> dict[str, bool]:
+    """Return the flags of loading a model here, which a server does not read, and whether they were given."""
+    return {
+        "--chat-template": chat_template is not None,
+        "--chat-template-kwargs": chat_template_kwargs is not None,
+        "--precision": precision != "auto",
+        "--quantize": quantize is not None,
+        "--no-double": not double,
+        "--compute-dtype": compute_dtype != "auto",
+    }
+
+
 @contextmanager
 def connected(url: str, adapters: Sequence[str], unused: Mapping[str, bool]) -> Iterator[Client]:
     """Give a client for the server. `unused`: flags that a server does not read, and whether they were given.
