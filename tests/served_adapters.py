@@ -59,6 +59,16 @@ def adapters_alive() -> dict[int, lk.Adapter]:
     return {id(thing): thing for thing in gc.get_objects() if isinstance(thing, lk.Adapter)}
 
 
+async def settled(made: Registry) -> None:
+    """Wait for what goes on in the background."""
+    await asyncio.gather(*made._tasks, return_exceptions=True)
+    await made.versions.close()
+
+
+def names(made: Registry) -> list[str]:
+    return [card.name for card in made.cards()]
+
+
 def registry(engine, *roots: Path, can: frozenset | None = None, hub: Hub | None = None, **options) -> Registry:
     facts = engine.facts if can is None else Facts("base", 512, 4096, can)
     return Registry(engine, facts, base_names=["base", "org/base"], roots=Roots(roots), hub=hub, **options)

@@ -83,3 +83,8 @@ def alone(make: Callable[[], nn.Module], adapter: lk.Adapter | None, row: int) -
     model = make() if adapter is None else lk.attach(make(), adapter)
     with torch.inference_mode():
         return model(input_ids=IDS[row : row + 1]).logits[0]
+
+
+def run(coroutine):
+    """Run to the end, within a minute."""
+    return asyncio.run(asyncio.wait_for(coroutine, 60))

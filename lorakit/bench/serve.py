@@ -20,6 +20,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,7 @@ def throughput(setting: Setting, counts: Sequence[int], rounds: int) -> list[Row
             if peft is not None:
                 same(found, "routed", "PEFT")
             calls: dict[str, Callable[[], object]] = {
-                name: lambda side=side, requests=requests: side.answers(requests)  # type: ignore[misc]
-                for name, (side, requests) in sides.items()
+                name: partial(side.answers, requests) for name, (side, requests) in sides.items()
             }
             times = in_turn(calls, rounds, 1, time.process_time)
             tokens = sum(request.new for request in mixed)

@@ -49,7 +49,7 @@ def _take(file: Path, what: str, fix: str) -> int:
                 by = f"process {owner[0]}" if owner else "another process"
                 at = f" on {owner[1]}" if len(owner) > 1 and owner[1] != socket.gethostname() else ""
                 raise WriteError(f"{what} is being written by {by}{at}\n  wait until it has ended, or {fix}")
-            if _is_file_of(file, handle):
+            if is_file_of(file, handle):
                 with contextlib.suppress(OSError):  # on a full disk: the name is for messages
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
@@ -62,14 +62,27 @@ def _take(file: Path, what: str, fix: str) -> int:
 
 def _lock(handle: int, owner: list[str]) -> bool:
     """Lock an open file. Returns False if another process has it."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno in _TAKEN:
-                return False
-    return not (len(owner) == 2 and owner[1] == socket.gethostname() and owner[0].isdigit() and _alive(int(owner[0])))
+    try:
+        return flock(handle)
+    except OSError:
+        here = len(owner) == 2 and owner[1] == socket.gethostname()
+        return not (here and owner[0].isdigit() and _alive(int(owner[0])))
+
+
+def flock(handle: int, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed. Returns False if it is taken and `wait` is False.
+
+    Raises OSError where there are no locks: on Windows, and on some file systems.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "this system has no file locks")
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        raise
+    return True
 
 
 def _alive(process: int) -> bool:
@@ -82,7 +95,7 @@ def _alive(process: int) -> bool:
     return process != os.getpid()
 
 
-def _is_file_of(file: Path, handle: int) -> bool:
+def is_file_of(file: Path, handle: int) -> bool:
     """Whether `file` is still the open one: its last owner may have deleted it between the opening and the locking."""
     try:
         return os.path.samestat(os.stat(file), os.fstat(handle))

@@ -7,33 +7,14 @@ import os
 import shutil
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from served_adapters import Held, adapters_alive, registry, write
+from served_adapters import Held, adapters_alive, registry, settled
 
 from lorakit.errors import AdapterError, ConfigError, TargetError
 from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import Busy, Cannot, NoPlace, UnknownAdapter
 from lorakit.serve.locations import Locations
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    write(tmp_path / "root" / "a", 1, data={"template": "chat", "end_tokens": ["<a>"]})
-    write(tmp_path / "root" / "b", 2, data={"template": "plain"})
-    return tmp_path / "root"
-
-
-async def settled(made) -> None:
-    """Wait for what goes on in the background."""
-    await asyncio.gather(*made._tasks, return_exceptions=True)
-    await made.versions.close()
-
-
-def names(made) -> list[str]:
-    return [card.name for card in made.cards()]
-
 
 # ------------------------------------------------------------------------------------------ first use and leases
 

@@ -5,34 +5,15 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from pathlib import Path
 
 import pytest
-from served_adapters import Held, adapters_alive, registry, write
+from served_adapters import Held, adapters_alive, names, registry, settled, write
 
 from lorakit.errors import AdapterError, ConfigError, StateError
 from lorakit.serve import registered
 from lorakit.serve.engine import Sampling, Work
 from lorakit.serve.errors import UnknownAdapter
 from lorakit.serve.guard.hub import Hub
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    write(tmp_path / "root" / "a", 1, data={"template": "chat", "end_tokens": ["<a>"]})
-    write(tmp_path / "root" / "b", 2, data={"template": "plain"})
-    return tmp_path / "root"
-
-
-async def settled(made) -> None:
-    """Wait for what goes on in the background."""
-    await asyncio.gather(*made._tasks, return_exceptions=True)
-    await made.versions.close()
-
-
-def names(made) -> list[str]:
-    return [card.name for card in made.cards()]
-
 
 # ------------------------------------------------------------------------------------------ loading and unloading
 

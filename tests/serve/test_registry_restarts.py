@@ -6,32 +6,13 @@ import asyncio
 import os
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import served_adapters
-from served_adapters import Held, registry, write
+from served_adapters import Held, names, registry, settled, write
 
 from lorakit.errors import AdapterError, ConfigError, StateError, WriteError
 from lorakit.serve.errors import UnknownAdapter
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    write(tmp_path / "root" / "a", 1, data={"template": "chat", "end_tokens": ["<a>"]})
-    write(tmp_path / "root" / "b", 2, data={"template": "plain"})
-    return tmp_path / "root"
-
-
-async def settled(made) -> None:
-    """Wait for what goes on in the background."""
-    await asyncio.gather(*made._tasks, return_exceptions=True)
-    await made.versions.close()
-
-
-def names(made) -> list[str]:
-    return [card.name for card in made.cards()]
-
 
 # ------------------------------------------------------------------------------------------ roots
 

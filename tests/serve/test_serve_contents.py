@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
-from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 import served_adapters
 import torch
+from read_adapters import PICKLES, config, read, refused
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import AdapterError, WriteError
-from lorakit.serve.guard.adapter_files import HTTP, LOCAL, FileRules
-from lorakit.serve.sources import files_at, read_adapter
-
-PICKLES = replace(LOCAL, pickles=True)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return served_adapters.write(tmp_path / "sql", data={"template": "chat", "end_tokens": ["<end>"]})
-
-
-def read(path: Path, rules: FileRules = HTTP, boundary: Path | None = None):
-    return read_adapter(files_at(path, "sql", boundary, rules))
-
-
-def refused(path: Path, rules: FileRules = HTTP, boundary: Path | None = None) -> str:
-    with pytest.raises(AdapterError) as error:
-        read(path, rules, boundary)
-    message = str(error.value)
-    assert str(path) not in message
-    assert "lorakit-read-" not in message
-    assert "/tmp" not in message
-    assert "sql" in message
-    return message
-
-
-def config(folder: Path, **changes) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+from lorakit.serve.guard.adapter_files import HTTP, LOCAL
 
 
 def test_pickles_are_refused_unless_the_command_line_allows_them(folder):

@@ -8,10 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..partial_end import partial_end
-from .syntax import Part
+from .syntax import ParsedCall, Part, Tools
 
 # The text between begin and end -> its calls, and content between them; None: it is no call.
 Parse = Callable[[str], Sequence[Part] | None]
+
+
+def tool_call_blocks(read: Callable[[str, Tools], ParsedCall | None]) -> Callable[[Tools], Blocks]:
+    """Return the splitter of a syntax with one call in each <tool_call> block. read(text, tools): that call."""
+
+    def blocks(tools: Tools) -> Blocks:
+        def parse(text: str) -> list[ParsedCall] | None:
+            call = read(text, tools)
+            return None if call is None else [call]
+
+        return Blocks(["<tool_call>"], ["</tool_call>"], parse)
+
+    return blocks
 
 
 class Blocks:

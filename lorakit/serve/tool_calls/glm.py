@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 
-from .blocks import Blocks
-from .syntax import ParsedCall, Parts, Syntax, Tools, parameters_of, value_of
+from .blocks import tool_call_blocks
+from .syntax import ParsedCall, Syntax, Tools, elements_of, parameters_of
 
 NAME = re.compile(r"\s*([^\s<]+)\s*")
 # Atomic groups: a key ends at the first </arg_key>. Trying later ones takes time quadratic in the answer's length.
@@ -22,20 +22,8 @@ def _call(text: str, tools: Tools) -> ParsedCall | None:
     name = NAME.match(text)
     if name is None:
         return None
-    schemas, arguments, at = parameters_of(tools, name[1]), dict[str, object](), name.end()
-    while (argument := ARGUMENT.match(text, at)) is not None:
-        key = argument[1].strip()
-        arguments[key] = value_of(argument[2], schemas.get(key))
-        at = argument.end()
-    return None if text[at:].strip() else ParsedCall(name[1], arguments)
-
-
-def _parts(tools: Tools) -> Parts:
-    def parse(text: str) -> list[ParsedCall] | None:
-        call = _call(text, tools)
-        return None if call is None else [call]
-
-    return Blocks(["<tool_call>"], ["</tool_call>"], parse)
+    arguments = elements_of(text[name.end() :], ARGUMENT, parameters_of(tools, name[1]))
+    return None if arguments is None else ParsedCall(name[1], arguments)
 
 
 def _writes(template: str) -> bool:
@@ -43,4 +31,4 @@ def _writes(template: str) -> bool:
 
 
 MARKERS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-GLM = Syntax("glm", MARKERS, _writes, _parts)
+GLM = Syntax("glm", MARKERS, _writes, tool_call_blocks(_call))

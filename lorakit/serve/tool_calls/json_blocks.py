@@ -7,17 +7,12 @@
 
 from __future__ import annotations
 
-from .blocks import Blocks
-from .syntax import ParsedCall, Parts, Syntax, Tools, call_of, json_of
+from .blocks import tool_call_blocks
+from .syntax import ParsedCall, Syntax, Tools, call_of, json_of
 
 
-def _parse(text: str) -> list[ParsedCall] | None:
-    call = call_of(json_of(text))
-    return None if call is None else [call]
-
-
-def _parts(tools: Tools) -> Parts:
-    return Blocks(["<tool_call>"], ["</tool_call>"], _parse)
+def _call(text: str, tools: Tools) -> ParsedCall | None:
+    return call_of(json_of(text))
 
 
 def _writes(template: str) -> bool:
@@ -25,4 +20,4 @@ def _writes(template: str) -> bool:
     return "<tool_call>" in template and not any(other in template for other in others)
 
 
-HERMES = Syntax("hermes", ("<tool_call>", "</tool_call>"), _writes, _parts)
+HERMES = Syntax("hermes", ("<tool_call>", "</tool_call>"), _writes, tool_call_blocks(_call))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,6 +90,19 @@ def value_of(text: str, schema: object) -> Any:
         return JSON.decode(text)
     except (ValueError, RecursionError):
         return text
+
+
+def elements_of(text: str, element: re.Pattern[str], schemas: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of elements that follow each other; None if the text has something else too.
+
+    element: its groups are the argument's name and its value.
+    """
+    arguments, at = dict[str, Any](), 0
+    while (found := element.match(text, at)) is not None:
+        key = found[1].strip()
+        arguments[key] = value_of(found[2], schemas.get(key))
+        at = found.end()
+    return None if text[at:].strip() else arguments
 
 
 def call_of(value: object, keys: Sequence[str] = ("arguments", "parameters")) -> ParsedCall | None:

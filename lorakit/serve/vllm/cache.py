@@ -23,13 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ...errors import WriteError
 from ...io.atomic import write_errors, write_text
-
-try:
-    import fcntl
-except ImportError:  # Windows, where vLLM does not run
-    fcntl = None  # type: ignore[assignment]
+from ...io.lock import flock, is_file_of
 
 RECORD, FORMAT = "exported.json", 2
 ADAPTER = "adapter"  # what `write` makes, in a folder of its own: what it puts beside it is ours to delete
@@ -94,12 +89,12 @@ class ExportCache:
             try:
                 # Asked for again and again: whoever writes the folder now keeps the lock, shared, once it is written,
                 # and waiting for the exclusive one would last as long as the adapter is loaded there.
-                if _flock(handle, shared=complete, wait=False) and _is_at(file, handle):
+                if flock(handle, shared=complete) and is_file_of(file, handle):
                     if not complete and not _is_complete(folder):
                         self._write(folder, write)
-                    _flock(handle, shared=True)
+                    flock(handle, shared=True, wait=True)
                     # Between two locks another process may have deleted it.
-                    if _is_complete(folder) and _is_at(file, handle):
+                    if _is_complete(folder) and is_file_of(file, handle):
                         os.utime(folder / RECORD)
                         return handle
             except BaseException:
@@ -142,7 +137,7 @@ class ExportCache:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # A file that was deleted meanwhile locks nothing: somebody may use the folder under a new one.
-            unused = _flock(handle, shared=False, wait=False) and _is_at(file, handle)
+            unused = flock(handle) and is_file_of(file, handle)
             yield unused
             if unused:
                 file.unlink(missing_ok=True)
@@ -153,25 +148,6 @@ class ExportCache:
 def _name(key: str) -> str:
     """Return a folder's name for a key, whatever characters the key has."""
     return hashlib.sha256(key.encode()).hexdigest()[:40]
-
-
-def _flock(handle: int, shared: bool, wait: bool = True) -> bool:
-    """Lock an open file; return False if it is taken and `wait` is False."""
-    if fcntl is None:
-        raise WriteError("the cache for vLLM needs file locks, which Windows has not\n  use the embedded engine")
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(file: Path, handle: int) -> bool:
-    """Whether `file` is still the open one: another process may have deleted it meanwhile."""
-    try:
-        return os.path.samestat(os.stat(file), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def _is_complete(folder: Path) -> bool:

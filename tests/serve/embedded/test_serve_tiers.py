@@ -10,26 +10,12 @@ import time
 import pytest
 import tiny
 import torch
-from tier_sources import Given, alone, made, of_rank, passes, routed, until_ready
+from tier_sources import Given, alone, made, of_rank, passes, routed, run, until_ready
 
 import lorakit as lk
 from lorakit.errors import AdapterError
 from lorakit.serve.embedded.tiers import Tiers
 from lorakit.serve.errors import Cannot, EngineFailed, NoPlace
-
-
-@pytest.fixture(scope="module")
-def first() -> lk.Adapter:
-    return made(tiny.llama)
-
-
-@pytest.fixture
-def model():
-    return tiny.llama()
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
 def test_a_loaded_adapter_is_on_the_device_and_a_row_that_uses_it_equals_it_alone(model, first):

@@ -10,22 +10,12 @@ import threading
 import pytest
 import tiny
 import torch
-from tier_sources import Given, alone, made, of_rank, passes, routed, until_ready
+from tier_sources import Given, alone, of_rank, passes, routed, run, until_ready
 
 import lorakit as lk
 from lorakit.errors import AdapterError
 from lorakit.model.prepared import Prepared
 from lorakit.serve.embedded.tiers import Tiers
-
-
-@pytest.fixture(scope="module")
-def first() -> lk.Adapter:
-    return made(tiny.llama)
-
-
-@pytest.fixture
-def model():
-    return tiny.llama()
 
 
 @pytest.fixture
@@ -41,10 +31,6 @@ def moves(monkeypatch):
     monkeypatch.setattr(Prepared, "on_accelerator", property(lambda self: not self.parked))
     monkeypatch.setattr(Prepared, "_move", move)
     return seen
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
 async def until(tiers, condition):

@@ -8,25 +8,11 @@ import weakref
 
 import pytest
 import tiny
-from tier_sources import Given, made, of_rank, passes, routed
+from tier_sources import Given, of_rank, passes, routed, run
 
 import lorakit as lk
 from lorakit.serve.embedded.tiers import Tiers
 from lorakit.serve.errors import UnknownAdapter
-
-
-@pytest.fixture(scope="module")
-def first() -> lk.Adapter:
-    return made(tiny.llama)
-
-
-@pytest.fixture
-def model():
-    return tiny.llama()
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
 def test_unload_waits_for_its_requests_refuses_new_ones_and_frees(model, first):
